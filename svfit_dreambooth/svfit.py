@@ -1,0 +1,225 @@
+"""SVFit on one linear layer: train the singular values, freeze everything else.
+
+Sun et al., "SVFit: Parameter-Efficient Fine-Tuning of Large Pre-Trained Models Using Singular Values",
+2024, arXiv:2409.05926.  The symbols are the paper's, spelled as `torch.linalg.svd` spells them:
+
+    W       (out, in)   the frozen weight of a linear layer
+    U       (out, r)    its first r left singular vectors, frozen
+    S       (r,)        its first r singular values, largest first
+    Vh      (r, in)     its first r right singular vectors, already transposed, frozen
+    W_e     (out, in)   the residual W - U diag(S) Vh, frozen
+    shift   (r,)        what training adds to S: S_trained - S, zero at the start
+
+The paper's layer computes W' = U diag(S + shift) Vh + W_e.  Since W = U diag(S) Vh + W_e, the same layer is
+
+    W' = W + U diag(shift) Vh
+
+and this second form is the one used here: W stays untouched, so an untrained layer computes what the base
+computes, to the bit, and taking the layer out again is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from svfit_dreambooth.errors import SVFitError
+
+Rank = int | Literal["full"]
+
+# The Gram matrix squares the condition number.  Below this ratio of smallest to largest singular value its
+# eigenvectors keep fewer than about six digits in float64, and the plain SVD is used instead.
+GRAM_CONDITION = 1e-5
+
+
+def resolve_rank(S: Tensor, rank: Rank = "full", energy: float | None = None) -> int:
+    """How many singular values to keep of a layer whose singular values are `S` (k,), largest first.
+
+    `rank`: a number, capped at the k that the layer has, or "full".  `energy`, between 0 and 1, takes its
+    place: the smallest r whose part of the squared Frobenius norm reaches it,
+    sum_{i<=r} S_i^2 >= energy * sum_i S_i^2  (our reading of the paper's "over 99% of the information").
+    Raises SVFitError for a rank below 1 and an energy outside (0, 1].
+    """
+    if energy is not None:
+        if not 0 < energy <= 1:
+            raise SVFitError(f"energy is {energy}, but it is a share: give a number above 0 and at most 1.")
+        cumulative = S.double().square().cumsum(0)  # (k,)
+        return min(int((cumulative < energy * cumulative[-1]).sum()) + 1, len(S))
+    if rank == "full":
+        return len(S)
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise SVFitError(f'rank is {rank!r}: give a whole number of 1 or more, or "full".')
+    return min(rank, len(S))
+
+
+def decompose(
+    weight: Tensor, rank: Rank = "full", *, energy: float | None = None, driver: Literal["eigh", "svd"] = "eigh"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading singular triplets of `weight` (out, in): U (out, r), S (r,), Vh (r, in).
+
+    Computed and returned in float64, whatever the type of `weight`, and on its device (on the CPU where the
+    device has no float64).  `rank` and `energy` choose r as in `resolve_rank`.  `driver`: "eigh" takes the
+    eigenvectors of the smaller Gram matrix and derives the other side from u_i = W v_i / S_i, about twice as
+    fast as "svd"; nearly singular weights go to "svd" in any case.
+    Raises SVFitError for a weight that is not a finite matrix.
+    """
+    if weight.ndim != 2 or not weight.is_floating_point() or weight.is_meta:
+        raise SVFitError(
+            f"only a matrix of floating-point numbers can be decomposed, not a {weight.dtype} tensor of shape "
+            f"{tuple(weight.shape)} on {weight.device.type}."
+        )
+    if weight.device.type == "mps":
+        weight = weight.cpu()
+    W = weight.detach().double()  # (out, in)
+    if not torch.isfinite(W).all():
+        raise SVFitError("the weight holds NaN or infinite values and cannot be decomposed: check the base model.")
+    factors = _gram_svd(W) if driver == "eigh" else None
+    U, S, Vh = factors or torch.linalg.svd(W, full_matrices=False)
+    r = resolve_rank(S, rank, energy)
+    return U[:, :r].contiguous(), S[:r].contiguous(), Vh[:r].contiguous()
+
+
+def _gram_svd(W: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The SVD of a float64 matrix by way of W W^T, its short side first; None where that loses digits."""
+    wide = W.shape[0] <= W.shape[1]
+    A = W if wide else W.mT  # (k, n), k <= n
+    eigenvalues, vectors = torch.linalg.eigh(A @ A.mT)  # (k,), (k, k), smallest first
+    S = eigenvalues.clamp(min=0).sqrt().flip(0)  # (k,)
+    if S[-1] <= GRAM_CONDITION * S[0]:
+        return None
+    short = vectors.flip(1)  # (k, k), columns are singular vectors
+    long = (short.mT @ A) / S[:, None]  # (k, n)
+    return (short, S, long) if wide else (long.mT, S, short.mT)
+
+
+def merged_is_cheaper(tokens: int, in_features: int, out_features: int, rank: int, training: bool) -> bool:
+    """Which route costs fewer multiply-adds for `tokens` rows of input: the rule in one place.
+
+    factored    x W^T + ((x Vh^T) * shift) U^T    tokens * rank * (in + out), twice when training
+    merged      x (W + U diag(shift) Vh)^T        rank * out * in; training adds the gradient dY^T X of W',
+                                                  tokens * out * in, and again rank * out * in
+    """
+    factored = tokens * rank * (in_features + out_features)
+    merged = rank * out_features * in_features
+    if training:
+        factored, merged = 2 * factored, 2 * merged + tokens * out_features * in_features
+    return merged < factored
+
+
+class SVFitLinear(nn.Linear):
+    """y = x (W + U diag(shift) Vh)^T + b, with only `shift` to be trained.
+
+    `weight` and `bias` keep their names, so a checkpoint of the base loads into the patched model.  U and Vh
+    are buffers that no state dict repeats: they follow from the weight.  `shift` is float32, or float64 under a
+    float64 weight, and stays so through `.half()`, `.bfloat16()` and `.to(dtype)`: near 1, bfloat16 cannot hold
+    a step of 1e-3.
+
+    `shift` may also be (batch, 1, r), a value of its own for every sample of a batch of sequences.
+    """
+
+    U: Tensor
+    Vh: Tensor
+
+    def __init__(self, linear: nn.Linear, U: Tensor, Vh: Tensor) -> None:
+        """Takes over the parameters of `linear` (the same objects) with the basis U (out, r), Vh (r, in)."""
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        rank = U.shape[-1]
+        if U.shape != (self.out_features, rank) or Vh.shape != (rank, self.in_features):
+            raise SVFitError(
+                f"a basis of shapes {tuple(U.shape)} and {tuple(Vh.shape)} does not fit a weight of shape "
+                f"{(self.out_features, self.in_features)}."
+            )
+        self.weight, self.bias = linear.weight, linear.bias
+        weight = linear.weight
+        self.register_buffer("U", U.to(weight.device, weight.dtype), persistent=False)
+        self.register_buffer("Vh", Vh.to(weight.device, weight.dtype), persistent=False)
+        self.shift = nn.Parameter(torch.zeros(rank, device=weight.device, dtype=_shift_dtype(weight.dtype)))
+        self.unmerged_weight: Tensor | None = None
+        self.train(linear.training)
+
+    @property
+    def rank(self) -> int:
+        return self.U.shape[1]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in) -> (..., out)"""
+        if self.unmerged_weight is not None:
+            return super().forward(input)
+        tokens = input.numel() // self.in_features
+        training = torch.is_grad_enabled() and self.shift.requires_grad
+        if self.shift.ndim == 1 and merged_is_cheaper(
+            tokens, self.in_features, self.out_features, self.rank, training
+        ):
+            return self.forward_merged(input)
+        return self.forward_factored(input)
+
+    def forward_factored(self, input: Tensor) -> Tensor:
+        """(..., in) -> (..., out)"""
+        coefficients = F.linear(input, self.Vh) * self.shift  # (..., r)
+        return super().forward(input) + F.linear(coefficients.to(input.dtype), self.U)
+
+    def forward_merged(self, input: Tensor) -> Tensor:
+        """(..., in) -> (..., out)"""
+        return F.linear(input, self.weight + self.delta().to(self.weight.dtype), self.bias)
+
+    def delta(self) -> Tensor:
+        """U diag(shift) Vh, (out, in): what the adapter adds to the weight."""
+        return (self.U * self.shift.to(self.U.dtype)) @ self.Vh
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Writes W + delta into the weight, which then costs nothing extra; W is kept, as (W + D) - D is not W."""
+        if self.unmerged_weight is not None:
+            return
+        if self.shift.ndim != 1:
+            raise SVFitError(f"a shift of shape {tuple(self.shift.shape)}, one per sample, has no single merged weight.")
+        exact = torch.promote_types(self.weight.dtype, self.shift.dtype)
+        delta = (self.U.to(exact) * self.shift) @ self.Vh.to(exact)  # (out, in)
+        self.unmerged_weight = self.weight.detach().clone()
+        self.weight.copy_(self.weight.to(exact) + delta)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Puts back the kept weight, to the bit."""
+        if self.unmerged_weight is not None:
+            self.weight.copy_(self.unmerged_weight)
+            self.unmerged_weight = None
+
+    def to_linear(self) -> nn.Linear:
+        """The plain layer again, with the same parameter objects and the base's own weight."""
+        self.unmerge()
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SVFitLinear:
+        # Module.half() and Module.to(dtype) pass every parameter through `fn`; a float16 shift would already
+        # have lost its small digits, so it is rebuilt from the values held before.
+        shift, grad = self.shift.data, None if self.shift.grad is None else self.shift.grad.data
+        super()._apply(fn, recurse)
+        dtype = _shift_dtype(self.weight.dtype)
+        if self.shift.dtype != dtype:
+            source = self.shift.data if shift.is_meta else shift
+            self.shift.data = source.to(self.shift.device, dtype)
+            if grad is not None:
+                self.shift.grad = grad.to(self.shift.device, dtype)
+        if self.unmerged_weight is not None:
+            self.unmerged_weight = fn(self.unmerged_weight)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A base checkpoint knows nothing of shifts: it loads, also with strict=True, and leaves them as they are.
+        self.unmerge()
+        state_dict.setdefault(prefix + "shift", self.shift.data)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _shift_dtype(weight_dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if weight_dtype == torch.float64 else torch.float32
