@@ -1,0 +1,266 @@
+"""Which projections of a model SVFit adapts, and putting its layers in and taking them out.
+
+A diffusers attention processor computes with the projections of its attention module: `to_q`, `to_k`, `to_v`
+and `to_out.0` of a UNet, `q_proj`, `k_proj`, `v_proj` and `out_proj` of a CLIP text encoder.  Replacing those
+projections patches every processor that may be installed, now or later, and leaves the rest of the model alone.
+
+Names are those that published checkpoints use ("canonical"): without the wrappers that PEFT and torch.compile
+put around layers and modules, and with the `text_model.` level that some transformers versions have dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.svfit import Rank, SVFitLinear, decompose
+
+UNET_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+TEXT_ENCODER_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+Basis = Callable[[str, Tensor], tuple[Tensor, Tensor]]
+
+
+def canonical_name(model: nn.Module, path: str) -> str:
+    """The name that published checkpoints give to the layer at `path` of `model`."""
+    parts = [part for part in path.split(".") if part not in ("base_layer", "_orig_mod", "module")]
+    name = ".".join(parts)
+    if name.startswith("encoder.layers.") and type(_unwrapped(model)).__name__.startswith("CLIPText"):
+        name = "text_model." + name
+    return name
+
+
+def find_projections(
+    model: nn.Module, target_modules: Sequence[str] | None = None
+) -> dict[str, tuple[nn.Module, str, nn.Linear]]:
+    """The linear layers of `model` to adapt: canonical name -> (parent module, attribute, layer).
+
+    `target_modules`: names or name endings such as "to_q" or "attn2.to_k"; None means every attention
+    projection where the model has attention modules of the two kinds above, else every `nn.Linear`; the word
+    "attention" stands for the former, "all-linear" for the latter.
+    Raises SVFitError for a target that matches nothing, a layer that is not a plain floating-point `nn.Linear`,
+    and attention projections that are fused into copies of the weights.
+    """
+    _refuse_fused(model)
+    linears = {}
+    for path, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, nn.Linear):
+            parent_path, _, attribute = path.rpartition(".")
+            linears[canonical_name(model, path)] = (model.get_submodule(parent_path), attribute, layer)
+    # PEFT's own adapter layers are neighbours, not targets.
+    linears = {name: found for name, found in linears.items() if ".lora_" not in name}
+    attention = _attention_names(model, linears)
+    if target_modules is None:
+        chosen = attention or set(linears)
+    else:
+        if isinstance(target_modules, str):
+            target_modules = [target_modules]
+        chosen = set()
+        for target in target_modules:
+            matched = {
+                "attention": attention,
+                "all-linear": set(linears),
+            }.get(target) or {name for name in linears if name == target or name.endswith("." + target)}
+            if not matched:
+                raise SVFitError(
+                    f"target module {target!r} matches no linear layer of {type(_unwrapped(model)).__name__}: "
+                    f'use endings such as {", ".join(repr(t) for t in _known_endings(linears))}.'
+                )
+            chosen |= matched
+    if not chosen:
+        raise SVFitError(f"{type(_unwrapped(model)).__name__} has no linear layer to adapt.")
+    found = {name: linears[name] for name in linears if name in chosen}
+    for name, (_, _, layer) in found.items():
+        if type(layer) not in (nn.Linear, SVFitLinear, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            raise SVFitError(f"{name} is a {type(layer).__name__}, not a plain linear layer: load the base unquantised.")
+        if not layer.weight.is_floating_point():
+            raise SVFitError(f"{name} holds {layer.weight.dtype} values: load the base in float32, float16 or bfloat16.")
+    return found
+
+
+def apply_svfit(
+    model: nn.Module,
+    rank: Rank = "full",
+    target_modules: Sequence[str] | None = None,
+    *,
+    energy: float | None = None,
+    basis: Basis | None = None,
+) -> dict[str, nn.Parameter]:
+    """Freezes `model` and replaces its targeted layers by `SVFitLinear`; returns the trainable shifts by name.
+
+    `rank`, `energy`: how many singular values to train in each layer, see `svfit.resolve_rank`.
+    `target_modules`: see `find_projections`.  `basis`: a function (name, weight) -> (U, Vh) that replaces the
+    decomposition here and with it `rank` and `energy`; `basis.py` offers one with a cache on disk.
+    The model computes what it computed before, to the bit, until a shift changes.
+    """
+    found = find_projections(model, target_modules)
+    if any(isinstance(layer, SVFitLinear) for _, _, layer in found.values()):
+        raise SVFitError(f"{type(_unwrapped(model)).__name__} has SVFit layers already: call remove_svfit first.")
+
+    def decomposed(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+        U, _, Vh = decompose(weight, rank, energy=energy)
+        return U, Vh
+
+    model.requires_grad_(False)
+    bases = {name: (basis or decomposed)(name, layer.weight.detach()) for name, (_, _, layer) in found.items()}
+    return {name: layer.shift for name, layer in patch_layers(model, bases).items()}
+
+
+def patch_layers(model: nn.Module, bases: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, SVFitLinear]:
+    """Puts an `SVFitLinear` with the basis (U, Vh) in place of every layer that `bases` names canonically.
+
+    A layer that was patched before is patched anew, with its shift at zero.
+    """
+    found = find_projections(model, "all-linear")
+    patched = {}
+    for name, (U, Vh) in bases.items():
+        parent, attribute, layer = found[name]
+        linear = layer.to_linear() if isinstance(layer, SVFitLinear) else layer
+        patched[name] = SVFitLinear(linear, U, Vh)
+        _replace(parent, attribute, patched[name])
+    for module in model.modules():
+        if hasattr(module, "fuse_projections"):
+            module.fuse_projections = _fusing_forbidden  # type: ignore[assignment]
+    return patched
+
+
+def remove_svfit(model: nn.Module) -> None:
+    """Puts plain linear layers back: the base again, to the bit."""
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, SVFitLinear):
+            parent_path, _, attribute = path.rpartition(".")
+            _replace(model.get_submodule(parent_path), attribute, layer.to_linear())
+    for module in model.modules():
+        if vars(module).get("fuse_projections") is _fusing_forbidden:
+            del module.fuse_projections
+
+
+def svfit_layers(model: nn.Module) -> dict[str, SVFitLinear]:
+    """The SVFit layers of `model` by canonical name."""
+    return {
+        canonical_name(model, path): layer for path, layer in model.named_modules() if isinstance(layer, SVFitLinear)
+    }
+
+
+def get_shifts(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of every shift (r,) of `model`, on the CPU, by canonical name."""
+    return {name: layer.shift.detach().cpu().clone() for name, layer in svfit_layers(model).items()}
+
+
+@torch.no_grad()
+def set_shifts(model: nn.Module, shifts: Mapping[str, Tensor]) -> None:
+    """Sets the shifts of `model`: name -> (r,), or (batch, 1, r) for one per sample.
+
+    A layer that `shifts` does not name gets zeros, and a shorter vector is padded with zeros: both mean
+    "unchanged".  Merged layers stay merged, with the new shift.  Raises SVFitError for an unknown name or a
+    vector longer than the layer's rank.
+    """
+    layers = svfit_layers(model)
+    for name, shift in shifts.items():
+        if name not in layers:
+            raise SVFitError(f"{type(_unwrapped(model)).__name__} has no SVFit layer named {name!r}.")
+        if shift.shape[-1] > layers[name].rank:
+            raise SVFitError(f"{name} holds {layers[name].rank} singular values, but the shift has {shift.shape[-1]}.")
+    for name, layer in layers.items():
+        shift = shifts.get(name, layer.shift.new_zeros(layer.rank))
+        padded = nn.functional.pad(shift.to(layer.shift), (0, layer.rank - shift.shape[-1]))  # (r,) or (batch, 1, r)
+        if layer.shift.shape == padded.shape and torch.equal(layer.shift, padded):
+            continue
+        merged = layer.unmerged_weight is not None
+        layer.unmerge()
+        layer.shift.data = padded
+        if merged:
+            layer.merge()
+
+
+def add_shifts(weighted: Sequence[tuple[Mapping[str, Tensor], float]]) -> dict[str, Tensor]:
+    """sum_i scale_i * shift_i over several sets of shifts of one base; missing layers and values count as zero."""
+    total: dict[str, Tensor] = {}
+    for shifts, scale in weighted:
+        for name, shift in shifts.items():
+            scaled = shift * scale
+            if name in total:
+                longest = max(len(total[name]), len(scaled))
+                total[name] = sum(nn.functional.pad(v, (0, longest - len(v))) for v in (total[name], scaled))
+            else:
+                total[name] = scaled
+    return total
+
+
+def scale_shifts(shifts: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """scale * shift for every layer."""
+    return add_shifts([(shifts, scale)])
+
+
+def merge_shifts(model: nn.Module) -> None:
+    """Writes every shift of `model` into its weight: no cost at inference, and a kept copy of the weights."""
+    for layer in svfit_layers(model).values():
+        layer.merge()
+
+
+def unmerge_shifts(model: nn.Module) -> None:
+    """Puts the kept weights of `model` back, to the bit."""
+    for layer in svfit_layers(model).values():
+        layer.unmerge()
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[None]:
+    """Within it the shifts of `model` are merged; afterwards every layer is as it was before."""
+    before = {name: layer.unmerged_weight is not None for name, layer in svfit_layers(model).items()}
+    merge_shifts(model)
+    try:
+        yield
+    finally:
+        for name, layer in svfit_layers(model).items():
+            if not before.get(name, False):
+                layer.unmerge()
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return getattr(model, "_orig_mod", model)
+
+
+def _attention_names(model: nn.Module, linears: Mapping[str, object]) -> set[str]:
+    names = set()
+    for path, module in model.named_modules():
+        for projections in (UNET_PROJECTIONS, TEXT_ENCODER_PROJECTIONS):
+            if all(hasattr(module, projection.partition(".")[0]) for projection in projections):
+                prefix = canonical_name(model, f"{path}.x")[:-1]
+                names |= {prefix + projection for projection in projections} & set(linears)
+    return names
+
+
+def _known_endings(linears: Mapping[str, object]) -> list[str]:
+    endings = [name.rpartition(".")[2] for name in linears]
+    endings = [
+        ".".join(name.split(".")[-2:]) if ending.isdigit() else ending
+        for name, ending in zip(linears, endings, strict=True)
+    ]
+    return sorted(set(endings))[:12]
+
+
+def _replace(parent: nn.Module, attribute: str, layer: nn.Module) -> None:
+    if attribute.isdigit() and isinstance(parent, (nn.ModuleList, nn.Sequential)):
+        parent[int(attribute)] = layer
+    else:
+        setattr(parent, attribute, layer)
+
+
+def _refuse_fused(model: nn.Module) -> None:
+    """Fused attention computes with a copy of the weights, on which a patched projection would have no effect."""
+    processors = getattr(model, "attn_processors", {})
+    if not any(type(processor).__name__.startswith("Fused") for processor in processors.values()):
+        return
+    raise SVFitError(
+        "the query, key and value projections of this model are fused into copies of the weights, which SVFit "
+        "layers would not reach: call unfuse_qkv_projections() first."
+    )
+
+
+def _fusing_forbidden(*args: object, **kwargs: object) -> None:
+    raise SVFitError("SVFit layers cannot be fused, their shifts would be lost: unload the adapters first.")

@@ -1,0 +1,229 @@
+"""The singular vectors of a base model: decomposed once, kept on disk.
+
+An adapter file holds shifts along directions that every loader must find again from its own copy of the base,
+be it stored in float32, float16 or bfloat16.  Rounding rotates neighbouring singular vectors, so all copies
+decompose the same numbers, the canonical weight: W rounded to float16 and then to bfloat16.  That is the same
+for a float32 file, its float16 copy, and the bfloat16 copy of either float16 one.  Only a bfloat16 copy made
+straight from float32 differs, in the last bit of about one entry in sixteen.  The decomposition is in float64.
+
+The cache is addressed by content: one file per weight, named by the hash of the canonical weight.  A change of
+targets, a fine-tune that shares some weights, or an interrupted decomposition then reuse what is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.svfit import Rank, decompose, resolve_rank
+
+logger = logging.getLogger(__name__)
+
+CACHE_VERSION = "1"
+SAMPLE_SIZE = 32  # weights of each component that the adapter file repeats, for comparison with a bfloat16 copy
+BF16_TOLERANCE = 2**-8  # relative rounding error of a bfloat16 value, with a margin of two
+
+
+def default_cache_dir() -> Path:
+    """$SVFIT_CACHE, or `svfit_dreambooth` under the user's cache folder."""
+    if "SVFIT_CACHE" in os.environ:
+        return Path(os.environ["SVFIT_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "svfit_dreambooth"
+
+
+def canonical_weight(weight: Tensor) -> Tensor:
+    """The numbers that are hashed and decomposed: `weight` (out, in) rounded to float16, then bfloat16, on the CPU.
+
+    A weight with values beyond float16's range skips that step.
+    """
+    weight = weight.detach().cpu()
+    rounded = weight.to(torch.float16)
+    if torch.isinf(rounded).any():
+        rounded = weight
+    return rounded.to(torch.bfloat16).contiguous()
+
+
+def weight_hash(weight: Tensor) -> str:
+    """SHA-256 of the canonical weight's shape and little-endian bytes, in hexadecimal."""
+    canonical = canonical_weight(weight)
+    digest = hashlib.sha256(f"{tuple(canonical.shape)} ".encode())
+    digest.update(canonical.view(torch.int16).numpy().astype("<i2", copy=False).data)
+    return digest.hexdigest()
+
+
+def fingerprint(weights: Mapping[str, Tensor]) -> dict:
+    """What an adapter file says of its base: {component: {"sha256": ..., "sample": [value, ...]}}.
+
+    `weights`: "<component>.<module path>" -> weight (out, in), the adapted ones only.  The hash is over the
+    sorted names and the canonical weights; the sample is spread over them evenly.
+    """
+    result = {}
+    for component in sorted({name.partition(".")[0] for name in weights}):
+        names = sorted(name for name in weights if name.startswith(component + "."))
+        digest = hashlib.sha256()
+        for name in names:
+            digest.update(f"{name} {weight_hash(weights[name])}\n".encode())
+        sample = []
+        for k in range(SAMPLE_SIZE):
+            weight = weights[names[k * len(names) // SAMPLE_SIZE]].detach()
+            position = (2 * k + 1) * weight.numel() // (2 * SAMPLE_SIZE)
+            sample.append(float(f"{weight.flatten()[position].item():.4g}"))
+        result[component] = {"sha256": digest.hexdigest(), "sample": sample}
+    return result
+
+
+def same_base(recorded: Mapping, weights: Mapping[str, Tensor]) -> Literal["identical", "similar", "different"]:
+    """Whether `weights` (see `fingerprint`) are those that the fingerprint `recorded` was taken from.
+
+    "identical": the hashes agree, as between float32 and float16 copies.  "similar": only the samples agree,
+    each within bfloat16's rounding: a bfloat16 copy of a float32 file, or a very close relative.
+    "different": neither.
+    """
+    mine = fingerprint(weights)
+    if set(recorded) != set(mine):
+        return "different"
+    if all(recorded[component]["sha256"] == mine[component]["sha256"] for component in mine):
+        return "identical"
+    for component in mine:
+        theirs, ours = recorded[component]["sample"], mine[component]["sample"]
+        if len(theirs) != len(ours):
+            return "different"
+        if any(abs(a - b) > BF16_TOLERANCE * max(abs(a), abs(b)) + 1e-6 for a, b in zip(theirs, ours, strict=True)):
+            return "different"
+    return "similar"
+
+
+def is_ambiguous(S: Tensor, shape: tuple[int, int]) -> bool:
+    """Whether rounding the entries decides the singular vectors that belong to S (r,) of a weight of `shape`.
+
+    Rounding to bfloat16 moves a singular value by about the error of one entry, ||W||_F / sqrt(out * in) * 2^-10.
+    Vectors whose singular values lie closer than that turn into each other.  Some such neighbours are normal in
+    the tail of the spectrum; True means that they are more than half.
+    """
+    noise = S.double().square().sum().sqrt() / (shape[0] * shape[1]) ** 0.5 * 2**-10
+    gaps = S[:-1] - S[1:]  # (r-1,)
+    return len(gaps) > 0 and bool((gaps <= noise).double().mean() > 0.5)
+
+
+@dataclass
+class Directions:
+    """The singular triplets of one weight, float32: Ut (k, out), S (k,), Vh (k, in), of which the first r are used."""
+
+    Ut: Tensor
+    S: Tensor
+    Vh: Tensor
+
+    def leading(self, rank: int) -> tuple[Tensor, Tensor]:
+        """U (out, rank), Vh (rank, in)."""
+        return self.Ut[:rank].mT, self.Vh[:rank]
+
+
+def model_basis(
+    weights: Mapping[str, Tensor],
+    rank: Rank | Mapping[str, int] = "full",
+    *,
+    energy: float | None = None,
+    cache_dir: Path | None = None,
+    use_cache: bool = True,
+    driver: Literal["eigh", "svd"] = "eigh",
+    description: str = "decomposing the base",
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The leading directions of every weight: name -> U (out, r), Vh (r, in), float32, r chosen per layer.
+
+    `weights`: name -> (out, in).  `rank`, `energy`: see `svfit.resolve_rank`; a mapping gives every layer its
+    own.  What is missing in `cache_dir` (None: `default_cache_dir()`) is decomposed, with a progress bar, and
+    put there.  A layer whose directions rounding decides is named in a warning.
+    """
+    folder = (cache_dir or default_cache_dir()) / "basis"
+    found: dict[str, Directions] = {}
+    missing: dict[str, Path] = {}
+    for name, weight in weights.items():
+        path = folder / f"{weight_hash(weight)}.safetensors"
+        directions = _read(path, tuple(weight.shape)) if use_cache else None
+        if directions is None:
+            missing[name] = path
+        else:
+            found[name] = directions
+    for name in tqdm(missing, desc=description, unit="matrix", disable=not missing, leave=False):
+        U, S, Vh = decompose(canonical_weight(weights[name]), driver=driver)
+        if is_ambiguous(S, tuple(weights[name].shape)):
+            logger.warning(
+                "the singular values of %s coincide within rounding, so its directions are not unique: an adapter "
+                "trained on this copy of the base may act differently on another copy.",
+                name,
+            )
+        found[name] = Directions(U.mT.contiguous().float(), S.float(), Vh.float())
+        if use_cache:
+            _write(missing[name], found[name])
+    chosen = {}
+    for name in weights:
+        own = rank[name] if isinstance(rank, Mapping) else rank
+        chosen[name] = found[name].leading(resolve_rank(found[name].S, own, energy))
+    return chosen
+
+
+def _read(path: Path, shape: tuple[int, ...]) -> Directions | None:
+    """The cached directions, memory-mapped; None where there are none or they are damaged."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("version") != CACHE_VERSION:
+                return None
+            directions = Directions(*(file.get_tensor(key) for key in ("Ut", "S", "Vh")))
+    except (SafetensorError, OSError) as error:
+        logger.warning("the cached basis %s is damaged (%s) and is computed again.", path.name, error)
+        return None
+    k = min(shape)
+    fits = directions.Ut.shape == (k, shape[0]) and directions.S.shape == (k,) and directions.Vh.shape == (k, shape[1])
+    return directions if fits else None
+
+
+def _write(path: Path, directions: Directions) -> None:
+    """Atomically: two processes at once write the same bytes, and either rename wins."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        os.close(handle)
+        try:
+            tensors = {"Ut": directions.Ut, "S": directions.S, "Vh": directions.Vh}
+            save_file(tensors, temporary, metadata={"version": CACHE_VERSION})
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("the basis could not be cached in %s (%s): the next start decomposes again.", path.parent, error)
+
+
+def cached_files(cache_dir: Path | None = None) -> list[tuple[Path, int]]:
+    """The files of the cache with their sizes in bytes."""
+    folder = (cache_dir or default_cache_dir()) / "basis"
+    return [(path, path.stat().st_size) for path in sorted(folder.glob("*.safetensors"))]
+
+
+def clear_cache(cache_dir: Path | None = None) -> tuple[int, int]:
+    """Deletes the cached bases, and nothing else; returns how many files and bytes they were."""
+    files: Iterable[tuple[Path, int]] = cached_files(cache_dir)
+    count = freed = 0
+    for path, size in files:
+        try:
+            path.unlink()
+        except OSError as error:
+            raise SVFitError(f"{path} cannot be deleted ({error.strerror}): remove it by hand.") from error
+        count, freed = count + 1, freed + size
+    return count, freed

@@ -1,0 +1,173 @@
+"""The basis: the same directions from every copy of a base, and a cache that can be trusted."""
+
+import logging
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+
+from svfit_dreambooth import basis
+from svfit_dreambooth.basis import (
+    cached_files,
+    clear_cache,
+    fingerprint,
+    is_ambiguous,
+    model_basis,
+    same_base,
+    weight_hash,
+)
+from svfit_dreambooth.svfit import decompose
+
+
+def steep_weight(size, seed=0):
+    """A weight (size, size) like those of trained attention: a steep head, then a long slope, S_i ~ i^-0.7."""
+    generator = torch.Generator().manual_seed(seed)
+    Q1, _ = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    Q2, _ = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    S = 10 * torch.arange(1, size + 1, dtype=torch.float64) ** -0.7
+    return (Q1 * S @ Q2).float()
+
+
+def delta(weight, shift, **options):
+    (U, Vh) = model_basis({"unet.x": weight}, use_cache=False, **options)["unet.x"]
+    return U.double() * shift @ Vh.double()
+
+
+@pytest.mark.parametrize("size", [768, 1280])
+def test_an_adapter_means_the_same_on_every_copy_of_its_base(size):
+    weight = steep_weight(size)
+    shift = torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    trained = delta(weight, shift)
+
+    def error(other):
+        return (torch.dist(other, trained) / trained.norm()).item()
+
+    assert error(delta(weight.half(), shift)) < 1e-3
+    assert error(delta(weight.half().float(), shift)) < 1e-3
+    assert error(delta(weight, shift, driver="svd")) < 1e-3
+
+
+@pytest.mark.parametrize("size", [768, 1280])
+def test_a_bfloat16_copy(size):
+    """Exact from a float16 file; from a float32 file, the close-lying directions of the tail rotate."""
+    weight = steep_weight(size)
+
+    def error(copy, rank):
+        shift = torch.randn(rank, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        trained = delta(weight, shift, rank=rank)
+        return (torch.dist(delta(copy, shift, rank=rank), trained) / trained.norm()).item()
+
+    assert error(weight.half().bfloat16(), size) < 1e-6
+    assert error(weight.bfloat16(), 128) < 2e-2
+
+
+def test_rounding_decides_the_directions_of_an_orthogonal_weight(caplog):
+    orthogonal, _ = torch.linalg.qr(torch.randn(96, 96, dtype=torch.float64))
+    with caplog.at_level(logging.WARNING):
+        model_basis({"unet.round": orthogonal, "unet.steep": steep_weight(96)}, use_cache=False)
+    assert "unet.round coincide" in caplog.text and "unet.steep" not in caplog.text
+
+
+@pytest.mark.parametrize("size", [320, 768])
+def test_random_and_steep_spectra_are_not_ambiguous(size):
+    torch.manual_seed(0)
+    for weight in (torch.randn(size, size), steep_weight(size), torch.randn(size, 768)):
+        assert not is_ambiguous(decompose(weight)[1], tuple(weight.shape))
+
+
+def test_hash_survives_float16_and_tells_weights_apart():
+    weight = torch.randn(8, 6)
+    assert weight_hash(weight) == weight_hash(weight.half()) == weight_hash(weight.half().double())
+    assert weight_hash(weight) == weight_hash(weight.half().bfloat16())
+    assert weight_hash(weight) != weight_hash(weight.T)
+    assert weight_hash(weight) != weight_hash(weight + 1e-2)
+
+
+def test_weights_beyond_float16_are_taken_unrounded():
+    weight = torch.randn(6, 8) * 1e5
+    _, S, _ = decompose(weight)
+    (U, Vh) = model_basis({"unet.x": weight}, use_cache=False)["unet.x"]
+    assert torch.dist(U.double() * S @ Vh.double(), weight.double()) / weight.double().norm() < 5e-3
+    assert weight_hash(weight) == weight_hash(weight.bfloat16())
+
+
+def test_same_base():
+    weights = {f"unet.l{i}": torch.randn(32, 48, generator=torch.Generator().manual_seed(i)) for i in range(5)}
+    recorded = fingerprint(weights)
+    assert same_base(recorded, weights) == "identical"
+    assert same_base(recorded, {k: w.half() for k, w in weights.items()}) == "identical"
+    assert same_base(recorded, {k: w.bfloat16() for k, w in weights.items()}) == "similar"
+    assert same_base(recorded, {k: w + 0.02 * torch.randn_like(w) for k, w in weights.items()}) == "different"
+    assert same_base(recorded, {"text_encoder.l0": weights["unet.l0"]}) == "different"
+
+
+def test_cache_is_used_and_gives_the_same_numbers(monkeypatch, tmp_path):
+    weights = {"unet.a": torch.randn(12, 20), "unet.b": torch.randn(20, 12)}
+    first = model_basis(weights, 5, cache_dir=tmp_path)
+    assert len(cached_files(tmp_path)) == 2
+
+    def fail(*args, **kwargs):
+        raise AssertionError("decomposed although cached")
+
+    monkeypatch.setattr(basis, "decompose", fail)
+    second = model_basis(weights, 5, cache_dir=tmp_path)
+    for name in weights:
+        assert all(torch.equal(x, y) for x, y in zip(first[name], second[name], strict=True))
+    assert second["unet.a"][0].shape == (12, 5) and second["unet.a"][1].shape == (5, 20)
+
+
+def test_rank_by_layer_and_by_energy(tmp_path):
+    weights = {"unet.a": steep_weight(24), "unet.b": steep_weight(24, seed=1)}
+    chosen = model_basis(weights, {"unet.a": 3, "unet.b": 7}, cache_dir=tmp_path)
+    assert [chosen[name][0].shape[1] for name in weights] == [3, 7]
+    chosen = model_basis(weights, energy=0.9, cache_dir=tmp_path)
+    assert 1 < chosen["unet.a"][0].shape[1] < 24
+
+
+@pytest.mark.parametrize("damage", ["truncate", "garbage", "empty", "other shape"])
+def test_a_damaged_cache_is_rebuilt(damage, tmp_path):
+    weights = {"unet.a": torch.randn(12, 20)}
+    first = model_basis(weights, cache_dir=tmp_path)["unet.a"]
+    ((path, size),) = cached_files(tmp_path)
+    if damage == "truncate":
+        path.write_bytes(path.read_bytes()[: size // 2])
+    elif damage == "garbage":
+        path.write_bytes(b"\xff" * size)
+    elif damage == "empty":
+        path.write_bytes(b"")
+    else:
+        model_basis({"unet.b": torch.randn(4, 4)}, cache_dir=tmp_path / "other")
+        ((other, _),) = cached_files(tmp_path / "other")
+        path.write_bytes(other.read_bytes())
+    again = model_basis(weights, cache_dir=tmp_path)["unet.a"]
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+    assert path.stat().st_size == size
+
+
+def _decompose_into(folder):
+    torch.set_num_threads(1)
+    weights = {f"unet.l{i}": torch.randn(40, 40, generator=torch.Generator().manual_seed(i)) for i in range(6)}
+    return {name: [t.clone() for t in pair] for name, pair in model_basis(weights, cache_dir=folder).items()}
+
+
+def test_two_processes_at_once(tmp_path):
+    with ProcessPoolExecutor(2) as pool:
+        first, second = pool.map(_decompose_into, [tmp_path, tmp_path])
+    for name in first:
+        assert all(torch.equal(x, y) for x, y in zip(first[name], second[name], strict=True))
+    assert len(cached_files(tmp_path)) == 6
+    assert not list((tmp_path / "basis").glob("*.tmp"))
+
+
+def test_clear_cache_removes_bases_only(tmp_path):
+    model_basis({"unet.a": torch.randn(12, 20)}, cache_dir=tmp_path)
+    keep = tmp_path / "basis" / "notes.txt"
+    keep.write_text("mine")
+    count, freed = clear_cache(tmp_path)
+    assert count == 1 and freed > 0 and keep.exists() and not cached_files(tmp_path)
+
+
+def test_a_cache_that_cannot_be_written_only_warns(tmp_path, caplog):
+    (tmp_path / "basis").write_text("a file where the folder should be")
+    model_basis({"unet.a": torch.randn(4, 4)}, cache_dir=tmp_path)
+    assert "could not be cached" in caplog.text
