@@ -1,0 +1,291 @@
+"""The adapter file: write, read, check, describe.  The format itself is specified in docs/adapter-format.md.
+
+An adapter is one short vector a projection: `shift`, shape (rank,), along the base model's own singular directions
+(`W' = W + U diag(shift) Vh`, Sun et al. 2024, arXiv 2409.05926).  This room knows files, not models.
+"""
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import struct
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+
+from svfit_dreambooth.adapter_checks import (
+    FORMAT,
+    FORMAT_VERSION,
+    SUFFIX,
+    check_container,
+    check_header_entry,
+    check_kind,
+    check_same_projections,
+    file_sha256,
+    json_object,
+    read_fingerprint,
+    read_targets,
+    required,
+)
+from svfit_dreambooth.errors import SVFitError
+
+MODELSPEC = {"sai_model_spec", "architecture", "implementation", "title", "date", "hash_sha256", "trigger_phrase"}
+OWN_METADATA = {f"modelspec.{name}" for name in MODELSPEC} | {"format", "format_version", "payload_sha256"}
+OWN_METADATA |= {"base_model", "base_fingerprint", "targets", "instance_prompt", "class_prompt", "training"}
+
+
+@dataclass
+class Adapter:
+    """What an adapter file holds."""
+
+    shifts: dict[str, torch.Tensor]  # canonical projection name, without ".shift" -> (rank,), float32
+    base_model: str  # hub id (with "@revision"), "toybox", or a display name
+    base_fingerprint: dict[str, Any]
+    instance_prompt: str | None = None
+    class_prompt: str | None = None
+    training: dict[str, Any] = field(default_factory=dict)  # the run's settings, for people to read
+    title: str = ""  # empty: the file's name when saved
+    architecture: str = "stable-diffusion"  # modelspec's word for the base, such as "stable-diffusion-v1"
+    metadata: dict[str, str] = field(default_factory=dict)  # header as read; keys this room doesn't own are saved again
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Projection name -> number of values."""
+        return {name: shift.numel() for name, shift in self.shifts.items()}
+
+    @property
+    def components(self) -> list[str]:
+        """The model parts that are adapted, such as ["text_encoder", "unet"]."""
+        return sorted({name.partition(".")[0] for name in self.shifts})
+
+
+# ---------------------------------------------------------------- writing
+
+
+def save_adapter(adapter: Adapter, path: str | Path, dtype: torch.dtype = torch.float16) -> Path:
+    """Write `adapter` to `path`, all or nothing: a file already there stays whole until the new one is complete.
+
+    Missing parent folders are made.  Nothing of the author's disk is stored: a `base_model` that is an absolute path,
+    or has more than the one slash of a hub id, is reduced to its last component, and so are absolute paths among the
+    values of `training`; keys of `training` that end in _dir, _path or _file are left out.
+
+    dtype: torch.float16 (2 bytes a value) or torch.float32 (exact).
+    Raises SVFitError for shifts that are not finite, not 1-D, or too large for float16, and for a path that can't be
+    written.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise SVFitError(f"'{path}' is a folder: name a file in it, such as '{path / 'adapter.safetensors'}'.")
+    tensors = {name + SUFFIX: _stored(name, shift, dtype) for name, shift in adapter.shifts.items()}
+    if not tensors:
+        raise SVFitError(f"The adapter for '{path}' holds no shifts: nothing was saved.")
+    try:
+        content = serialize(tensors, _metadata(adapter, path, _payload_sha256(tensors)))
+    except UnicodeEncodeError as error:
+        raise SVFitError(f"The metadata holds text that isn't valid Unicode ({error.object!r}): correct it.") from None
+    _write_atomically(path, content)
+    return path
+
+
+def _stored(name: str, shift: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The shift as the file will hold it, checked."""
+    if dtype not in (torch.float16, torch.float32):
+        raise SVFitError(f"An adapter is saved as torch.float16 or torch.float32, not as {dtype}.")
+    if not re.fullmatch(r"[\w-]+(\.[\w-]+)+", name) or name.endswith(SUFFIX):
+        raise SVFitError(
+            f"'{name}' isn't a projection's name: it must read <component>.<module path>, without '{SUFFIX}'."
+        )
+    shift = shift.detach().to("cpu")
+    if shift.ndim != 1 or shift.numel() == 0:
+        raise SVFitError(f"The shift of '{name}' has shape {tuple(shift.shape)}: it must be (rank,), rank at least 1.")
+    if not torch.isfinite(shift).all():
+        raise SVFitError(f"The shift of '{name}' holds NaN or infinity: train with a lower learning rate.")
+    stored = shift.to(dtype, copy=True).contiguous()
+    if not torch.isfinite(stored).all():
+        largest = shift.abs().max().item()
+        limit = torch.finfo(dtype).max
+        raise SVFitError(
+            f"The shift of '{name}' reaches {largest:g}, {str(dtype)[6:]} ends at {limit:g}: "
+            + ("save it as float32." if dtype == torch.float16 else "no adapter is this strong.")
+        )
+    return stored
+
+
+def _payload_sha256(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of the bytes after the header; metadata lives in the header and doesn't move them."""
+    content = serialize(tensors)
+    (header_bytes,) = struct.unpack("<Q", content[:8])
+    return hashlib.sha256(content[8 + header_bytes :]).hexdigest()
+
+
+def _metadata(adapter: Adapter, path: Path, payload_sha256: str) -> dict[str, str]:
+    metadata = {key: value for key, value in adapter.metadata.items() if key not in OWN_METADATA}
+    metadata |= {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "base_model": _display_name(adapter.base_model),
+        "base_fingerprint": _to_json("base_fingerprint", adapter.base_fingerprint),
+        "targets": _to_json("targets", adapter.ranks),
+        "training": _to_json("training", _without_paths(adapter.training)),
+        "payload_sha256": payload_sha256,
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{adapter.architecture}/{FORMAT}",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": adapter.title or path.stem,
+        "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "modelspec.hash_sha256": "0x" + payload_sha256,
+    }
+    if adapter.instance_prompt is not None:
+        metadata |= {"instance_prompt": adapter.instance_prompt, "modelspec.trigger_phrase": adapter.instance_prompt}
+    if adapter.class_prompt is not None:
+        metadata |= {"class_prompt": adapter.class_prompt}
+    return metadata
+
+
+def _to_json(name: str, value: Any) -> str:
+    try:
+        return json.dumps(value, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise SVFitError(f"'{name}' can't be written as JSON ({error}): keep to finite numbers, text, lists.") from None
+
+
+def _display_name(base_model: str) -> str:
+    """A hub id as it is; of anything that looks like a place on a disk, the last component."""
+    if re.fullmatch(r"\w[\w.-]*(/[\w.-]*\w)?(@\w[\w.-]*(/[\w.-]+)*)?", base_model):
+        return base_model
+    parts = [part for part in re.split(r"[/\\]", base_model) if part.strip(".~: ")]
+    return parts[-1] if parts else "unnamed"
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_paths(v) for k, v in value.items() if not str(k).endswith(("_dir", "_path", "_file"))}
+    if isinstance(value, list | tuple):
+        return [_without_paths(item) for item in value]
+    if isinstance(value, PurePath):
+        return value.name
+    if isinstance(value, str) and (
+        PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute() or value.startswith("~")
+    ):
+        return _display_name(value)
+    return value
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    temporary = path.parent / f".svfit-{secrets.token_hex(8)}.tmp"  # same folder: os.replace can't cross disks
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SVFitError(f"'{path}' can't be written ({reason}): choose another place.") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_adapter(path: str | Path) -> Adapter:
+    """Read and check an adapter file; shifts come back as float32 on the CPU.
+
+    Nothing in the file is executed, no tensor is read before the header agrees with the file's size, and whatever is
+    not a whole, unharmed adapter of a known version raises SVFitError with one sentence.
+    """
+    path = Path(path)
+    payload_start = check_container(path)
+    try:
+        opened = safe_open(path, framework="pt")  # maps the file, checks every offset against its size
+    except (SafetensorError, OSError, ValueError) as error:
+        raise SVFitError(f"'{path}' is damaged or cut short ({error}): copy or download it again.") from None
+    with opened as file:
+        keys, metadata = list(file.keys()), dict(file.metadata() or {})
+        check_kind(path, keys, metadata)
+        targets = read_targets(path, metadata)
+        check_same_projections(path, keys, targets)
+        for name, rank in targets.items():
+            check_header_entry(path, name, rank, file.get_slice(name + SUFFIX))
+        if file_sha256(path, payload_start) != required(path, metadata, "payload_sha256").lower():
+            raise SVFitError(f"The values in '{path}' don't match its payload_sha256, so it is damaged: copy it again.")
+        shifts = {name: file.get_tensor(name + SUFFIX).to(torch.float32, copy=True) for name in targets}
+    for name, shift in shifts.items():
+        if not torch.isfinite(shift).all():
+            raise SVFitError(f"'{path}' holds NaN or infinity in '{name}{SUFFIX}': train the adapter again.")
+    return Adapter(
+        shifts=shifts,
+        base_model=required(path, metadata, "base_model"),
+        base_fingerprint=read_fingerprint(path, metadata),
+        instance_prompt=metadata.get("instance_prompt"),
+        class_prompt=metadata.get("class_prompt"),
+        training=json_object(path, metadata, "training") if "training" in metadata else {},
+        title=metadata.get("modelspec.title", ""),
+        architecture=metadata.get("modelspec.architecture", Adapter.architecture).removesuffix(f"/{FORMAT}"),
+        metadata=metadata,
+    )
+
+
+# ---------------------------------------------------------------- describing
+
+
+def describe_adapter(adapter: Adapter, path: str | Path | None = None) -> dict[str, Any]:
+    """What an adapter holds, as plain data for printing or JSON.
+
+    "components", "blocks" and "total" give projections, values, rank_min, rank_max and strength: the root mean square
+    of the shifts, in units of the base's singular values.  With `path`, "file_bytes" too.
+    """
+    by_component: dict[str, list[torch.Tensor]] = {}
+    by_block: dict[str, list[torch.Tensor]] = {}
+    for name in sorted(adapter.shifts, key=_natural):
+        by_component.setdefault(name.partition(".")[0], []).append(adapter.shifts[name])
+        by_block.setdefault(_block(name), []).append(adapter.shifts[name])
+    description: dict[str, Any] = {
+        "title": adapter.title,
+        "base_model": adapter.base_model,
+        "instance_prompt": adapter.instance_prompt,
+        "class_prompt": adapter.class_prompt,
+        "training": dict(adapter.training),
+        "components": {name: _summary(shifts) for name, shifts in by_component.items()},
+        "blocks": {name: _summary(shifts) for name, shifts in by_block.items()},
+        "total": _summary(list(adapter.shifts.values())),
+    }
+    if path is not None:
+        description["file_bytes"] = Path(path).stat().st_size
+    return description
+
+
+def _summary(shifts: list[torch.Tensor]) -> dict[str, int | float]:
+    ranks = [shift.numel() for shift in shifts] or [0]
+    squares = sum(shift.double().square().sum().item() for shift in shifts)
+    return {
+        "projections": len(shifts),
+        "values": sum(ranks),
+        "rank_min": min(ranks),
+        "rank_max": max(ranks),
+        "strength": (squares / max(sum(ranks), 1)) ** 0.5,
+    }
+
+
+def _block(name: str) -> str:
+    """'unet.down_blocks.0.attentions.1...' -> 'unet down_blocks.0'; a block without number keeps its plain name."""
+    component, *parts = name.split(".")
+    first_number = next((i for i, part in enumerate(parts) if part.isdecimal()), 0)
+    if first_number == 0 or parts[0].endswith("block"):
+        return f"{component} {parts[0]}"
+    return f"{component} {parts[first_number - 1]}.{parts[first_number]}"
+
+
+def _natural(name: str) -> str:
+    """Sorts layers.2 before layers.10."""
+    return re.sub(r"[0-9]+", lambda number: number[0].zfill(9), name)

@@ -1,0 +1,149 @@
+"""What an adapter file must be before its values are read: each refusal is one sentence.  Used by adapter.py only."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from svfit_dreambooth.errors import SVFitError
+
+FORMAT = "svfit"
+FORMAT_VERSION = 1
+SUFFIX = ".shift"
+DTYPES = ("F16", "F32", "BF16")  # safetensors' words for what a file may hold
+MAX_HEADER_BYTES = 16 * 2**20  # all of SDXL needs about 0.3 MB
+
+
+def check_container(path: Path) -> int:
+    """Refuse what can't be a safetensors file by its size and first bytes; return where its values begin."""
+    if path.is_dir():
+        raise SVFitError(f"'{path}' is a folder: name the adapter file in it.")
+    if not path.exists():
+        raise SVFitError(f"There is no file '{path}': check the path of the adapter.")
+    if not path.is_file():
+        raise SVFitError(f"'{path}' isn't a regular file: name an adapter file.")
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            head = file.read(9)
+    except OSError as error:
+        raise SVFitError(f"'{path}' can't be read ({error.strerror or error}): check its permissions.") from None
+    if size == 0:
+        raise SVFitError(f"'{path}' is empty: copy or download it again.")
+    header_bytes = int.from_bytes(head[:8], "little")
+    if head[8:] == b"{" and header_bytes <= MAX_HEADER_BYTES:
+        if 8 + header_bytes > size:
+            raise SVFitError(
+                f"'{path}' is cut short: its header alone needs {8 + header_bytes} bytes and the file has {size}; "
+                "copy or download it again."
+            )
+        return 8 + header_bytes
+    if re.match(rb"PK\x03\x04|\x80[\x02-\x05]", head):
+        raise SVFitError(
+            f"'{path}' is a pickle (.pt, .bin, .ckpt), which may run code when opened, and is not read: "
+            "ask for a safetensors file."
+        )
+    if head[8:] == b"{":
+        raise SVFitError(f"The header of '{path}' claims {header_bytes} bytes, {MAX_HEADER_BYTES} is the limit here.")
+    raise SVFitError(f"'{path}' isn't a safetensors file: name the .safetensors file that training wrote.")
+
+
+def check_kind(path: Path, keys: list[str], metadata: dict[str, str]) -> None:
+    """Refuse other safetensors files, by what they are, and versions to come."""
+    if any(re.search(r"lora_(A|B|up|down|unet|te)|\.lora\.|\.alpha$", key) for key in keys):
+        raise SVFitError(f"'{path}' is a LoRA, not an SVFit adapter: load it with pipeline.load_lora_weights.")
+    if metadata.get("format") != FORMAT:
+        if any(key.endswith(".delta") for key in keys):
+            raise SVFitError(f"'{path}' holds spectral shifts of SVDiff ('.delta'), not an SVFit adapter: train anew.")
+        found = f"its format is {metadata['format']!r}" if "format" in metadata else "it names no format"
+        raise SVFitError(
+            f"'{path}' is a safetensors file but not an SVFit adapter ({found}, an adapter's is {FORMAT!r}): "
+            "name the file that training wrote."
+        )
+    version = required(path, metadata, "format_version")
+    if not re.fullmatch(r"[0-9]{1,9}", version) or int(version) < 1:
+        raise SVFitError(f"'{path}' has format_version {version!r}, which is no version number: save it again.")
+    if int(version) > FORMAT_VERSION:
+        raise SVFitError(
+            f"'{path}' has format_version {version}, this program reads up to {FORMAT_VERSION}: "
+            "update svfit_dreambooth."
+        )
+
+
+def required(path: Path, metadata: dict[str, str], key: str) -> str:
+    """A field that every adapter has."""
+    if key not in metadata:
+        raise SVFitError(f"The header of '{path}' lacks '{key}': save the adapter again.")
+    return metadata[key]
+
+
+def json_object(path: Path, metadata: dict[str, str], key: str) -> dict[str, Any]:
+    """A required field, parsed."""
+    text = required(path, metadata, key)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        shown = text if len(text) <= 40 else text[:40] + "..."
+        raise SVFitError(f"'{key}' in the header of '{path}' isn't a JSON object ({shown!r}): save the adapter again.")
+    return value
+
+
+def read_fingerprint(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    """Component -> {"sha256": text, "sample": numbers}, as the base's weights are told apart by."""
+    fingerprint = json_object(path, metadata, "base_fingerprint")
+    for component, entry in fingerprint.items():
+        sample = entry.get("sample") if isinstance(entry, dict) else None
+        if not isinstance(sample, list) or not all(type(x) in (int, float) and abs(x) < 1e300 for x in sample):
+            raise SVFitError(
+                f"'base_fingerprint' in '{path}' has no sample of numbers for '{component}': save it again."
+            )
+        if not isinstance(entry.get("sha256"), str):
+            raise SVFitError(f"'base_fingerprint' in '{path}' has no sha256 for '{component}': save it again.")
+    return fingerprint
+
+
+def read_targets(path: Path, metadata: dict[str, str]) -> dict[str, int]:
+    """Projection -> rank, as the header lists them, with or without ".shift"."""
+    targets = {name.removesuffix(SUFFIX): r for name, r in json_object(path, metadata, "targets").items()}
+    for name, rank in targets.items():
+        if type(rank) is not int or rank < 1:
+            raise SVFitError(f"'targets' in '{path}' gives '{name}' the rank {rank!r}: it must be 1 or more.")
+    if not targets:
+        raise SVFitError(f"'{path}' lists no targets, so there is nothing to apply: train it again.")
+    return targets
+
+
+def check_same_projections(path: Path, keys: list[str], targets: dict[str, int]) -> None:
+    """Refuse a file that holds less or more than its header lists."""
+    expected = {name + SUFFIX for name in targets}
+    if missing := sorted(expected - set(keys)):
+        raise SVFitError(
+            f"'{path}' lacks {len(missing)} of the {len(expected)} tensors its targets list, first '{missing[0]}': "
+            "copy or download it again."
+        )
+    if surplus := sorted(set(keys) - expected):
+        raise SVFitError(
+            f"'{path}' holds {len(surplus)} tensors that its targets don't list, first '{surplus[0]}': save it again."
+        )
+
+
+def check_header_entry(path: Path, name: str, rank: int, entry: Any) -> None:
+    """Refuse a tensor by the shape and type its header gives (`entry`: safe_open's get_slice)."""
+    shape, dtype = list(entry.get_shape()), entry.get_dtype()
+    if shape != [rank]:
+        raise SVFitError(f"'{name}{SUFFIX}' in '{path}' has shape {shape}, its targets say [{rank}]: save it again.")
+    if dtype not in DTYPES:
+        raise SVFitError(f"'{name}{SUFFIX}' in '{path}' is {dtype}, only {', '.join(DTYPES)} are read: save it again.")
+
+
+def file_sha256(path: Path, start: int) -> str:
+    """SHA-256 of everything from byte `start` to the end."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        file.seek(start)
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
