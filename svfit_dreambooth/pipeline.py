@@ -1,0 +1,240 @@
+"""Adapters on a diffusers pipeline: load, set strengths, unload.
+
+Each component (UNet, text encoder) carries its loaded adapters with it, so pipelines that share components share
+adapters.  All adapters of a base lie along the same directions: what a layer computes with is the sum of their
+shifts, each times its strength.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate.hooks import AlignDevicesHook, SequentialHook
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from svfit_dreambooth.adapter import Adapter, read_adapter
+from svfit_dreambooth.attention import (
+    add_shifts,
+    find_projections,
+    merged,
+    patch_layers,
+    remove_svfit,
+    set_shifts,
+    svfit_layers,
+)
+from svfit_dreambooth.base_model import pipeline_components
+from svfit_dreambooth.basis import model_basis, same_base
+from svfit_dreambooth.errors import SVFitError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Loaded:
+    """One adapter on one component: its shifts by canonical name, without the component, and its strength."""
+
+    shifts: dict[str, Tensor]
+    scale: float
+
+
+def load_adapter(
+    pipeline: DiffusionPipeline,
+    adapter: str | Path | Adapter,
+    scale: float = 1.0,
+    name: str | None = None,
+    *,
+    allow_other_base: bool = False,
+    basis_cache_dir: str | Path | None = None,
+) -> str:
+    """Loads an adapter file onto `pipeline` beside those already there; `pipeline(prompt)` then uses it.
+
+    `scale`: its strength, 1 as trained.  `name`: how `set_adapters` and `unload_adapter` call it, by default the
+    file's name without suffix; it is returned.  Offloaded pipelines stay offloaded.
+    Raises SVFitError for a bad file, a name in use, and a pipeline that holds another base than the adapter was
+    trained on, unless `allow_other_base` (for fine-tunes of the same family).
+    """
+    if not isinstance(adapter, Adapter):
+        name = name or Path(adapter).stem
+        adapter = read_adapter(adapter)
+    name = name or adapter.title or "adapter"
+    components = pipeline_components(pipeline)
+    if name in loaded_adapters(pipeline):
+        raise SVFitError(f"an adapter named {name!r} is loaded already: unload it first, or give another name.")
+    missing = set(adapter.components) - set(components)
+    if missing:
+        raise SVFitError(f"the adapter {name!r} changes {', '.join(sorted(missing))}, which this pipeline lacks.")
+    shifts = {
+        component: {
+            key.partition(".")[2]: shift for key, shift in adapter.shifts.items() if key.startswith(component + ".")
+        }
+        for component in adapter.components
+    }
+    with offloading_lifted(pipeline):
+        weights = _base_weights(components, shifts, name, adapter)
+        _check_base(pipeline, adapter, name, weights, allow_other_base)
+        for component, own in shifts.items():
+            model = components[component]
+            if svfit_layers(model) and not _registry(model):
+                raise SVFitError(f"the {component} is being trained: finish with remove_svfit before loading adapters.")
+            _widen(component, model, own, weights, basis_cache_dir)
+        for component, own in shifts.items():
+            _registry(components[component])[name] = Loaded(own, float(scale))
+            _refresh(components[component])
+    return name
+
+
+def set_adapters(pipeline: DiffusionPipeline, strengths: Mapping[str, float]) -> None:
+    """Sets the strengths of loaded adapters by name; those not named rest at 0.  Nothing is reloaded."""
+    present = loaded_adapters(pipeline)
+    for name in strengths:
+        if name not in present:
+            raise SVFitError(f"no adapter named {name!r} is loaded, only: {', '.join(present) or 'none'}.")
+    with offloading_lifted(pipeline):
+        for model in pipeline_components(pipeline).values():
+            for name, loaded in _registry(model).items():
+                loaded.scale = float(strengths.get(name, 0.0))
+            _refresh(model)
+
+
+def unload_adapter(pipeline: DiffusionPipeline, name: str | None = None) -> None:
+    """Takes off the adapter `name`, or all of them; without any, the pipeline is the base again, to the bit."""
+    present = loaded_adapters(pipeline)
+    if name is not None and name not in present:
+        raise SVFitError(f"no adapter named {name!r} is loaded, only: {', '.join(present) or 'none'}.")
+    with offloading_lifted(pipeline):
+        for model in pipeline_components(pipeline).values():
+            registry = _registry(model)
+            for gone in [name] if name is not None else list(registry):
+                registry.pop(gone, None)
+            if registry:
+                _refresh(model)
+            else:
+                remove_svfit(model)
+
+
+def loaded_adapters(pipeline: DiffusionPipeline) -> dict[str, float]:
+    """Names and strengths of the adapters on `pipeline`."""
+    return {
+        name: loaded.scale
+        for model in pipeline_components(pipeline).values()
+        for name, loaded in _registry(model).items()
+    }
+
+
+@contextmanager
+def merge_adapters(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Within it the adapters are merged into the weights, which then cost nothing extra; afterwards as before."""
+    with ExitStack() as stack:
+        if not _sequentially_offloaded(pipeline):
+            for model in pipeline_components(pipeline).values():
+                stack.enter_context(merged(model))
+        yield
+
+
+@contextmanager
+def offloading_lifted(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Within it the weights are real, also under sequential CPU offload, which otherwise leaves none in the layers."""
+    if not _sequentially_offloaded(pipeline):
+        yield
+        return
+    device = next(
+        hook.execution_device
+        for model in pipeline_components(pipeline).values()
+        for module in model.modules()
+        for hook in _hooks(module)
+        if isinstance(hook, AlignDevicesHook) and hook.execution_device is not None
+    )
+    pipeline.remove_all_hooks()
+    try:
+        yield
+    finally:
+        pipeline.enable_sequential_cpu_offload(device=device)
+
+
+def _hooks(module: nn.Module) -> list[object]:
+    hook = getattr(module, "_hf_hook", None)
+    return list(hook.hooks) if isinstance(hook, SequentialHook) else [hook]
+
+
+def _sequentially_offloaded(pipeline: DiffusionPipeline) -> bool:
+    return any(
+        isinstance(hook, AlignDevicesHook) and hook.offload
+        for model in pipeline_components(pipeline).values()
+        for module in model.modules()
+        for hook in _hooks(module)
+    )
+
+
+def _registry(model: nn.Module) -> dict[str, Loaded]:
+    model = getattr(model, "_orig_mod", model)
+    if not hasattr(model, "svfit_adapters"):
+        model.svfit_adapters = {}  # type: ignore[assignment]
+    return model.svfit_adapters  # type: ignore[return-value]
+
+
+def _base_weights(
+    components: Mapping[str, nn.Module], shifts: Mapping[str, Mapping[str, Tensor]], name: str, adapter: Adapter
+) -> dict[str, Tensor]:
+    """The base's weights that the adapter changes: "<component>.<path>" -> (out, in)."""
+    weights = {}
+    for component, own in shifts.items():
+        found = find_projections(components[component], "all-linear")
+        for path, shift in own.items():
+            layer = found[path][2] if path in found else None
+            if layer is None or len(shift) > min(layer.weight.shape):
+                raise SVFitError(
+                    f"the adapter {name!r} was trained on {adapter.base_model}, whose {component} is built otherwise "
+                    f"than this one ({path}): load it on that base."
+                )
+            unmerged = getattr(layer, "unmerged_weight", None)
+            weights[f"{component}.{path}"] = layer.weight.detach() if unmerged is None else unmerged
+    return weights
+
+
+def _check_base(
+    pipeline: DiffusionPipeline, adapter: Adapter, name: str, weights: Mapping[str, Tensor], allow_other_base: bool
+) -> None:
+    likeness = same_base(adapter.base_fingerprint, weights)
+    here = pipeline.config.get("_name_or_path") or "another model"
+    if likeness == "similar":
+        logger.warning(
+            "the adapter %r was trained on a more precise or slightly different copy of this base (%s): pictures "
+            "will differ a little from those of its author.",
+            name,
+            adapter.base_model,
+        )
+    if likeness == "different" and not allow_other_base:
+        raise SVFitError(
+            f"the adapter {name!r} was trained on {adapter.base_model}, and this pipeline holds other weights "
+            f"({Path(here).name}): load it on that base, export it from there as a LoRA, or, for a fine-tune of the "
+            "same family, allow the other base explicitly."
+        )
+
+
+def _widen(
+    component: str,
+    model: nn.Module,
+    shifts: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    basis_cache_dir: str | Path | None,
+) -> None:
+    """Gives every layer named in `shifts` a basis of at least the rank that its shift needs."""
+    present = svfit_layers(model)
+    narrow = {path: len(s) for path, s in shifts.items() if path not in present or present[path].rank < len(s)}
+    if not narrow:
+        return
+    bases = model_basis(
+        {path: weights[f"{component}.{path}"] for path in narrow},
+        narrow,
+        cache_dir=None if basis_cache_dir is None else Path(basis_cache_dir),
+        description=f"decomposing the {component}",
+    )
+    for layer in patch_layers(model, bases).values():
+        layer.shift.requires_grad_(False)
+
+
+def _refresh(model: nn.Module) -> None:
+    set_shifts(model, add_shifts([(loaded.shifts, loaded.scale) for loaded in _registry(model).values()]))

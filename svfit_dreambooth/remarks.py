@@ -1,0 +1,21 @@
+"""Remarks of the libraries that lead a user nowhere, silenced one by one, each by its own words.
+
+Importing this module before diffusers and transformers installs the filters.
+"""
+
+import logging
+
+# logger -> the words of the remark
+REMARKS = {
+    # nothing here uses torchvision
+    "transformers.utils.import_utils": "requires torchvision (not installed)",
+    # AutoencoderTiny writes a key into its own config that it then calls unexpected
+    "diffusers.configuration_utils": "were passed to AutoencoderTiny, but are not expected",
+    # the list of modules in question is empty
+    "diffusers.models.modeling_utils": "should be kept in float32: []",
+    # training needs no content filter, as it shows no picture
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion": "You have disabled the safety checker",
+}
+
+for _logger, _words in REMARKS.items():
+    logging.getLogger(_logger).addFilter(lambda record, words=_words: words not in record.getMessage())  # type: ignore[misc]

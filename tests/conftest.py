@@ -1,0 +1,129 @@
+"""Tiny pipelines built from configs: the real classes, random weights, no network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from toybox.tokenizer import build_tokenizer
+
+torch.set_num_threads(1)  # the models are too small for more, and test runs share the machine
+
+WORDS = "a photo of dog cat mug on the beach in snow sks".split()
+
+
+def tiny_unet(**changes):
+    config = dict(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=24,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    )
+    return UNet2DConditionModel(**{**config, **changes})
+
+
+def tiny_text_encoder(vocabulary_size):
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=vocabulary_size,
+            hidden_size=24,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=77,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+        )
+    )
+
+
+def tiny_pipeline(vae="kl", prediction_type="epsilon", seed=0):
+    """A Stable Diffusion pipeline of a few thousand weights; `vae`: "kl" (AutoencoderKL) or "tiny" (AutoencoderTiny)."""
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer(WORDS, max_length=77)
+    if vae == "kl":
+        autoencoder = AutoencoderKL(
+            block_out_channels=(8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=4,
+            latent_channels=4,
+        )
+    else:
+        autoencoder = AutoencoderTiny(
+            encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            num_encoder_blocks=(1, 1),
+            num_decoder_blocks=(1, 1),
+        )
+    pipeline = StableDiffusionPipeline(
+        vae=autoencoder,
+        text_encoder=tiny_text_encoder(len(tokenizer)),
+        tokenizer=tokenizer,
+        unet=tiny_unet(),
+        scheduler=DDIMScheduler(
+            beta_schedule="scaled_linear",
+            beta_start=0.00085,
+            beta_end=0.012,
+            clip_sample=False,
+            prediction_type=prediction_type,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory):
+    """Folder of a tiny pipeline with AutoencoderKL."""
+    folder = tmp_path_factory.mktemp("bases") / "tiny-kl"
+    tiny_pipeline("kl").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_base_v(tmp_path_factory):
+    """Folder of a tiny pipeline with AutoencoderTiny that predicts v."""
+    folder = tmp_path_factory.mktemp("bases") / "tiny-v"
+    tiny_pipeline("tiny", "v_prediction", seed=1).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photo_folder(tmp_path_factory):
+    """Three small photos of coloured noise."""
+    folder = tmp_path_factory.mktemp("photos") / "my dog"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for index, size in enumerate([(40, 30), (24, 36), (32, 32)]):
+        pixels = generator.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"photo {index}.png")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """No test reads or writes the user's cache."""
+    monkeypatch.setenv("SVFIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

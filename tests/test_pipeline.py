@@ -1,0 +1,188 @@
+"""Adapters on a pipeline: load, set strengths, unload, on whatever kind of pipeline."""
+
+import logging
+
+import pytest
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, attach_align_device_hook
+from conftest import tiny_pipeline
+
+from svfit_dreambooth import load_adapter, merge_adapters, save_adapter, set_adapters, unload_adapter
+from svfit_dreambooth.adapter import Adapter
+from svfit_dreambooth.attention import find_projections, svfit_layers
+from svfit_dreambooth.basis import fingerprint
+from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.pipeline import loaded_adapters
+
+
+@pytest.fixture
+def pipeline():
+    return tiny_pipeline()
+
+
+def make_adapter(pipeline, seed=0, rank=None, components=("unet", "text_encoder"), scale=0.5):
+    generator = torch.Generator().manual_seed(seed)
+    weights = {
+        f"{component}.{name}": layer.weight
+        for component in components
+        for name, (_, _, layer) in find_projections(getattr(pipeline, component)).items()
+    }
+    shifts = {
+        name: scale * torch.randn(min(rank or 99, *weight.shape), generator=generator)
+        for name, weight in weights.items()
+    }
+    return Adapter(shifts=shifts, base_model="tiny", base_fingerprint=fingerprint(weights), title=f"adapter{seed}")
+
+
+def paint(pipeline, **options):
+    return torch.tensor(
+        pipeline(
+            "a photo of sks dog",
+            num_inference_steps=2,
+            generator=torch.Generator().manual_seed(0),
+            output_type="np",
+            height=16,
+            width=16,
+            **options,
+        ).images
+    )
+
+
+def test_load_from_file_and_unload_to_the_bit(pipeline, tmp_path):
+    base = paint(pipeline)
+    path = save_adapter(make_adapter(pipeline), tmp_path / "dog.safetensors")
+    assert load_adapter(pipeline, path) == "dog"
+    adapted = paint(pipeline)
+    assert (adapted - base).abs().max() > 0.01
+    assert loaded_adapters(pipeline) == {"dog": 1.0}
+    unload_adapter(pipeline)
+    assert torch.equal(paint(pipeline), base)
+    assert not svfit_layers(pipeline.unet) and not loaded_adapters(pipeline)
+
+
+def test_strengths(pipeline):
+    base = paint(pipeline)
+    load_adapter(pipeline, make_adapter(pipeline), name="dog")
+    adapted = paint(pipeline)
+    set_adapters(pipeline, {"dog": 0.0})
+    assert torch.equal(paint(pipeline), base)
+    set_adapters(pipeline, {"dog": 0.5})
+    half = paint(pipeline)
+    assert not torch.allclose(half, adapted) and not torch.allclose(half, base)
+    set_adapters(pipeline, {"dog": 1.0})
+    assert torch.equal(paint(pipeline), adapted)
+
+
+def test_several_adapters_add_up_whatever_their_ranks(pipeline):
+    small, large = make_adapter(pipeline, 1, rank=3, components=("unet",)), make_adapter(pipeline, 2)
+    load_adapter(pipeline, small, 0.7)
+    load_adapter(pipeline, large, 0.4)
+    both = paint(pipeline)
+    total = {name: 0.4 * shift for name, shift in large.shifts.items()}
+    for name, shift in small.shifts.items():
+        total[name][:3] += 0.7 * shift[: len(total[name])]
+    other = tiny_pipeline()
+    load_adapter(other, Adapter(shifts=total, base_model="tiny", base_fingerprint=large.base_fingerprint, title="sum"))
+    assert torch.allclose(paint(other), both, atol=1e-4)
+    unload_adapter(pipeline, "adapter2")
+    alone = tiny_pipeline()
+    load_adapter(alone, small, 0.7)
+    assert torch.allclose(paint(pipeline), paint(alone), atol=1e-5)
+
+
+def test_merging_gives_the_same_pictures_and_is_undone(pipeline):
+    load_adapter(pipeline, make_adapter(pipeline))
+    adapted = paint(pipeline)
+    with merge_adapters(pipeline):
+        assert torch.allclose(paint(pipeline), adapted, atol=1e-4)
+        set_adapters(pipeline, {"adapter0": 0.0})
+        set_adapters(pipeline, {"adapter0": 1.0})
+        assert torch.allclose(paint(pipeline), adapted, atol=1e-4)
+    assert torch.equal(paint(pipeline), adapted)
+
+
+def test_a_base_loaded_in_float16_takes_the_same_adapter_silently(pipeline, caplog):
+    adapter = make_adapter(pipeline)
+    half = tiny_pipeline().to(torch.float16).to(torch.float32)
+    with caplog.at_level(logging.WARNING):
+        load_adapter(half, adapter)
+    assert not [record for record in caplog.records if record.name.startswith("svfit")]
+    load_adapter(pipeline, adapter)
+    assert (paint(half) - paint(pipeline)).abs().max() < 0.02
+
+
+def test_a_bfloat16_copy_loads_with_a_notice(pipeline, caplog):
+    adapter = make_adapter(pipeline)
+    rounded = tiny_pipeline().to(torch.bfloat16).to(torch.float32)
+    with caplog.at_level(logging.WARNING):
+        load_adapter(rounded, adapter)
+    assert "more precise or slightly different copy" in caplog.text
+
+
+def test_another_base_is_refused_unless_allowed(pipeline):
+    adapter = make_adapter(pipeline)
+    other = tiny_pipeline(seed=5)
+    base = paint(other)
+    with pytest.raises(SVFitError, match="was trained on tiny, and this pipeline holds other weights"):
+        load_adapter(other, adapter)
+    assert torch.equal(paint(other), base) and not loaded_adapters(other)
+    load_adapter(other, adapter, allow_other_base=True)
+    assert not torch.allclose(paint(other), base)
+
+
+def test_refusals(pipeline):
+    adapter = make_adapter(pipeline)
+    load_adapter(pipeline, adapter, name="dog")
+    with pytest.raises(SVFitError, match="'dog' is loaded already"):
+        load_adapter(pipeline, adapter, name="dog")
+    with pytest.raises(SVFitError, match="no adapter named 'cat' is loaded, only: dog"):
+        set_adapters(pipeline, {"cat": 1.0})
+    with pytest.raises(SVFitError, match="no adapter named 'cat'"):
+        unload_adapter(pipeline, "cat")
+    stranger = Adapter(shifts={"unet.nowhere.to_q": torch.ones(2)}, base_model="x", base_fingerprint={}, title="x")
+    with pytest.raises(SVFitError, match=r"trained on x, whose unet is built otherwise than this one \(nowhere.to_q\)"):
+        load_adapter(pipeline, stranger)
+    sdxl = Adapter(shifts={"text_encoder_2.a.q_proj": torch.ones(2)}, base_model="x", base_fingerprint={}, title="y")
+    with pytest.raises(SVFitError, match="changes text_encoder_2, which this pipeline lacks"):
+        load_adapter(pipeline, sdxl)
+
+
+def test_sequential_cpu_offload_stays_on(pipeline, monkeypatch):
+    def offload(device):
+        # what diffusers does, without accelerate's sharing of tied weights, which fails when both devices are the CPU
+        weights = {name: tensor.detach().clone() for name, tensor in pipeline.unet.state_dict().items()}
+        add_hook_to_module(pipeline.unet, AlignDevicesHook(device, io_same_device=True), append=True)
+        attach_align_device_hook(pipeline.unet, execution_device=device, offload=True, weights_map=weights)
+
+    load_adapter(pipeline, make_adapter(pipeline), name="dog")
+    adapted = paint(pipeline)
+    unload_adapter(pipeline)
+    base = paint(pipeline)
+    monkeypatch.setattr(pipeline, "enable_sequential_cpu_offload", offload)
+    pipeline.enable_sequential_cpu_offload(device=torch.device("cpu"))
+    assert next(pipeline.unet.parameters()).is_meta
+    load_adapter(pipeline, make_adapter(tiny_pipeline()), name="dog")
+    assert next(pipeline.unet.parameters()).is_meta
+    assert torch.allclose(paint(pipeline), adapted, atol=1e-5)
+    set_adapters(pipeline, {"dog": 0.0})
+    assert torch.allclose(paint(pipeline), base, atol=1e-5)
+    unload_adapter(pipeline)
+    assert next(pipeline.unet.parameters()).is_meta
+    assert torch.equal(paint(pipeline), base)
+
+
+def test_model_cpu_offload_stays_on(pipeline):
+    pipeline.enable_model_cpu_offload(device="cpu")
+    load_adapter(pipeline, make_adapter(tiny_pipeline()), name="dog")
+    other = tiny_pipeline()
+    load_adapter(other, make_adapter(other), name="dog")
+    assert torch.allclose(paint(pipeline), paint(other), atol=1e-5)
+    assert hasattr(pipeline.unet, "_hf_hook")
+
+
+def test_pipelines_that_share_components_share_adapters(pipeline):
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    other = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
+    load_adapter(other, make_adapter(pipeline), name="dog")
+    assert loaded_adapters(pipeline) == {"dog": 1.0}
