@@ -1,0 +1,233 @@
+"""The main job on tiny pipelines: photos to adapter, and the adapter opened again through the public loader."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_pipeline
+
+from svfit_dreambooth import TrainConfig, load_adapter, read_adapter, train
+from svfit_dreambooth.attention import svfit_layers
+from svfit_dreambooth.config import parse_config
+from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.training import Denoiser
+
+
+@pytest.fixture
+def config(tiny_base, photo_folder, tmp_path):
+    return dict(
+        pretrained_model_name_or_path=str(tiny_base),
+        instance_data_dir=str(photo_folder),
+        instance_prompt="a photo of sks dog",
+        output_dir=str(tmp_path / "the run"),
+        max_train_steps=6,
+        train_batch_size=2,
+        resolution=16,
+        fixed_loss_examples=4,
+    )
+
+
+def same_shifts(first, second):
+    a, b = read_adapter(first).shifts, read_adapter(second).shifts
+    return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_photos_to_adapter(config):
+    steps = []
+    result = train(TrainConfig(**{**config, "max_train_steps": 60}), on_step=lambda step: steps.append(step))
+    assert [step.step for step in steps] == list(range(1, 61)) and result.steps == 60 and not result.stopped
+    assert result.loss_after < 0.95 * result.loss_before
+    assert result.adapter_path.name == "my-dog.safetensors" and result.file_bytes < 20_000
+    adapter = read_adapter(result.adapter_path)
+    assert result.values == sum(adapter.ranks.values()) == 624
+    assert adapter.components == ["unet"] and adapter.base_model == "tiny-kl"
+    assert adapter.instance_prompt == "a photo of sks dog"
+    assert str(config["output_dir"]) not in json.dumps(adapter.metadata)
+    pipeline = result.run.base.pipeline
+    assert not svfit_layers(pipeline.unet)
+    load_adapter(pipeline, result.adapter_path)
+    assert len(svfit_layers(pipeline.unet)) == 32
+    resolved = parse_config(["--config", f"{config['output_dir']}/config.yaml"], prog="train")
+    assert resolved.resolution == 16 and resolved.adapter_name == "my-dog"
+
+
+def test_the_seed_fixes_everything(config, tmp_path):
+    paths = [
+        train(TrainConfig(**{**config, "output_dir": str(tmp_path / name), "seed": seed})).adapter_path
+        for name, seed in [("a", 1), ("b", 1), ("c", 2)]
+    ]
+    assert same_shifts(paths[0], paths[1]) and not same_shifts(paths[0], paths[2])
+
+
+def test_accumulated_batches_equal_one_large_batch(config, tmp_path):
+    options = {**config, "adam_epsilon": 1e-3, "save_dtype": "float32", "max_grad_norm": 1e9}
+    large = train(TrainConfig(**{**options, "train_batch_size": 4, "output_dir": str(tmp_path / "a")}))
+    small = train(
+        TrainConfig(
+            **{**options, "train_batch_size": 2, "gradient_accumulation_steps": 2, "output_dir": str(tmp_path / "b")}
+        )
+    )
+    first, second = read_adapter(large.adapter_path).shifts, read_adapter(small.adapter_path).shifts
+    assert all(torch.allclose(first[name], second[name], rtol=1e-3, atol=1e-5) for name in first)
+
+
+def test_text_encoder_v_prediction_and_checkpointing(config, tiny_base_v):
+    options = {**config, "pretrained_model_name_or_path": str(tiny_base_v), "train_text_encoder": True}
+    result = train(TrainConfig(**options, gradient_checkpointing=True, text_encoder_lr=0.05))
+    adapter = read_adapter(result.adapter_path)
+    assert adapter.components == ["text_encoder", "unet"]
+    assert all(shift.any() for name, shift in adapter.shifts.items() if name.startswith("text_encoder"))
+
+
+def test_gradient_checkpointing_does_not_change_the_result(config, tmp_path):
+    paths = [
+        train(
+            TrainConfig(
+                **{**config, "output_dir": str(tmp_path / str(flag))},
+                gradient_checkpointing=flag,
+                train_text_encoder=True,
+                save_dtype="float32",
+            )
+        ).adapter_path
+        for flag in (False, True)
+    ]
+    first, second = (read_adapter(path).shifts for path in paths)
+    assert all(torch.allclose(first[name], second[name], atol=1e-3) for name in first)
+
+
+@pytest.mark.parametrize("precision", ["bf16"])
+def test_mixed_precision(config, precision):
+    result = train(TrainConfig(**config, mixed_precision=precision, train_text_encoder=True))
+    shifts = read_adapter(result.adapter_path).shifts
+    assert all(torch.isfinite(shift).all() for shift in shifts.values()) and any(s.any() for s in shifts.values())
+
+
+@pytest.mark.parametrize(("options", "rank"), [({"rank": 5}, {5}), ({"rank": 999}, {16, 24, 32})])
+def test_ranks_are_capped_by_the_layer(config, options, rank):
+    result = train(TrainConfig(**config, **options))
+    assert set(read_adapter(result.adapter_path).ranks.values()) == rank
+
+
+def test_energy_gives_every_layer_its_own_rank(config):
+    ranks = read_adapter(train(TrainConfig(**config, energy=0.5)).adapter_path).ranks
+    assert len(set(ranks.values())) > 1 and max(ranks.values()) < 32
+
+
+def test_target_modules(config):
+    result = train(TrainConfig(**config, target_modules=["attn2.to_k", "attn2.to_v"]))
+    assert {name.rsplit(".", 2)[1:][0] for name in read_adapter(result.adapter_path).shifts} == {"attn2"}
+
+
+def test_on_step_stops_cleanly(config):
+    result = train(TrainConfig(**config), on_step=lambda step: step.step == 2)
+    assert result.stopped and result.steps == 2 and "stopped early" in result.summary()
+    assert any(shift.any() for shift in read_adapter(result.adapter_path).shifts.values())
+
+
+def test_ctrl_c_saves_what_was_learnt(config):
+    def interrupt(step):
+        if step.step == 3:
+            raise KeyboardInterrupt
+
+    result = train(TrainConfig(**config), on_step=interrupt)
+    assert result.stopped and result.steps == 3 and result.adapter_path.is_file()
+
+
+def test_init_adapter_continues(config, tmp_path):
+    first = train(TrainConfig(**config))
+    options = {**config, "output_dir": str(tmp_path / "second"), "init_adapter": str(first.adapter_path)}
+    second = train(TrainConfig(**{**options, "learning_rate": 1e-9}))
+    assert second.loss_before == pytest.approx(first.loss_after, rel=1e-3)
+    assert same_shifts(first.adapter_path, second.adapter_path)
+    with pytest.raises(SVFitError, match="which this run does not train"):
+        train(TrainConfig(**{**options, "target_modules": ["to_q"]}))
+
+
+def test_init_adapter_of_another_base_is_refused(config, tiny_base_v, tmp_path):
+    first = train(TrainConfig(**config))
+    options = {**config, "pretrained_model_name_or_path": str(tiny_base_v), "output_dir": str(tmp_path / "second")}
+    with pytest.raises(SVFitError, match="was trained on another base model, tiny-kl"):
+        train(TrainConfig(**options, init_adapter=str(first.adapter_path)))
+
+
+def test_captions_take_the_place_of_the_prompt(config, photo_folder, tmp_path):
+    folder = tmp_path / "captioned"
+    folder.mkdir()
+    for photo in photo_folder.glob("*.png"):
+        (folder / photo.name).write_bytes(photo.read_bytes())
+        (folder / photo.name).with_suffix(".txt").write_text("sks dog in the snow")
+    options = {**config, "instance_data_dir": str(folder), "instance_prompt": None}
+    assert train(TrainConfig(**options)).steps == 6
+    next(folder.glob("*.txt")).unlink()
+    with pytest.raises(SVFitError, match="--instance_prompt is missing"):
+        train(TrainConfig(**options))
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_sentence(config, monkeypatch):
+    monkeypatch.setattr(Denoiser, "_loss", lambda self, *args: torch.tensor(float("nan"), requires_grad=True))
+    with pytest.raises(SVFitError, match="the loss is nan at step 1: lower --learning_rate"):
+        train(TrainConfig(**config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"instance_data_dir": "/no/such/folder"}, "There is no folder '/no/such/folder'"),
+        ({"instance_data_dir": None}, "--instance_data_dir is missing"),
+        ({"instance_prompt": None}, "--instance_prompt is missing"),
+        ({"resolution": 17}, "--resolution 17 is not a multiple of 2.*use 16"),
+        ({"lr_scheduler": "zigzag"}, "--lr_scheduler is 'zigzag', but must be one of: linear"),
+        ({"pretrained_model_name_or_path": "/no/model"}, "/no/model is no base model"),
+        ({"pretrained_model_name_or_path": "model.ckpt"}, "model.ckpt is no base model"),
+        ({"target_modules": ["to_z"]}, "'to_z' matches no linear layer"),
+        ({"init_adapter": "/no/adapter"}, "--init_adapter /no/adapter does not exist"),
+        ({"adapter_name": "../escape"}, "'../escape' is no file name"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_anything_slow(config, changes, sentence, monkeypatch):
+    monkeypatch.setattr("svfit_dreambooth.training.encode_examples", None)  # never reached
+    with pytest.raises(SVFitError, match=sentence) as error:
+        train(TrainConfig(**{**config, **changes}))
+    assert "\n" not in str(error.value)
+
+
+def test_base_folders_that_are_none(config, tmp_path):
+    with pytest.raises(SVFitError, match="is not a diffusers model folder"):
+        train(TrainConfig(**{**config, "pretrained_model_name_or_path": str(tmp_path)}))
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(SVFitError, match="is a FluxPipeline"):
+        train(TrainConfig(**{**config, "pretrained_model_name_or_path": str(tmp_path)}))
+    (tmp_path / "model.ckpt").write_bytes(b"\x80")
+    with pytest.raises(SVFitError, match="pickled files are never opened"):
+        train(TrainConfig(**{**config, "pretrained_model_name_or_path": str(tmp_path / "model.ckpt")}))
+
+
+def test_a_folder_of_text_files_and_an_empty_one(config, tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    with pytest.raises(SVFitError, match="holds nothing"):
+        train(TrainConfig(**{**config, "instance_data_dir": str(folder)}))
+    (folder / "notes.txt").write_text("no picture")
+    with pytest.raises(SVFitError, match="no usable photo"):
+        train(TrainConfig(**{**config, "instance_data_dir": str(folder)}))
+
+
+def test_an_output_that_cannot_be_written(config, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SVFitError, match="--output_dir .* cannot be written"):
+        train(TrainConfig(**{**config, "output_dir": str(tmp_path / "file" / "run")}))
+
+
+def test_sequence_of_examples_covers_the_photos(config):
+    result = train(TrainConfig(**config))
+    run = result.run
+    from svfit_dreambooth.preparation import encode_examples
+
+    examples = encode_examples(run, torch.device("cpu"))
+    pipeline = tiny_pipeline()
+    model = Denoiser(run, examples, pipeline.unet, pipeline.text_encoder, torch.device("cpu"), torch.float32)
+    photos = [int(model._draw(number)[0]) for number in range(9)]
+    assert all(sorted(photos[i : i + 3]) == [0, 1, 2] for i in (0, 3, 6))
+    again, other = model._draw(4), model._draw(5)
+    assert all(torch.equal(a, b) for a, b in zip(model._draw(4), again, strict=True))
+    assert not torch.equal(again[2], other[2])
