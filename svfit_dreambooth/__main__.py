@@ -1,0 +1,8 @@
+"""`python -m svfit_dreambooth COMMAND`."""
+
+import sys
+
+from svfit_dreambooth.commands import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""The command lines: they parse and print, and decide nothing.
+
+Heavy imports happen inside the commands, so that --help answers at once.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from svfit_dreambooth.errors import SVFitError
+
+
+def main_train(arguments: Sequence[str] | None = None) -> int:
+    """`train_dreambooth_svfit.py`: returns the exit code."""
+    return _plainly(_train, sys.argv[1:] if arguments is None else arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m svfit_dreambooth`: returns the exit code."""
+    return _plainly(_dispatch, sys.argv[1:] if arguments is None else arguments)
+
+
+def _plainly(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
+    """Runs `command`; what a person did wrong is one sentence on standard error and exit code 2."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("svfit_dreambooth").setLevel(logging.INFO)
+    try:
+        command(arguments)
+    except SVFitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _train(arguments: Sequence[str]) -> None:
+    from svfit_dreambooth.config import config_to_yaml, parse_config
+
+    config = parse_config(arguments, prog="train_dreambooth_svfit.py")
+    if config.dry_run:
+        from svfit_dreambooth.preparation import prepare
+
+        run = prepare(config)
+        print(config_to_yaml(run.config))
+        print("\n".join(run.report()))
+        return
+    from svfit_dreambooth.showcase import show_result
+    from svfit_dreambooth.training import train
+
+    result = train(config)
+    print(result.summary())
+    if not result.stopped:
+        print(show_result(result))
+
+
+def _dispatch(arguments: Sequence[str]) -> None:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    options.run(options)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise SVFitError(f"{message}: see {self.prog} --help.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m svfit_dreambooth", description="Generate with adapters, and look into them.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+
+    generate = commands.add_parser("generate", help="paint pictures with adapters")
+    generate.add_argument("--adapter", action="append", default=[], metavar="PATH[:WEIGHT]", help="may be repeated")
+    generate.add_argument("--prompt", action="append", required=True, help="may be repeated")
+    generate.add_argument("--negative_prompt")
+    generate.add_argument("--output_dir", type=Path, required=True, help="folder for the PNG files")
+    _add_base(generate)
+    generate.add_argument("--num_images", type=int, default=4, help="pictures of each prompt (default: 4)")
+    generate.add_argument("--seed", type=int, default=0, help="seed of the first picture, counting up (default: 0)")
+    generate.add_argument("--num_inference_steps", type=int, default=25, help="denoising steps (default: 25)")
+    generate.add_argument("--guidance_scale", type=float, help="default: what suits the base, 7.5 for Stable Diffusion")
+    generate.add_argument("--height", type=int, help="pixels; default: the base's")
+    generate.add_argument("--width", type=int, help="pixels; default: the base's")
+    generate.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
+    generate.add_argument("--allow_other_base", action="store_true", help="use adapters on a relative of their base")
+    generate.set_defaults(run=_generate)
+
+    inspect = commands.add_parser("inspect", help="tell what an adapter file holds")
+    inspect.add_argument("adapter", type=Path)
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.set_defaults(run=_inspect)
+
+    cache = commands.add_parser("cache", help="list or clear the decomposed bases on this disk")
+    cache.add_argument("--clear", action="store_true", help="delete them; they are computed again when needed")
+    cache.add_argument("--basis_cache_dir", type=Path, help="default: $SVFIT_CACHE or the user's cache folder")
+    cache.set_defaults(run=_cache)
+    return parser
+
+
+def _add_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--pretrained_model_name_or_path", metavar="BASE", help="base model; default: the one the adapter names"
+    )
+    parser.add_argument("--revision")
+    parser.add_argument("--variant")
+    parser.add_argument("--base_config", help="folder with the configs of a single-file checkpoint")
+    parser.add_argument("--basis_cache_dir", type=Path)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from svfit_dreambooth.generation import (
+        DTYPES,
+        free_path,
+        generate,
+        open_for_adapters,
+        save_picture,
+        split_strength,
+    )
+
+    adapters = [split_strength(text) for text in options.adapter]
+    model = open_for_adapters(
+        adapters,
+        options.pretrained_model_name_or_path,
+        allow_other_base=options.allow_other_base,
+        basis_cache_dir=options.basis_cache_dir,
+        dtype=DTYPES[options.dtype],
+        revision=options.revision,
+        variant=options.variant,
+        base_config=options.base_config,
+    )
+    stem = "-".join(Path(path).stem for path, _ in adapters) or model.name.replace("/", "-")
+
+    def save(picture) -> None:  # type: ignore[no-untyped-def]
+        path = save_picture(picture, free_path(options.output_dir, stem))
+        print(f"{path}" + (" (blacked out by the base's content filter)" if picture.filtered else ""))
+
+    generate(
+        model,
+        options.prompt,
+        num_images=options.num_images,
+        seed=options.seed,
+        num_inference_steps=options.num_inference_steps,
+        guidance_scale=options.guidance_scale,
+        negative_prompt=options.negative_prompt,
+        height=options.height,
+        width=options.width,
+        on_picture=save,
+    )
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from svfit_dreambooth.adapter import describe_adapter, read_adapter
+
+    description = describe_adapter(read_adapter(options.adapter), options.adapter)
+    if options.json:
+        print(json.dumps(description, indent=2, ensure_ascii=False))
+        return
+    for key in ("title", "base_model", "instance_prompt", "class_prompt", "file_bytes"):
+        if description.get(key):
+            print(f"{key.replace('_', ' ')}: {description[key]}")
+    for key, value in description["training"].items():
+        print(f"  {key.replace('_', ' ')}: {value}")
+    print(f"{'':28}{'layers':>7}{'values':>9}{'ranks':>12}{'strength':>10}")
+    rows = {**description["components"], **description["blocks"], "total": description["total"]}
+    for name, row in rows.items():
+        ranks = f"{row['rank_min']}" + (f"-{row['rank_max']}" if row["rank_max"] != row["rank_min"] else "")
+        print(f"{name:28}{row['projections']:>7}{row['values']:>9,}{ranks:>12}{row['strength']:>10.4f}")
+
+
+def _cache(options: argparse.Namespace) -> None:
+    from svfit_dreambooth.basis import cached_files, clear_cache, default_cache_dir
+
+    folder = options.basis_cache_dir or default_cache_dir()
+    if options.clear:
+        count, freed = clear_cache(folder)
+        print(f"{count} decomposed weights deleted, {freed / 1e6:.1f} MB freed in {folder}")
+    else:
+        files = cached_files(folder)
+        print(f"{len(files)} decomposed weights, {sum(size for _, size in files) / 1e6:.1f} MB in {folder}")

@@ -1,0 +1,204 @@
+"""Prompt and adapters to pictures, each a PNG that tells how it was made."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from svfit_dreambooth import __version__
+from svfit_dreambooth.adapter import read_adapter
+from svfit_dreambooth.base_model import BaseModel, check_base_model, open_base_model
+from svfit_dreambooth.config import TOYBOX
+from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.pipeline import load_adapter, loaded_adapters, merge_adapters
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Picture:
+    """A generated picture and the settings that make it again."""
+
+    image: Image.Image
+    settings: dict[str, Any]  # prompt, seed, adapters and strengths, base, steps, guidance, size
+    filtered: bool  # the base's content filter blacked it out
+
+
+def split_strength(text: str) -> tuple[str, float]:
+    """PATH[:WEIGHT] as every command spells it; split at the last colon, and only if a number follows."""
+    path, colon, weight = text.rpartition(":")
+    if colon and path:
+        try:
+            return path, float(weight)
+        except ValueError:
+            pass
+    return text, 1.0
+
+
+def open_for_adapters(
+    adapters: Sequence[tuple[str | Path, float]],
+    base: str | None = None,
+    *,
+    allow_other_base: bool = False,
+    basis_cache_dir: str | Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    **base_options: Any,
+) -> BaseModel:
+    """Opens `base` (None: the one that the first adapter names) and loads `adapters`, (file, strength) each.
+
+    A base that an adapter merely names is opened only if it is toybox or already on this disk: what a stranger's
+    file says never starts a download.  `device`: None takes a GPU if there is one.  `base_options`: see
+    `open_base_model`.  Raises SVFitError as `open_base_model` and `load_adapter` do.
+    """
+    read = [(read_adapter(path), path, strength) for path, strength in adapters]
+    if base is not None:
+        model = open_base_model(base, **base_options)
+    elif not read:
+        model = open_base_model(TOYBOX)
+    else:
+        model = _named_base(read[0][0].base_model, Path(read[0][1]))
+    taken: set[str] = set()
+    for adapter, path, strength in read:
+        name = stem = Path(path).stem
+        while name in taken:
+            name = f"{stem}-{len(taken) + 1}"
+        taken.add(name)
+        load_adapter(
+            model.pipeline,
+            adapter,
+            strength,
+            name,
+            allow_other_base=allow_other_base,
+            basis_cache_dir=basis_cache_dir,
+        )
+    model.pipeline.to(device or default_device(), dtype)
+    return model
+
+
+def _named_base(name: str, path: Path) -> BaseModel:
+    hint = "name the base yourself with --pretrained_model_name_or_path"
+    repository, _, revision = name.partition("@")
+    if name != TOYBOX and "/" not in repository:
+        raise SVFitError(f"{path} was trained on a base called {name!r}, which cannot be found by that name: {hint}.")
+    check_base_model(repository)
+    try:
+        return open_base_model(repository, revision=revision or None, local_files_only=True)
+    except SVFitError as error:
+        raise SVFitError(
+            f"{path} was trained on {name}, which is not on this disk, and what a file names is not downloaded "
+            f"unasked: {hint} {repository}."
+        ) from error
+
+
+def default_device() -> torch.device:
+    """The machine's accelerator, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def generate(
+    model: BaseModel,
+    prompts: Sequence[str],
+    *,
+    num_images: int = 1,
+    seed: int = 0,
+    num_inference_steps: int = 25,
+    guidance_scale: float | None = None,
+    negative_prompt: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    on_picture: Callable[[Picture], None] | None = None,
+) -> list[Picture]:
+    """`num_images` pictures of every prompt with the adapters that `model` carries.
+
+    Image i of each prompt starts from noise of the seed `seed + i`, drawn on the CPU, whatever the other pictures
+    are.  `guidance_scale`: None takes the base's own; `height`, `width` in pixels: None takes the base's.
+    `on_picture` is told of every picture as soon as it is done.
+    """
+    pipeline = model.pipeline
+    factor = pipeline.vae_scale_factor
+    height, width = height or model.resolution, width or model.resolution
+    for name, size in (("height", height), ("width", width)):
+        if size < 1 or size % max(factor, 8):
+            raise SVFitError(f"--{name} {size} does not work: it must be a multiple of {max(factor, 8)}.")
+    if num_images < 1 or num_inference_steps < 1:
+        raise SVFitError("--num_images and --num_inference_steps must be 1 or more.")
+    guidance_scale = model.guidance_scale if guidance_scale is None else guidance_scale
+    pictures = []
+    with merge_adapters(pipeline):
+        for prompt in prompts:
+            for i in range(num_images):
+                image, filtered = _paint(
+                    pipeline,
+                    prompt=prompt,
+                    negative_prompt=negative_prompt,
+                    generator=torch.Generator().manual_seed(seed + i),
+                    num_inference_steps=num_inference_steps,
+                    guidance_scale=guidance_scale,
+                    height=height,
+                    width=width,
+                )
+                settings = {
+                    "prompt": prompt,
+                    "negative_prompt": negative_prompt or "",
+                    "seed": seed + i,
+                    "adapters": loaded_adapters(pipeline),
+                    "base_model": model.name,
+                    "num_inference_steps": num_inference_steps,
+                    "guidance_scale": guidance_scale,
+                    "width": width,
+                    "height": height,
+                }
+                pictures.append(Picture(image, settings, filtered))
+                if on_picture is not None:
+                    on_picture(pictures[-1])
+    return pictures
+
+
+def _paint(pipeline: StableDiffusionPipeline, **arguments: Any) -> tuple[Image.Image, bool]:
+    output = pipeline(**arguments, num_images_per_prompt=1)
+    flags = getattr(output, "nsfw_content_detected", None)
+    return output.images[0], bool(flags and flags[0])
+
+
+def save_picture(picture: Picture, path: Path) -> Path:
+    """Writes a PNG with the settings inside: as JSON under "svfit", and as the "parameters" text that viewers show."""
+    settings = picture.settings
+    info = PngInfo()
+    info.add_itxt("svfit", json.dumps(settings, ensure_ascii=False))
+    adapters = ", ".join(f"{name}:{strength:g}" for name, strength in settings["adapters"].items())
+    lines = [settings["prompt"]]
+    if settings["negative_prompt"]:
+        lines.append(f"Negative prompt: {settings['negative_prompt']}")
+    lines.append(
+        f"Steps: {settings['num_inference_steps']}, CFG scale: {settings['guidance_scale']:g}, "
+        f"Seed: {settings['seed']}, Size: {settings['width']}x{settings['height']}, Model: {settings['base_model']}, "
+        f"Adapters: {adapters or 'none'}, Version: svfit-dreambooth {__version__}"
+    )
+    info.add_itxt("parameters", "\n".join(lines))
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.image.save(temporary, format="PNG", pnginfo=info)
+        temporary.replace(path)
+    except OSError as error:
+        raise SVFitError(f"{path} cannot be written ({error.strerror}): choose another folder.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def free_path(folder: Path, stem: str) -> Path:
+    """A path in `folder` that no file has: nothing that was generated before is overwritten."""
+    number = 0
+    while (path := folder / f"{stem}-{number:03d}.png").exists():
+        number += 1
+    return path

@@ -1,0 +1,186 @@
+"""Pictures from prompts and adapters, by library and by command line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from svfit_dreambooth import TrainConfig, read_adapter, save_adapter, train
+from svfit_dreambooth.commands import main, main_train
+from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.generation import free_path, generate, open_for_adapters, save_picture, split_strength
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def adapter_path(tiny_base, photo_folder, tmp_path_factory):
+    config = TrainConfig(
+        pretrained_model_name_or_path=str(tiny_base),
+        instance_data_dir=str(photo_folder),
+        instance_prompt="a photo of sks dog",
+        output_dir=str(tmp_path_factory.mktemp("run")),
+        max_train_steps=8,
+        resolution=16,
+        learning_rate=0.5,
+        train_text_encoder=True,
+        fixed_loss_examples=0,
+    )
+    return train(config).adapter_path
+
+
+def pixels(path_or_image):
+    image = path_or_image if isinstance(path_or_image, Image.Image) else Image.open(path_or_image)
+    return np.asarray(image.convert("RGB"), dtype=int)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("dog.safetensors", ("dog.safetensors", 1.0)),
+        ("dog.safetensors:0.7", ("dog.safetensors", 0.7)),
+        ("dog.safetensors:-1", ("dog.safetensors", -1.0)),
+        (r"C:\files\dog.safetensors", (r"C:\files\dog.safetensors", 1.0)),
+        (r"C:\files\dog.safetensors:1e-1", (r"C:\files\dog.safetensors", 0.1)),
+        ("odd:name", ("odd:name", 1.0)),
+    ],
+)
+def test_split_strength(text, expected):
+    assert split_strength(text) == expected
+
+
+def test_seeds_reproduce_and_count_up(tiny_base):
+    model = open_for_adapters([], str(tiny_base), device="cpu")
+    options = {"num_inference_steps": 2, "height": 16, "width": 16}
+    first, second = generate(model, ["a dog"], num_images=2, seed=5, **options)
+    (again,) = generate(model, ["a dog"], seed=6, **options)
+    assert np.array_equal(pixels(second.image), pixels(again.image))
+    assert not np.array_equal(pixels(first.image), pixels(second.image))
+    assert (first.settings["seed"], second.settings["seed"]) == (5, 6)
+
+
+def test_adapter_in_a_fresh_process_gives_the_same_pictures(tiny_base, adapter_path, tmp_path):
+    model = open_for_adapters([(adapter_path, 1.0)], str(tiny_base), device="cpu")
+    options = {"num_inference_steps": 2, "height": 16, "width": 16, "guidance_scale": 2.0}
+    pictures = generate(model, ["a photo of sks dog"], num_images=2, seed=3, **options)
+    command = [sys.executable, "-m", "svfit_dreambooth", "generate", "--adapter", str(adapter_path)]
+    command += ["--prompt", "a photo of sks dog", "--output_dir", str(tmp_path), "--seed", "3", "--num_images", "2"]
+    command += ["--pretrained_model_name_or_path", str(tiny_base), "--num_inference_steps", "2"]
+    command += ["--guidance_scale", "2", "--height", "16", "--width", "16"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    files = done.stdout.split()
+    assert len(files) == 2
+    for picture, file in zip(pictures, files, strict=True):
+        assert np.abs(pixels(picture.image) - pixels(file)).max() <= 1
+    base = generate(open_for_adapters([], str(tiny_base), device="cpu"), ["a photo of sks dog"], seed=3, **options)
+    assert np.abs(pixels(base[0].image) - pixels(files[0])).max() > 3
+
+
+def test_pictures_tell_how_they_were_made(tiny_base, adapter_path, tmp_path):
+    model = open_for_adapters([(adapter_path, 0.5), (adapter_path, 0.25)], str(tiny_base), device="cpu")
+    pictures = generate(model, ["ein Höhlenhund, 狗"], seed=9, num_inference_steps=1, negative_prompt="blur")
+    path = save_picture(pictures[0], free_path(tmp_path, "dog"))
+    text = Image.open(path).text
+    settings = json.loads(text["svfit"])
+    assert settings["prompt"] == "ein Höhlenhund, 狗" and settings["seed"] == 9 and settings["negative_prompt"] == "blur"
+    assert settings["adapters"] == {"my-dog": 0.5, "my-dog-2": 0.25}
+    assert "Seed: 9" in text["parameters"] and "my-dog:0.5" in text["parameters"]
+    assert free_path(tmp_path, "dog") == tmp_path / "dog-001.png"
+
+
+def test_strength_zero_is_the_base(tiny_base, adapter_path):
+    options = {"num_inference_steps": 2, "height": 16, "width": 16}
+    adapted = open_for_adapters([(adapter_path, 0.0)], str(tiny_base), device="cpu")
+    base = open_for_adapters([], str(tiny_base), device="cpu")
+    first, second = (generate(model, ["a dog"], **options)[0].image for model in (adapted, base))
+    assert np.array_equal(pixels(first), pixels(second))
+
+
+def test_a_file_never_starts_a_download(adapter_path, tmp_path):
+    adapter = read_adapter(adapter_path)
+    for name in ("someone/their-model", "someone/their-model@main"):
+        adapter.base_model = name
+        path = save_adapter(adapter, tmp_path / "stranger.safetensors")
+        with pytest.raises(SVFitError, match="is not on this disk, and what a file names is not downloaded"):
+            open_for_adapters([(path, 1.0)])
+    with pytest.raises(SVFitError, match="a base called 'tiny-kl', which cannot be found by that name"):
+        open_for_adapters([(adapter_path, 1.0)])
+
+
+def test_a_wrong_size_is_refused(tiny_base):
+    model = open_for_adapters([], str(tiny_base), device="cpu")
+    with pytest.raises(SVFitError, match="--width 17 does not work"):
+        generate(model, ["a dog"], width=17)
+    with pytest.raises(SVFitError, match="must be 1 or more"):
+        generate(model, ["a dog"], num_images=0)
+
+
+def test_inspect(adapter_path, capsys):
+    assert main(["inspect", str(adapter_path)]) == 0
+    text = capsys.readouterr().out
+    assert "base model: tiny-kl" in text and "instance prompt: a photo of sks dog" in text
+    assert "text_encoder" in text and "total" in text
+    assert main(["inspect", str(adapter_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["total"]["projections"] == 40
+
+
+def test_cache_is_listed_and_cleared(tmp_path, capsys, tiny_base, adapter_path, monkeypatch):
+    monkeypatch.setenv("SVFIT_CACHE", str(tmp_path))
+    open_for_adapters([(adapter_path, 1.0)], str(tiny_base), device="cpu")
+    assert main(["cache"]) == 0
+    assert "40 decomposed weights" in capsys.readouterr().out
+    assert main(["cache", "--clear"]) == 0
+    assert "40 decomposed weights deleted" in capsys.readouterr().out
+    main(["cache"])
+    assert "0 decomposed weights, 0.0 MB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["inspect", "/no/file.safetensors"], "/no/file.safetensors"),
+        (["generate", "--prompt", "a dog"], "--output_dir"),
+        (["generate", "--adapter", "/no/file", "--prompt", "a", "--output_dir", "out"], "/no/file"),
+        (["paint"], "invalid choice: 'paint'"),
+    ],
+)
+def test_commands_fail_with_one_sentence(arguments, sentence, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1 and "Traceback" not in error
+
+
+def test_the_training_command_end_to_end(tiny_base, photo_folder, tmp_path, capsys):
+    arguments = ["--pretrained_model_name_or_path", str(tiny_base), "--instance_data_dir", str(photo_folder)]
+    arguments += ["--instance_prompt", "a photo of sks dog", "--output_dir", str(tmp_path / "out dir")]
+    arguments += ["--max_train_steps", "3", "--resolution", "16", "--num_inference_steps", "1"]
+    assert main_train([*arguments, "--dry_run"]) == 0
+    text = capsys.readouterr().out
+    assert "max_train_steps: 3" in text and "3 photos" in text and "32 layers, 624 singular values" in text
+    assert not (tmp_path / "out dir").exists()
+    assert main_train(arguments) == 0
+    text = capsys.readouterr().out
+    assert "3 steps in" in text and "624 singular values trained" in text
+    assert Image.open(tmp_path / "out dir" / "my-dog.png").width > 500
+    assert {path.name for path in (tmp_path / "out dir").iterdir()} == {"config.yaml", "my-dog.png", "my-dog.safetensors"}
+
+
+def test_the_training_command_fails_with_one_sentence(capsys):
+    assert main_train(["--instance_data_dir", "/no/photos"]) == 2
+    error = capsys.readouterr().err
+    assert error == "error: There is no folder '/no/photos': check the path of your photos.\n"
+
+
+def test_half_precision(tiny_base, adapter_path):
+    model = open_for_adapters([(adapter_path, 1.0)], str(tiny_base), device="cpu", dtype=torch.bfloat16)
+    assert model.pipeline.unet.dtype == torch.bfloat16
+    (picture,) = generate(model, ["a dog"], num_inference_steps=1, height=16, width=16)
+    assert picture.image.size == (16, 16)
+
+
