@@ -10,7 +10,7 @@ put around layers and modules, and with the `text_model.` level that some transf
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -21,8 +21,6 @@ from svfit_dreambooth.svfit import Rank, SVFitLinear, decompose
 
 UNET_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_ENCODER_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
-
-Basis = Callable[[str, Tensor], tuple[Tensor, Tensor]]
 
 
 def canonical_name(model: nn.Module, path: str) -> str:
@@ -68,7 +66,7 @@ def find_projections(
             if not matched:
                 raise SVFitError(
                     f"target module {target!r} matches no linear layer of {type(_unwrapped(model)).__name__}: "
-                    f'use endings such as {", ".join(repr(t) for t in _known_endings(linears))}.'
+                    f"use endings such as {', '.join(repr(t) for t in _known_endings(linears))}."
                 )
             chosen |= matched
     if not chosen:
@@ -76,9 +74,13 @@ def find_projections(
     found = {name: linears[name] for name in linears if name in chosen}
     for name, (_, _, layer) in found.items():
         if type(layer) not in (nn.Linear, SVFitLinear, nn.modules.linear.NonDynamicallyQuantizableLinear):
-            raise SVFitError(f"{name} is a {type(layer).__name__}, not a plain linear layer: load the base unquantised.")
+            raise SVFitError(
+                f"{name} is a {type(layer).__name__}, not a plain linear layer: load the base unquantised."
+            )
         if not layer.weight.is_floating_point():
-            raise SVFitError(f"{name} holds {layer.weight.dtype} values: load the base in float32, float16 or bfloat16.")
+            raise SVFitError(
+                f"{name} holds {layer.weight.dtype} values: load the base in float32, float16 or bfloat16."
+            )
     return found
 
 
@@ -88,25 +90,30 @@ def apply_svfit(
     target_modules: Sequence[str] | None = None,
     *,
     energy: float | None = None,
-    basis: Basis | None = None,
+    basis: Mapping[str, tuple[Tensor, Tensor]] | None = None,
 ) -> dict[str, nn.Parameter]:
     """Freezes `model` and replaces its targeted layers by `SVFitLinear`; returns the trainable shifts by name.
 
     `rank`, `energy`: how many singular values to train in each layer, see `svfit.resolve_rank`.
-    `target_modules`: see `find_projections`.  `basis`: a function (name, weight) -> (U, Vh) that replaces the
-    decomposition here and with it `rank` and `energy`; `basis.py` offers one with a cache on disk.
+    `target_modules`: see `find_projections`.  `basis`: name -> U (out, r), Vh (r, in) of every targeted layer, in
+    place of the decomposition here and with it of `rank` and `energy`; `basis.model_basis` makes one.
     The model computes what it computed before, to the bit, until a shift changes.
     """
     found = find_projections(model, target_modules)
     if any(isinstance(layer, SVFitLinear) for _, _, layer in found.values()):
         raise SVFitError(f"{type(_unwrapped(model)).__name__} has SVFit layers already: call remove_svfit first.")
 
-    def decomposed(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
-        U, _, Vh = decompose(weight, rank, energy=energy)
-        return U, Vh
-
+    if basis is None:
+        bases = {}
+        for name, (_, _, layer) in found.items():
+            U, _, Vh = decompose(layer.weight, rank, energy=energy)
+            bases[name] = (U, Vh)
+    else:
+        missing = sorted(set(found) - set(basis))
+        if missing:
+            raise SVFitError(f"the given basis lacks {len(missing)} of the targeted layers, such as {missing[0]}.")
+        bases = {name: basis[name] for name in found}
     model.requires_grad_(False)
-    bases = {name: (basis or decomposed)(name, layer.weight.detach()) for name, (_, _, layer) in found.items()}
     return {name: layer.shift for name, layer in patch_layers(model, bases).items()}
 
 
@@ -185,7 +192,8 @@ def add_shifts(weighted: Sequence[tuple[Mapping[str, Tensor], float]]) -> dict[s
             scaled = shift * scale
             if name in total:
                 longest = max(len(total[name]), len(scaled))
-                total[name] = sum(nn.functional.pad(v, (0, longest - len(v))) for v in (total[name], scaled))
+                first, second = (nn.functional.pad(v, (0, longest - len(v))) for v in (total[name], scaled))
+                total[name] = first + second
             else:
                 total[name] = scaled
     return total

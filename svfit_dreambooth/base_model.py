@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import svfit_dreambooth.remarks  # noqa: F401  before diffusers
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from torch import Tensor, nn
 
+import svfit_dreambooth.remarks  # noqa: F401  before diffusers
 from svfit_dreambooth.config import TOYBOX
 from svfit_dreambooth.errors import SVFitError
 
@@ -170,4 +170,3 @@ def encode_images(pipeline: StableDiffusionPipeline, pixel_values: Tensor) -> tu
 def noise_scheduler(pipeline: StableDiffusionPipeline) -> DDPMScheduler:
     """The noise schedule that the base was trained with."""
     return DDPMScheduler.from_config(pipeline.scheduler.config)
-

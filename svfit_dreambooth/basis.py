@@ -106,7 +106,7 @@ def same_base(recorded: Mapping, weights: Mapping[str, Tensor]) -> Literal["iden
     return "similar"
 
 
-def is_ambiguous(S: Tensor, shape: tuple[int, int]) -> bool:
+def is_ambiguous(S: Tensor, shape: tuple[int, ...]) -> bool:
     """Whether rounding the entries decides the singular vectors that belong to S (r,) of a weight of `shape`.
 
     Rounding to bfloat16 moves a singular value by about the error of one entry, ||W||_F / sqrt(out * in) * 2^-10.

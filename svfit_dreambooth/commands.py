@@ -25,7 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _plainly(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
     """Runs `command`; what a person did wrong is one sentence on standard error and exit code 2."""
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("svfit_dreambooth").setLevel(logging.INFO)
     try:
         command(arguments)
@@ -36,6 +38,14 @@ def _plainly(command: Callable[[Sequence[str]], None], arguments: Sequence[str])
         print("stopped.", file=sys.stderr)
         return 130
     return 0
+
+
+class _Formatter(logging.Formatter):
+    """Plain lines; only warnings and worse say what they are."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        return prefix + super().format(record)
 
 
 def _train(arguments: Sequence[str]) -> None:
@@ -54,7 +64,7 @@ def _train(arguments: Sequence[str]) -> None:
 
     result = train(config)
     print(result.summary())
-    if not result.stopped:
+    if config.final_pictures and not result.stopped:
         print(show_result(result))
 
 

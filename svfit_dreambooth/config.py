@@ -116,6 +116,7 @@ class OutputOptions:
     validation_prompts: list[str] | None = field(
         default=None, metadata={"help": "Prompts to paint at the end, with and without the adapter; None: a few."}
     )
+    final_pictures: bool = _option(True, "Paint the validation prompts at the end, with and without the adapter.")
     num_inference_steps: int = _option(25, "Denoising steps of the pictures at the end.")
     guidance_scale: float | None = _option(None, "Guidance of the pictures at the end; None: the base's own.")
     fixed_loss_examples: int = _option(

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,6 @@ from svfit_dreambooth.base_model import (
     encode_prompts,
     open_base_model,
 )
-from svfit_dreambooth.basis import default_cache_dir
 from svfit_dreambooth.config import TOYBOX, TrainConfig, config_to_yaml
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.photos import Photo, examples, find_photos, open_photo, photo_report
@@ -114,7 +114,7 @@ def prepare(config: TrainConfig) -> Run:
     targets = {"unet": list(find_projections(base.pipeline.unet, config.target_modules))}
     if config.train_text_encoder:
         targets["text_encoder"] = list(find_projections(base.pipeline.text_encoder))
-    weights = {}
+    weights: dict[str, Tensor] = {}
     for component, names in targets.items():
         found = find_projections(getattr(base.pipeline, component), "all-linear")
         weights |= {f"{component}.{name}": found[name][2].weight.detach() for name in names}
@@ -154,9 +154,9 @@ def encode_examples(run: Run, device: torch.device) -> Examples:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replaces `path` by a file with `text`, or leaves it as it was."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", encoding="utf-8", delete=False) as file:
+        file.write(text)
+    os.replace(file.name, path)
 
 
 def _choose_subject(config: TrainConfig) -> None:

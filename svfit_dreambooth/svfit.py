@@ -151,9 +151,7 @@ class SVFitLinear(nn.Linear):
             return super().forward(input)
         tokens = input.numel() // self.in_features
         training = torch.is_grad_enabled() and self.shift.requires_grad
-        if self.shift.ndim == 1 and merged_is_cheaper(
-            tokens, self.in_features, self.out_features, self.rank, training
-        ):
+        if self.shift.ndim == 1 and merged_is_cheaper(tokens, self.in_features, self.out_features, self.rank, training):
             return self.forward_merged(input)
         return self.forward_factored(input)
 
@@ -176,7 +174,9 @@ class SVFitLinear(nn.Linear):
         if self.unmerged_weight is not None:
             return
         if self.shift.ndim != 1:
-            raise SVFitError(f"a shift of shape {tuple(self.shift.shape)}, one per sample, has no single merged weight.")
+            raise SVFitError(
+                f"a shift of shape {tuple(self.shift.shape)}, one per sample, has no single merged weight."
+            )
         exact = torch.promote_types(self.weight.dtype, self.shift.dtype)
         delta = (self.U.to(exact) * self.shift) @ self.Vh.to(exact)  # (out, in)
         self.unmerged_weight = self.weight.detach().clone()

@@ -77,6 +77,8 @@ def train(config: TrainConfig, on_step: Callable[[Step], bool | None] | None = N
     """
     run = prepare(config)
     config = run.config
+    for line in run.report():
+        logger.info(line)
     AcceleratorState._reset_state()  # or a second run in one process could not have another precision
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation_steps
@@ -206,12 +208,8 @@ def _patch(run: Run) -> tuple[dict[str, dict[str, nn.Parameter]], dict[str, Any]
     shifts: dict[str, dict[str, nn.Parameter]] = {}
     for component in run.targets:
         module = getattr(run.base.pipeline, component)
-        module.requires_grad_(False)
-        shifts[component] = apply_svfit(
-            module,
-            target_modules=run.targets[component],
-            basis=lambda name, weight, component=component: bases[f"{component}.{name}"],
-        )
+        own_bases = {name: bases[f"{component}.{name}"] for name in run.targets[component]}
+        shifts[component] = apply_svfit(module, target_modules=run.targets[component], basis=own_bases)
         if initial is not None:
             own = {
                 name.partition(".")[2]: shift
@@ -304,7 +302,9 @@ class Denoiser:
         elif prediction_type == "v_prediction":
             target = self.scheduler.get_velocity(latents, noise, timesteps)
         else:
-            raise SVFitError(f"the base predicts {prediction_type!r}, and only epsilon and v_prediction can be trained.")
+            raise SVFitError(
+                f"the base predicts {prediction_type!r}, and only epsilon and v_prediction can be trained."
+            )
         return F.mse_loss(model_pred.float(), target.float())
 
     def _encode(self, index: Tensor) -> Tensor:

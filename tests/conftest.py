@@ -21,22 +21,22 @@ from toybox.tokenizer import build_tokenizer
 
 torch.set_num_threads(1)  # the models are too small for more, and test runs share the machine
 
-WORDS = "a photo of dog cat mug on the beach in snow sks".split()
+WORDS = ["a", "photo", "of", "dog", "cat", "mug", "on", "the", "beach", "in", "snow", "sks"]
 
 
 def tiny_unet(**changes):
-    config = dict(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=24,
-        attention_head_dim=2,
-        norm_num_groups=8,
-    )
+    config = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 24,
+        "attention_head_dim": 2,
+        "norm_num_groups": 8,
+    }
     return UNet2DConditionModel(**{**config, **changes})
 
 

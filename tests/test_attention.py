@@ -66,7 +66,9 @@ def test_stable_diffusion_1_has_128_and_48_projections():
 
 
 def test_names_are_canonical_with_and_without_the_text_model_level():
-    config = CLIPTextConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9)
+    config = CLIPTextConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9
+    )
     plain, projected = find_projections(CLIPTextModel(config)), find_projections(CLIPTextModelWithProjection(config))
     assert set(plain) == set(projected)
 
@@ -265,3 +267,13 @@ def test_layers_keep_their_class_after_unpatching(unet):
     apply_svfit(unet)
     remove_svfit(unet)
     assert not any(isinstance(module, SVFitLinear) for module in unet.modules())
+
+
+def test_a_given_basis_takes_the_place_of_the_decomposition():
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
+    U, Vh = torch.eye(8)[:, :2], torch.eye(6)[:2]
+    with pytest.raises(SVFitError, match="lacks 1 of the targeted layers, such as 1"):
+        apply_svfit(model, basis={"0": (U, Vh)})
+    shifts = apply_svfit(model, target_modules=["0"], basis={"0": (U, Vh)})
+    shifts["0"].data.fill_(1.0)
+    assert torch.allclose(model[0].delta(), U @ Vh)

@@ -23,7 +23,9 @@ def test_defaults_and_flags():
 
 def test_yaml_and_flags_combine(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("learning_rate: 1e-3\nmixed_precision: no\nseed: 5\nvalidation_prompts: [one, two words]\nenergy:\n")
+    file.write_text(
+        "learning_rate: 1e-3\nmixed_precision: no\nseed: 5\nvalidation_prompts: [one, two words]\nenergy:\n"
+    )
     config = parse("--config", str(file), "--seed", "6")
     assert (config.learning_rate, config.mixed_precision, config.seed) == (1e-3, "no", 6)
     assert config.validation_prompts == ["one", "two words"] and config.energy is None

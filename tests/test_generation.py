@@ -88,7 +88,9 @@ def test_pictures_tell_how_they_were_made(tiny_base, adapter_path, tmp_path):
     path = save_picture(pictures[0], free_path(tmp_path, "dog"))
     text = Image.open(path).text
     settings = json.loads(text["svfit"])
-    assert settings["prompt"] == "ein Höhlenhund, 狗" and settings["seed"] == 9 and settings["negative_prompt"] == "blur"
+    assert (
+        settings["prompt"] == "ein Höhlenhund, 狗" and settings["seed"] == 9 and settings["negative_prompt"] == "blur"
+    )
     assert settings["adapters"] == {"my-dog": 0.5, "my-dog-2": 0.25}
     assert "Seed: 9" in text["parameters"] and "my-dog:0.5" in text["parameters"]
     assert free_path(tmp_path, "dog") == tmp_path / "dog-001.png"
@@ -168,7 +170,11 @@ def test_the_training_command_end_to_end(tiny_base, photo_folder, tmp_path, caps
     text = capsys.readouterr().out
     assert "3 steps in" in text and "624 singular values trained" in text
     assert Image.open(tmp_path / "out dir" / "my-dog.png").width > 500
-    assert {path.name for path in (tmp_path / "out dir").iterdir()} == {"config.yaml", "my-dog.png", "my-dog.safetensors"}
+    assert {path.name for path in (tmp_path / "out dir").iterdir()} == {
+        "config.yaml",
+        "my-dog.png",
+        "my-dog.safetensors",
+    }
 
 
 def test_the_training_command_fails_with_one_sentence(capsys):
@@ -182,5 +188,3 @@ def test_half_precision(tiny_base, adapter_path):
     assert model.pipeline.unet.dtype == torch.bfloat16
     (picture,) = generate(model, ["a dog"], num_inference_steps=1, height=16, width=16)
     assert picture.image.size == (16, 16)
-
-

@@ -250,7 +250,7 @@ def test_random_crops_are_fixed_by_the_seed():
     assert boxes == crop_boxes((1000, 60), False, 50, seed=7) != crop_boxes((1000, 60), False, 50, seed=8)
     assert boxes[:3] == crop_boxes((1000, 60), False, 3, seed=7)
     assert len(set(boxes)) > 40
-    assert all(r - left == b - t == 60 and 0 <= left and r <= 1000 and t == 0 for left, t, r, b in boxes)
+    assert all(r - left == b - t == 60 and left >= 0 and r <= 1000 and t == 0 for left, t, r, b in boxes)
     assert crop_boxes((60, 60), False, 2, seed=-1) == [(0, 0, 60, 60)] * 2
 
 

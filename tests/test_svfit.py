@@ -133,7 +133,9 @@ def test_the_cheaper_route_is_taken(monkeypatch):
     for route in ("forward_merged", "forward_factored"):
         original = getattr(SVFitLinear, route)
         monkeypatch.setattr(
-            SVFitLinear, route, lambda self, x, original=original, route=route: (taken.append(route), original(self, x))[1]
+            SVFitLinear,
+            route,
+            lambda self, x, original=original, route=route: (taken.append(route), original(self, x))[1],
         )
     _, layer, _ = make_layer(24, 24, 24)
     # a square layer of full rank: merged from 2d/3 = 16 tokens on when training, from d/2 = 12 on otherwise
@@ -192,7 +194,7 @@ def test_merge_and_unmerge(dtype):
 
 
 def test_state_dict_holds_no_basis_and_accepts_base_checkpoints():
-    linear, layer, _ = make_layer()
+    _, layer, _ = make_layer()
     assert set(layer.state_dict()) == {"weight", "bias", "shift"}
     layer.shift.data.fill_(2.0)
     other = nn.Linear(40, 24, dtype=torch.float64)

@@ -15,16 +15,16 @@ from svfit_dreambooth.training import Denoiser
 
 @pytest.fixture
 def config(tiny_base, photo_folder, tmp_path):
-    return dict(
-        pretrained_model_name_or_path=str(tiny_base),
-        instance_data_dir=str(photo_folder),
-        instance_prompt="a photo of sks dog",
-        output_dir=str(tmp_path / "the run"),
-        max_train_steps=6,
-        train_batch_size=2,
-        resolution=16,
-        fixed_loss_examples=4,
-    )
+    return {
+        "pretrained_model_name_or_path": str(tiny_base),
+        "instance_data_dir": str(photo_folder),
+        "instance_prompt": "a photo of sks dog",
+        "output_dir": str(tmp_path / "the run"),
+        "max_train_steps": 6,
+        "train_batch_size": 2,
+        "resolution": 16,
+        "fixed_loss_examples": 4,
+    }
 
 
 def same_shifts(first, second):
