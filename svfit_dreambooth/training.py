@@ -1,10 +1,9 @@
 """Photos to adapter: the training loop, a plain function that anyone can call.
 
-Each training example (photo crop, timestep, noise) follows from (seed, micro-batch, position in the global batch)
-and nothing else: the same run gives the same adapter, on one process or several.
+Each training example follows from the seed and its number alone (see denoising.py): the same run gives the same
+adapter, and several processes share the work of one.
 """
 
-import hashlib
 import logging
 import math
 import time
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers.optimization import get_scheduler
@@ -23,11 +21,11 @@ from tqdm.auto import tqdm
 
 from svfit_dreambooth.adapter import Adapter, read_adapter, save_adapter
 from svfit_dreambooth.attention import apply_svfit, get_shifts, remove_svfit, set_shifts
-from svfit_dreambooth.base_model import noise_scheduler
 from svfit_dreambooth.basis import fingerprint, model_basis, same_base
 from svfit_dreambooth.config import TrainConfig
+from svfit_dreambooth.denoising import Denoiser
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.preparation import Examples, Run, encode_examples, prepare
+from svfit_dreambooth.preparation import Run, encode_examples, prepare
 
 logger = logging.getLogger(__name__)
 
@@ -119,46 +117,50 @@ def train(config: TrainConfig, on_step: Callable[[Step], bool | None] | None = N
     )
     if config.train_text_encoder:
         unet, text_encoder, optimizer = accelerator.prepare(unet, text_encoder, optimizer)
+        adapted_models = [unet, text_encoder]
     else:
         unet, optimizer = accelerator.prepare(unet, optimizer)
+        adapted_models = [unet]
     model = Denoiser(run, examples, unet, text_encoder, accelerator.device, weight_dtype)
     trained = [shift for group in shifts.values() for shift in group.values()]
 
     loss_before = model.fixed_loss()
     started = time.perf_counter()
-    done, stopped = 0, False
+    done, stopped, failure = 0, False, None
     bar = tqdm(total=config.max_train_steps, desc="training", unit="step", disable=not accelerator.is_main_process)
     try:
         while done < config.max_train_steps and not stopped:
             losses = []
             for micro in range(config.gradient_accumulation_steps):
                 number = done * config.gradient_accumulation_steps + micro
-                with accelerator.accumulate(*([unet, text_encoder] if config.train_text_encoder else [unet])):
+                with accelerator.accumulate(*adapted_models):
                     loss = model.loss(number, accelerator.process_index, accelerator.num_processes)
+                    losses.append(accelerator.reduce(loss.detach(), "mean").item())
+                    if not math.isfinite(losses[-1]):  # before it reaches the shifts
+                        raise FloatingPointError(f"the loss is {losses[-1]} at step {done + 1}")
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(trained, config.max_grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
-                losses.append(loss.detach())
-            mean_loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
-            if not math.isfinite(mean_loss):
-                raise SVFitError(
-                    f"the loss is {mean_loss} at step {done + 1}: lower --learning_rate, or use --mixed_precision no."
-                )
             rate = schedule.get_last_lr()[0]
             schedule.step()
             done += 1
+            mean_loss = sum(losses) / len(losses)
             bar.update()
             bar.set_postfix(loss=f"{mean_loss:.4f}")
             if on_step is not None:
                 stopped = bool(on_step(Step(done, config.max_train_steps, mean_loss, rate)))
     except KeyboardInterrupt:
         stopped = True
+    except FloatingPointError as error:
+        failure = str(error)
     finally:
         bar.close()
+    if failure is not None and done == 0:
+        raise SVFitError(f"{failure}: use --mixed_precision no, or another base model.")
     seconds = time.perf_counter() - started
-    loss_after = model.fixed_loss()
+    loss_after = model.fixed_loss() if failure is None else None
 
     values = sum(shift.numel() for shift in trained)
     adapter = Adapter(
@@ -187,6 +189,8 @@ def train(config: TrainConfig, on_step: Callable[[Step], bool | None] | None = N
     if config.gradient_checkpointing:
         pipeline.unet.disable_gradient_checkpointing()
     accelerator.free_memory()
+    if failure is not None:
+        raise SVFitError(f"{failure}: lower --learning_rate; what was learnt before is saved in {path}.")
     size = path.stat().st_size
     return TrainResult(path, done, seconds, values, size, loss_before, loss_after, stopped, run)
 
@@ -235,88 +239,6 @@ def _check_initial(initial: Adapter, weights: dict[str, Tensor], path: str | Non
     own = {name: weights[name] for name in initial.shifts}
     if same_base(initial.base_fingerprint, own) == "different":
         raise SVFitError(f"--init_adapter {path} was trained on another base model, {initial.base_model}.")
-
-
-class Denoiser:
-    """The loss of the UNet on noised latents of the photos, at examples that follow from their number."""
-
-    def __init__(
-        self,
-        run: Run,
-        examples: Examples,
-        unet: nn.Module,
-        text_encoder: nn.Module,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        self.config, self.examples = run.config, examples
-        self.unet, self.text_encoder, self.pipeline = unet, text_encoder, run.base.pipeline
-        self.scheduler = noise_scheduler(run.base.pipeline)
-        self.device, self.dtype = device, dtype
-
-    def loss(self, number: int, process_index: int, num_processes: int) -> Tensor:
-        """Mean squared error of one process's share of micro-batch `number`."""
-        size = self.config.train_batch_size
-        first = process_index * size
-        draws = [self._draw(number * size * num_processes + first + i) for i in range(size)]
-        return self._loss(*(torch.stack(column) for column in zip(*draws, strict=True)))
-
-    @torch.no_grad()
-    def fixed_loss(self) -> float | None:
-        """The loss on noises and evenly spread timesteps that the seed fixes; None if none were asked for."""
-        count = self.config.fixed_loss_examples
-        if count == 0:
-            return None
-        steps = self.scheduler.config.num_train_timesteps
-        total = 0.0
-        for i in range(count):
-            index, latents, noise, _ = self._draw(i, "fixed")
-            timestep = torch.tensor((2 * i + 1) * steps // (2 * count))
-            total += self._loss(*(value[None] for value in (index, latents, noise, timestep))).item()
-        return total / count
-
-    def _draw(self, number: int, purpose: str = "train") -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Example `number` of the run: photo index (), latents and noise (channels, h, w), timestep ()."""
-        photos = len(self.examples.mean)
-        epoch, place = divmod(number, photos)
-        order = torch.randperm(photos, generator=_generator(self.config.seed, purpose, "order", epoch))
-        index = int(order[place])
-        generator = _generator(self.config.seed, purpose, "example", number)
-        mean, spread = self.examples.mean[index], self.examples.spread[index]  # (variants, channels, h, w)
-        variant = int(torch.randint(len(mean), (), generator=generator))
-        latents = mean[variant] + spread[variant] * torch.randn(mean[variant].shape, generator=generator)
-        noise = torch.randn(latents.shape, generator=generator)
-        timestep = torch.randint(self.scheduler.config.num_train_timesteps, (), generator=generator)
-        return torch.tensor(index), latents, noise, timestep
-
-    def _loss(self, index: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        latents, noise, timesteps = (value.to(self.device) for value in (latents, noise, timesteps))
-        noisy_latents = self.scheduler.add_noise(latents, noise, timesteps)  # (batch, channels, h, w)
-        encoder_hidden_states = self._encode(index)  # (batch, tokens, dim)
-        model_pred = self.unet(
-            noisy_latents.to(self.dtype), timesteps, encoder_hidden_states.to(self.dtype), return_dict=False
-        )[0]
-        prediction_type = self.scheduler.config.prediction_type
-        if prediction_type == "epsilon":
-            target = noise
-        elif prediction_type == "v_prediction":
-            target = self.scheduler.get_velocity(latents, noise, timesteps)
-        else:
-            raise SVFitError(
-                f"the base predicts {prediction_type!r}, and only epsilon and v_prediction can be trained."
-            )
-        return F.mse_loss(model_pred.float(), target.float())
-
-    def _encode(self, index: Tensor) -> Tensor:
-        if self.config.train_text_encoder:
-            ids = self.examples.input_ids[index].to(self.device)  # (batch, tokens)
-            return self.text_encoder(ids)[0]
-        return self.examples.prompt_embeds[index].to(self.device)
-
-
-def _generator(*key: object) -> torch.Generator:
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def _training_record(run: Run, steps: int, loss_before: float | None, loss_after: float | None) -> dict[str, Any]:
