@@ -1,6 +1,7 @@
 """The picture at the end of a run: the photos, the base's answers, the adapter's answers; and the figures beside it."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,15 @@ UNRELATED_PROMPTS = (
     "a photo of a purple boat under water",
     "a photo of a white rocket in space",
 )
+
+
+@dataclass
+class Figures:
+    """What the judge says of some pictures."""
+
+    subject: float  # mean cosine of identity features with true pictures of the subject
+    prompt: float  # share of pictures with the right kind and setting
+    drift: float | None  # change of pictures for unrelated prompts, 0 is none; None: does not apply
 
 
 def show_result(result: TrainResult) -> str:
@@ -68,7 +78,8 @@ def show_result(result: TrainResult) -> str:
     temporary.replace(path)
     lines = [f"pictures: {path} (photos, the base's answers, the adapter's)"]
     if subject is not None:
-        lines += _judge_figures(model, subject, options)
+        lines.append("judged in settings without a photo:")
+        lines += _table(judge_subject(model, subject, options))
     return "\n".join(lines)
 
 
@@ -120,8 +131,12 @@ def _default_prompts(instance_prompt: str, subject: str | None) -> list[str]:
     return [f"{instance_prompt} {place}" for place in places]
 
 
-def _judge_figures(model: BaseModel, subject: str, options: dict[str, Any]) -> list[str]:
-    """Subject fidelity, prompt fidelity and drift of base and adapter, as the judge sees them."""
+def judge_subject(model: BaseModel, subject: str, options: dict[str, Any]) -> dict[str, Figures]:
+    """What the judge says of the bundled `subject`: rows "true pictures", "base" and "adapter".
+
+    `model` carries one adapter.  Asked for are the settings of which the subject has no photo, one picture each, and
+    prompts that have nothing to do with it; compared with are true renderings in the same settings.
+    """
     from toybox.judge import load_judge
     from toybox.world import PHOTO_SETTINGS, SETTING_PHRASES, SUBJECTS, render, sample_scene
 
@@ -130,26 +145,31 @@ def _judge_figures(model: BaseModel, subject: str, options: dict[str, Any]) -> l
     places = [place for place in SETTING_PHRASES if place not in PHOTO_SETTINGS[subject]]
     rng = np.random.default_rng(SEED)
     scenes = [sample_scene(rng, individual, place, "photo") for place in places for _ in range(TRUE_IMAGES)]
-    true = judge.identity_features([render(scene) for scene in scenes])
+    true = judge.identity_features([render(scene) for scene in scenes])  # (n, d)
     prompts = [f"a photo of sks {individual.kind} {SETTING_PHRASES[place]}" for place in places]
     options = {**options, "seed": SEED + 1}
-    figures: dict[str, tuple[float, float]] = {"true pictures": (_off_diagonal(true), 1.0)}
-    unrelated = {}
+    figures = {"true pictures": Figures(_off_diagonal(true), 1.0, None)}
+    unrelated: dict[str, torch.Tensor] = {}
     for name, strength in (("base", 0.0), ("adapter", 1.0)):
         images = _paint(model, prompts, strength, options)
-        found = judge.attributes(images)
         fits = [
-            attributes["kind"] == individual.kind and attributes["setting"] == place
-            for attributes, place in zip(found, places, strict=True)
+            found["kind"] == individual.kind and found["setting"] == place
+            for found, place in zip(judge.attributes(images), places, strict=True)
         ]
-        figures[name] = (subject_fidelity(judge.identity_features(images), true), float(np.mean(fits)))
-        unrelated[name] = judge.image_features(_paint(model, UNRELATED_PROMPTS, strength, options))
-    moved = {"base": 0.0, "adapter": drift(unrelated["adapter"], unrelated["base"]), "true pictures": None}
-    lines = [f"judged in {len(places)} settings without a photo:", f"{'':15}{'subject':>9}{'prompt':>9}{'drift':>9}"]
-    for name in ("true pictures", "base", "adapter"):
-        fidelity, fits_prompt = figures[name]
-        drifted = "" if moved[name] is None else f"{moved[name]:.3f}"
-        lines.append(f"{name:15}{fidelity:>9.3f}{fits_prompt:>9.0%}{drifted:>9}")
+        unrelated[name] = judge.image_features(_paint(model, UNRELATED_PROMPTS, strength, options))  # (n, d)
+        figures[name] = Figures(
+            subject_fidelity(judge.identity_features(images), true),
+            float(np.mean(fits)),
+            drift(unrelated[name], unrelated["base"]),
+        )
+    return figures
+
+
+def _table(figures: dict[str, Figures]) -> list[str]:
+    lines = [f"{'':15}{'subject':>9}{'prompt':>9}{'drift':>9}"]
+    for name, row in figures.items():
+        drifted = "" if row.drift is None else f"{row.drift:.3f}"
+        lines.append(f"{name:15}{row.subject:>9.3f}{row.prompt:>9.0%}{drifted:>9}")
     lines.append("subject: likeness to true pictures of it; prompt: right kind and setting; drift: change of others")
     return lines
 

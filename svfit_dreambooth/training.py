@@ -73,14 +73,19 @@ def train(config: TrainConfig, on_step: Callable[[Step], bool | None] | None = N
     `on_step` is called after every optimizer step; a true value ends the run there, and what was learnt is saved.
     Ctrl-C does the same.  Raises SVFitError for input that cannot be used, before anything slow starts.
     """
+    AcceleratorState._reset_state()  # or a second run in one process could not have another precision
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation_steps
+        )
+    except ValueError as error:
+        raise SVFitError(
+            f"--mixed_precision {config.mixed_precision} does not work on this machine ({error}): use bf16 or no."
+        ) from error
     run = prepare(config)
     config = run.config
     for line in run.report():
         logger.info(line)
-    AcceleratorState._reset_state()  # or a second run in one process could not have another precision
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation_steps
-    )
     pipeline = run.base.pipeline
     examples = encode_examples(run, accelerator.device)
     shifts, base_fingerprint = _patch(run)

@@ -1,0 +1,64 @@
+"""The picture and the figures at the end of a run on the embedded base."""
+
+import pytest
+from PIL import Image
+
+from svfit_dreambooth import read_adapter
+from svfit_dreambooth.commands import main, main_train
+from svfit_dreambooth.showcase import CELL, contact_sheet
+
+
+def test_contact_sheet_holds_every_picture_and_fits_long_captions():
+    red, blue = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (300, 400), "blue")
+    sheet = contact_sheet([("one", [red, blue, red]), ("zwei ü", [blue])], captions=["short", "very long " * 30])
+    colours = {colour: count for count, colour in sheet.getcolors(1 << 20)}
+    assert colours[(255, 0, 0)] == 2 * CELL * CELL and colours[(0, 0, 255)] == 2 * CELL * CELL
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    code = main_train(
+        [
+            "--output_dir",
+            str(folder),
+            "--max_train_steps",
+            "2",
+            "--num_inference_steps",
+            "2",
+            "--fixed_loss_examples",
+            "1",
+        ]
+    )
+    assert code == 0
+    return folder
+
+
+def test_without_arguments_a_toybox_subject_is_trained(demo):
+    adapter = read_adapter(demo / "dog_patch.safetensors")
+    assert adapter.base_model == "toybox" and adapter.instance_prompt == "a photo of sks dog"
+    assert Image.open(demo / "dog_patch.png").height > 3 * CELL
+
+
+def test_the_judge_speaks_of_base_and_adapter(tmp_path, capsys):
+    main_train(["--output_dir", str(tmp_path), "--max_train_steps", "1", "--num_inference_steps", "1"])
+    text = capsys.readouterr().out
+    assert "judged in settings without a photo" in text
+    rows = {
+        line[:15].strip(): line[15:].split() for line in text.splitlines() if line.startswith(("base  ", "adapter  "))
+    }
+    assert float(rows["base"][-1]) == 0.0  # the base does not drift from itself
+    assert all(-1 <= float(row[0]) <= 1 for row in rows.values())
+
+
+def test_the_adapter_finds_the_embedded_base_from_anywhere(demo, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = [
+        "generate",
+        "--adapter",
+        str(demo / "dog_patch.safetensors"),
+        "--prompt",
+        "a photo of sks dog in the snow",
+    ]
+    assert main([*arguments, "--output_dir", "images", "--num_images", "1", "--num_inference_steps", "2"]) == 0
+    assert Image.open(tmp_path / capsys.readouterr().out.strip()).size == (64, 64)
