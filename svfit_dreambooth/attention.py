@@ -32,25 +32,45 @@ def canonical_name(model: nn.Module, path: str) -> str:
     return name
 
 
+def linear_layers(model: nn.Module) -> dict[str, tuple[nn.Module, str, nn.Linear]]:
+    """Every linear layer of `model`: canonical name -> (parent module, attribute, layer).
+
+    The layers of PEFT's own adapters are neighbours and not among them.  Raises SVFitError where attention
+    projections are fused into copies of the weights, on which a patch would have no effect.
+    """
+    processors = getattr(model, "attn_processors", {})
+    if any(type(processor).__name__.startswith("Fused") for processor in processors.values()):
+        raise SVFitError(
+            "the query, key and value projections of this model are fused into copies of the weights, which SVFit "
+            "layers would not reach: call unfuse_qkv_projections() first."
+        )
+    layers = {}
+    for path, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, nn.Linear) and ".lora_" not in path:
+            parent_path, _, attribute = path.rpartition(".")
+            layers[canonical_name(model, path)] = (model.get_submodule(parent_path), attribute, layer)
+    return layers
+
+
+def check_plain(name: str, layer: nn.Linear) -> None:
+    """Raises SVFitError for a quantised layer: its weight cannot be decomposed."""
+    if type(layer) not in (nn.Linear, SVFitLinear, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise SVFitError(f"{name} is a {type(layer).__name__}, not a plain linear layer: load the base unquantised.")
+    if not layer.weight.is_floating_point():
+        raise SVFitError(f"{name} holds {layer.weight.dtype} values: load the base in float32, float16 or bfloat16.")
+
+
 def find_projections(
     model: nn.Module, target_modules: Sequence[str] | None = None
 ) -> dict[str, tuple[nn.Module, str, nn.Linear]]:
-    """The linear layers of `model` to adapt: canonical name -> (parent module, attribute, layer).
+    """The linear layers of `model` to adapt, as `linear_layers` gives them.
 
     `target_modules`: names or name endings such as "to_q" or "attn2.to_k"; None means every attention
     projection where the model has attention modules of the two kinds above, else every `nn.Linear`; the word
     "attention" stands for the former, "all-linear" for the latter.
-    Raises SVFitError for a target that matches nothing, a layer that is not a plain floating-point `nn.Linear`,
-    and attention projections that are fused into copies of the weights.
+    Raises SVFitError for a target that matches nothing, and as `linear_layers` and `check_plain` do.
     """
-    _refuse_fused(model)
-    linears = {}
-    for path, layer in model.named_modules(remove_duplicate=False):
-        if isinstance(layer, nn.Linear):
-            parent_path, _, attribute = path.rpartition(".")
-            linears[canonical_name(model, path)] = (model.get_submodule(parent_path), attribute, layer)
-    # PEFT's own adapter layers are neighbours, not targets.
-    linears = {name: found for name, found in linears.items() if ".lora_" not in name}
+    linears = linear_layers(model)
     attention = _attention_names(model, linears)
     if target_modules is None:
         chosen = attention or set(linears)
@@ -73,14 +93,7 @@ def find_projections(
         raise SVFitError(f"{type(_unwrapped(model)).__name__} has no linear layer to adapt.")
     found = {name: linears[name] for name in linears if name in chosen}
     for name, (_, _, layer) in found.items():
-        if type(layer) not in (nn.Linear, SVFitLinear, nn.modules.linear.NonDynamicallyQuantizableLinear):
-            raise SVFitError(
-                f"{name} is a {type(layer).__name__}, not a plain linear layer: load the base unquantised."
-            )
-        if not layer.weight.is_floating_point():
-            raise SVFitError(
-                f"{name} holds {layer.weight.dtype} values: load the base in float32, float16 or bfloat16."
-            )
+        check_plain(name, layer)
     return found
 
 
@@ -122,7 +135,7 @@ def patch_layers(model: nn.Module, bases: Mapping[str, tuple[Tensor, Tensor]]) -
 
     A layer that was patched before is patched anew, with its shift at zero.
     """
-    found = find_projections(model, "all-linear")
+    found = linear_layers(model)
     patched = {}
     for name, (U, Vh) in bases.items():
         parent, attribute, layer = found[name]
@@ -257,17 +270,6 @@ def _replace(parent: nn.Module, attribute: str, layer: nn.Module) -> None:
         parent[int(attribute)] = layer
     else:
         setattr(parent, attribute, layer)
-
-
-def _refuse_fused(model: nn.Module) -> None:
-    """Fused attention computes with a copy of the weights, on which a patched projection would have no effect."""
-    processors = getattr(model, "attn_processors", {})
-    if not any(type(processor).__name__.startswith("Fused") for processor in processors.values()):
-        return
-    raise SVFitError(
-        "the query, key and value projections of this model are fused into copies of the weights, which SVFit "
-        "layers would not reach: call unfuse_qkv_projections() first."
-    )
 
 
 def _fusing_forbidden(*args: object, **kwargs: object) -> None:

@@ -202,6 +202,7 @@ def parse_config(arguments: Sequence[str], prog: str) -> TrainConfig:
     parser = Parser(
         OPTION_GROUPS,
         prog=prog,
+        usage="%(prog)s [options]",
         description="Teach a Stable Diffusion model your subject by training the singular values of its attention.",
         add_help=True,
         allow_abbrev=False,

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from svfit_dreambooth.adapter import Adapter, read_adapter
 from svfit_dreambooth.attention import (
     add_shifts,
-    find_projections,
+    check_plain,
+    linear_layers,
     merged,
     patch_layers,
     remove_svfit,
@@ -181,7 +182,7 @@ def _base_weights(
     """The base's weights that the adapter changes: "<component>.<path>" -> (out, in)."""
     weights = {}
     for component, own in shifts.items():
-        found = find_projections(components[component], "all-linear")
+        found = linear_layers(components[component])
         for path, shift in own.items():
             layer = found[path][2] if path in found else None
             if layer is None or len(shift) > min(layer.weight.shape):
@@ -189,6 +190,7 @@ def _base_weights(
                     f"the adapter {name!r} was trained on {adapter.base_model}, whose {component} is built otherwise "
                     f"than this one ({path}): load it on that base."
                 )
+            check_plain(f"{component}.{path}", layer)
             unmerged = getattr(layer, "unmerged_weight", None)
             weights[f"{component}.{path}"] = layer.weight.detach() if unmerged is None else unmerged
     return weights

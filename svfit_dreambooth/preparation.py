@@ -111,13 +111,15 @@ def prepare(config: TrainConfig) -> Run:
             f"autoencoder shrinks pictures: use {max(1, round(config.resolution / factor)) * factor}."
         )
     config.guidance_scale = base.guidance_scale if config.guidance_scale is None else config.guidance_scale
-    targets = {"unet": list(find_projections(base.pipeline.unet, config.target_modules))}
+    found = {"unet": find_projections(base.pipeline.unet, config.target_modules)}
     if config.train_text_encoder:
-        targets["text_encoder"] = list(find_projections(base.pipeline.text_encoder))
-    weights: dict[str, Tensor] = {}
-    for component, names in targets.items():
-        found = find_projections(getattr(base.pipeline, component), "all-linear")
-        weights |= {f"{component}.{name}": found[name][2].weight.detach() for name in names}
+        found["text_encoder"] = find_projections(base.pipeline.text_encoder)
+    targets = {component: list(layers) for component, layers in found.items()}
+    weights = {
+        f"{component}.{name}": layer.weight.detach()
+        for component, layers in found.items()
+        for name, (_, _, layer) in layers.items()
+    }
     run = Run(config, photos, base, adapter_name, targets, weights)
     if not config.dry_run:
         write_atomically(Path(config.output_dir) / "config.yaml", config_to_yaml(config))
