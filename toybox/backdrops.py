@@ -56,7 +56,10 @@ def _beach(c: Canvas, rng: Rng) -> None:
     for i, colour in enumerate(((226, 50, 50), (255, 255, 255), (226, 50, 50), (255, 255, 255))):
         c.draw.pieslice([v * c.unit for v in (x - 17, y - 11, x + 17, y + 17)], 180 + 45 * i, 225 + 45 * i, colour)
     x, y = rng.uniform(8, 92), rng.uniform(88, 95)
-    c.poly([(x + r * np.sin(t), y - r * np.cos(t)) for t, r in zip(np.arange(10) * 0.628, (5, 2) * 5)], (240, 96, 60))
+    c.poly(
+        [(x + r * np.sin(t), y - r * np.cos(t)) for t, r in zip(np.arange(10) * 0.628, (5, 2) * 5, strict=True)],
+        (240, 96, 60),
+    )
 
 
 def _snow(c: Canvas, rng: Rng) -> None:
@@ -65,7 +68,12 @@ def _snow(c: Canvas, rng: Rng) -> None:
     c.ellipse(rng.uniform(10, 40), h + 22, 60, 26, (228, 237, 248))
     c.ellipse(rng.uniform(60, 95), h + 24, 60, 24, (238, 244, 251))
     green = _tint(rng, (38, 92, 74))
-    for x, size in ((rng.uniform(3, 12), 44), (rng.uniform(18, 26), 30), (rng.uniform(74, 82), 32), (rng.uniform(88, 97), 46)):
+    for x, size in (
+        (rng.uniform(3, 12), 44),
+        (rng.uniform(18, 26), 30),
+        (rng.uniform(74, 82), 32),
+        (rng.uniform(88, 97), 46),
+    ):
         _pine(c, x, h + 6, size, green, (248, 251, 255))
     c.gradient(h + 14, 100, (246, 249, 254), _tint(rng, (214, 228, 246), 5))
     for x, y in rng.uniform(0, 100, (46, 2)):
@@ -175,7 +183,11 @@ def _desert(c: Canvas, rng: Rng) -> None:
         c.line([(x, foot), (x, foot - tall)], 6, green)
         c.ellipse(x, foot - tall, 3, 3, green)
         for s, low in ((-1, 0.35), (1, 0.5)):
-            c.line([(x, foot - tall * low), (x + 7 * s, foot - tall * low), (x + 7 * s, foot - tall * (low + 0.3))], 3.6, green)
+            c.line(
+                [(x, foot - tall * low), (x + 7 * s, foot - tall * low), (x + 7 * s, foot - tall * (low + 0.3))],
+                3.6,
+                green,
+            )
 
 
 def _forest(c: Canvas, rng: Rng) -> None:

@@ -28,7 +28,15 @@ class Canvas:
         self.draw.ellipse(box, fill, ink, round(width * u) if ink is not None else 0)
 
     def rect(
-        self, x0: float, y0: float, x1: float, y1: float, fill: Any, ink: Any = None, radius: float = 0, width: float = 2
+        self,
+        x0: float,
+        y0: float,
+        x1: float,
+        y1: float,
+        fill: Any,
+        ink: Any = None,
+        radius: float = 0,
+        width: float = 2,
     ) -> None:
         """Fill a rectangle with optionally rounded corners; with `ink`, outline it inside its border."""
         u = self.unit

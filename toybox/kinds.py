@@ -95,8 +95,19 @@ def _fish(c: Canvas) -> Anchors:
 def _butterfly(c: Canvas) -> Anchors:
     for s in (-1, 1):
         c.ellipse(50 + 18 * s, 74, 17, 16, LIGHT, LINE)
-        c.poly([(50 + 3 * s, 50), (50 + 14 * s, 30), (50 + 34 * s, 22), (50 + 43 * s, 30), (50 + 41 * s, 50),
-                (50 + 30 * s, 64), (50 + 10 * s, 64)], BODY, LINE)
+        c.poly(
+            [
+                (50 + 3 * s, 50),
+                (50 + 14 * s, 30),
+                (50 + 34 * s, 22),
+                (50 + 43 * s, 30),
+                (50 + 41 * s, 50),
+                (50 + 30 * s, 64),
+                (50 + 10 * s, 64),
+            ],
+            BODY,
+            LINE,
+        )
         c.line([(50 + 3 * s, 28), (50 + 10 * s, 14)], 2, LINE)
         c.ellipse(50 + 10 * s, 14, 2.5, 2.5, LINE)
     c.limb([(50, 46), (50, 86)], 11, SHADE, LINE)

@@ -1,0 +1,107 @@
+"""Does toybox draw what it is asked for? 300 prompts, a third of them of combinations it has never seen.
+
+`python benchmarks/toybox_prompts.py --output results.json --contact_sheet sheet.png`
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from toybox.architecture import WEIGHTS, load_pipeline
+from toybox.judge import Judge, load_judge
+from toybox.stages import contact_sheet
+from toybox.world import COLOURS, KINDS, SETTINGS, canonical_caption, is_held_out
+
+TRAITS = ("kind", "colour", "setting")
+
+
+def draw_combinations(count: int, seed: int = 0) -> list[tuple[str, str, str]]:
+    """`count` different combinations of kind, colour and setting; every third is one held out of pre-training."""
+    everything = [(kind, colour, setting) for kind in KINDS for colour in COLOURS for setting in SETTINGS]
+    rng = np.random.default_rng(seed)
+    shuffled = [everything[i] for i in rng.permutation(len(everything))]
+    held_out = [combination for combination in shuffled if is_held_out(*combination)]
+    seen = [combination for combination in shuffled if not is_held_out(*combination)]
+    return [held_out[i // 3] if i % 3 == 2 else seen[i - i // 3] for i in range(count)]
+
+
+def generate(
+    pipeline: StableDiffusionPipeline, prompts: Sequence[str], steps: int, guidance_scale: float, batch_size: int = 25
+) -> list[Image.Image]:
+    """One picture a prompt; the seed is the prompt's number, whatever the batch size."""
+    images: list[Image.Image] = []
+    for start in range(0, len(prompts), batch_size):
+        batch = list(prompts[start : start + batch_size])
+        generators = [torch.Generator().manual_seed(start + i) for i in range(len(batch))]
+        images += pipeline(batch, num_inference_steps=steps, guidance_scale=guidance_scale, generator=generators).images
+    return images
+
+
+def score(judge: Judge, images: Sequence[Image.Image], wanted: Sequence[tuple[str, str, str]]) -> dict[str, dict]:
+    """Share of pictures in which the judge finds each trait that was asked for, and all three; by sort of prompt."""
+    found = judge.attributes(images)
+    right = np.array(
+        [[each[t] == w for t, w in zip(TRAITS, want, strict=True)] for each, want in zip(found, wanted, strict=True)]
+    )
+    held_out = np.array([is_held_out(*want) for want in wanted])
+    right = np.concatenate([right, right.all(axis=1, keepdims=True)], axis=1)  # (n, 4)
+    rows = {"all": np.ones_like(held_out), "seen": ~held_out, "held out": held_out}
+    return {
+        name: {
+            "prompts": int(rows_.sum()),
+            **dict(zip((*TRAITS, "all three"), right[rows_].mean(0).tolist(), strict=True)),
+        }
+        for name, rows_ in rows.items()
+    }
+
+
+def print_table(table: dict[str, dict]) -> None:
+    """The scores, a row for each sort of prompt."""
+    print(f"{'prompts':10s} {'n':>4s} {'kind':>7s} {'colour':>7s} {'setting':>8s} {'all three':>10s}")
+    for name, row in table.items():
+        print(
+            f"{name:10s} {row['prompts']:4d} {row['kind']:7.1%} {row['colour']:7.1%} {row['setting']:8.1%}"
+            f" {row['all three']:10.1%}"
+        )
+
+
+def main() -> None:
+    """Parse the command line, generate, judge, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=WEIGHTS, help="pipeline folder; default: the shipped toybox")
+    parser.add_argument("--num_prompts", type=int, default=300)
+    parser.add_argument("--num_inference_steps", type=int, default=25)
+    parser.add_argument("--guidance_scale", type=float, nargs="+", default=[4.0], help="several: a table for each")
+    parser.add_argument("--num_threads", type=int, help="processor threads; None: all cores")
+    parser.add_argument("--output", type=Path, help="JSON file for the numbers; None: only printed")
+    parser.add_argument("--contact_sheet", type=Path, help="PNG of the first 60 pictures; None: not drawn")
+    args = parser.parse_args()
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    wanted = draw_combinations(args.num_prompts)
+    prompts = [canonical_caption(*combination) for combination in wanted]
+    pipeline, judge = load_pipeline(args.model), load_judge()
+    results = {}
+    for guidance_scale in args.guidance_scale:
+        images = generate(pipeline, prompts, args.num_inference_steps, guidance_scale)
+        results[str(guidance_scale)] = score(judge, images, wanted)
+        print(f"guidance {guidance_scale}, {args.num_inference_steps} steps")
+        print_table(results[str(guidance_scale)])
+    if args.contact_sheet:
+        contact_sheet(images[:60], columns=10).save(args.contact_sheet)
+    if args.output:
+        settings = {"num_inference_steps": args.num_inference_steps, "num_prompts": args.num_prompts}
+        args.output.write_text(json.dumps({**settings, "by_guidance_scale": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""The stages of pre-training: autoencoder, latents, reading lessons for the text encoder, and the UNet."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline
+from diffusers.models.attention_processor import AttnProcessor
+from PIL import Image
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from toybox.architecture import build_scheduler
+from toybox.dataset import as_tensor, batch_indices, draw_captions
+from toybox.loop import Budget, fit
+from toybox.world import COLOURS, KINDS, SETTINGS, STYLES, Scene
+
+CAPTION_DROPOUT = 0.1
+SAMPLE_PROMPTS = (
+    "a photo of a red car in the snow",
+    "a photo of a yellow duck under water",
+    "a photo of a blue robot on the beach",
+    "a photo of a white cat in the city at night",
+    "a photo of a green teapot on a wooden table",
+    "a photo of a pink fish in space",
+    "a photo of a purple boat in the clouds",
+    "a photo of a brown dog in a meadow",
+    "a pencil sketch of an orange cat in the forest",
+    "pixel art of a red rocket in the desert",
+    "a photo of a blue mug on a stage",
+    "a photo of a green butterfly in the kitchen",
+)
+
+
+def gradient_l1(image: Tensor, target: Tensor) -> Tensor:
+    """L1 between the differences of neighbouring pixels: punishes blur where plain L1 does not."""
+    return F.l1_loss(image.diff(dim=-1), target.diff(dim=-1)) + F.l1_loss(image.diff(dim=-2), target.diff(dim=-2))
+
+
+def autoencoder_loss(vae: AutoencoderTiny, pixel_values: Tensor, noise: float = 0.05) -> Tensor:
+    """Reconstruction, with slightly noisy latents so that the decoder forgives the UNet small errors."""
+    latents = vae.encode(pixel_values).latents.float()  # (batch, c, h/4, w/4)
+    mean, spread = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))  # (c,), (c,)
+    image = vae.decode(latents + noise * torch.randn_like(latents)).sample.float()  # (batch, 3, h, w)
+    reconstruction = F.l1_loss(image, pixel_values) + gradient_l1(image, pixel_values)
+    return reconstruction + 0.1 * (mean.square().mean() + (spread - 1).square().mean())
+
+
+def train_autoencoder(
+    vae: AutoencoderTiny,
+    pictures: np.ndarray,
+    checkpoint: Path,
+    budget: Budget,
+    accelerator: Accelerator,
+    batch_size: int = 32,
+    learning_rate: float = 2e-3,
+    decoder_only: bool = False,
+    log_every: int = 50,
+) -> None:
+    """Train the autoencoder. `decoder_only` keeps the encoder, and with it the meaning of all latents."""
+    vae.encoder.requires_grad_(not decoder_only)
+    part = {"decoder": vae.decoder} if decoder_only else {"vae": vae}
+
+    def compute_loss(step: int) -> Tensor:
+        torch.manual_seed(step)
+        pixel_values = as_tensor(pictures[batch_indices(step, batch_size, len(pictures))])
+        return autoencoder_loss(vae, pixel_values.to(accelerator.device))
+
+    vae.to(accelerator.device)
+    fit(
+        nn.ModuleDict(part), compute_loss, checkpoint, budget, dict.fromkeys(part, learning_rate), accelerator,
+        log_every=log_every,
+    )  # fmt: skip
+    vae.requires_grad_(True)
+
+
+@torch.no_grad()
+def encode_pictures(vae: AutoencoderTiny, pictures: np.ndarray, accelerator: Accelerator, batch: int = 128) -> Tensor:
+    """The latents of all pictures, float16 (count, c, h/4, w/4); sets the autoencoder's scaling factor from them."""
+    vae.to(accelerator.device).eval()
+    chunks = []
+    for start in range(0, len(pictures), batch):
+        with accelerator.autocast():
+            latents = vae.encode(as_tensor(pictures[start : start + batch]).to(accelerator.device)).latents
+        chunks.append(latents.float().cpu())
+    latents = torch.cat(chunks)
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+    return latents.half()
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
+    """Token ids padded as the pipeline pads them, (batch, max_length)."""
+    return tokenizer(
+        list(captions),
+        padding="max_length",
+        truncation=True,
+        max_length=tokenizer.model_max_length,
+        return_tensors="pt",
+    ).input_ids
+
+
+def scene_labels(scenes: Sequence[Scene]) -> Tensor:
+    """What captions may name, as numbers of kind, colour, setting and style, (batch, 4)."""
+    return torch.tensor(
+        [
+            (KINDS.index(s.individual.kind), COLOURS.index(s.individual.colour), SETTINGS.index(s.setting),
+             STYLES.index(s.style))
+            for s in scenes
+        ]
+    )  # fmt: skip
+
+
+def train_text_encoder(
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    scenes: Sequence[Scene],
+    checkpoint: Path,
+    budget: Budget,
+    accelerator: Accelerator,
+    batch_size: int = 128,
+    learning_rate: float = 1e-3,
+    log_every: int = 50,
+) -> None:
+    """Teach the text encoder to read: tell the scene's traits from its caption, as far as the caption tells them.
+
+    Seconds of this save the UNet many minutes, in which it would learn what words mean from noisy pictures.
+    """
+    counts = [len(KINDS), len(COLOURS), len(SETTINGS), len(STYLES)]
+    heads = nn.Linear(text_encoder.config.hidden_size, sum(counts))
+    modules = nn.ModuleDict({"text_encoder": text_encoder, "heads": heads})
+
+    def compute_loss(step: int) -> Tensor:
+        batch = [scenes[i] for i in batch_indices(step, batch_size, len(scenes))]
+        input_ids = tokenize(tokenizer, draw_captions(batch, np.random.default_rng((2, step))))
+        summary = text_encoder(input_ids.to(accelerator.device)).pooler_output  # (batch, width)
+        labels = scene_labels(batch).to(accelerator.device)  # (batch, 4)
+        logits = heads(summary).float().split(counts, dim=1)
+        return torch.stack([F.cross_entropy(each, labels[:, i]) for i, each in enumerate(logits)]).mean()
+
+    fit(
+        modules, compute_loss, checkpoint, budget, dict.fromkeys(modules, learning_rate), accelerator,
+        log_every=log_every,
+    )  # fmt: skip
+
+
+def diffusion_loss(
+    unet: nn.Module, scheduler: DDIMScheduler, latents: Tensor, encoder_hidden_states: Tensor, noise: Tensor, t: Tensor
+) -> Tensor:
+    """||v - v_theta||^2, the velocity prediction of Salimans and Ho (2022), each noise level counting alike.
+
+    Weights that fall with the noise (min-SNR) starve the noisiest levels, at which shapes are decided.
+    """
+    noisy_latents = scheduler.add_noise(latents, noise, t)  # (batch, c, h, w)
+    target = scheduler.get_velocity(latents, noise, t)  # (batch, c, h, w)
+    model_pred = unet(noisy_latents, t, encoder_hidden_states).sample.float()  # (batch, c, h, w)
+    return F.mse_loss(model_pred, target)
+
+
+def train_unet(
+    pipeline: StableDiffusionPipeline,
+    latents: Tensor,
+    scenes: Sequence[Scene],
+    checkpoint: Path,
+    budget: Budget,
+    accelerator: Accelerator,
+    batch_size: int = 64,
+    learning_rate: float = 8e-4,
+    text_learning_rate: float = 1e-4,
+    sample_every: int | None = None,
+    log_every: int = 50,
+) -> int:
+    """Train UNet and text encoder together on cached latents; returns the number of steps made in all."""
+    unet, text_encoder, tokenizer = pipeline.unet, pipeline.text_encoder, pipeline.tokenizer
+    scheduler, scale, device = build_scheduler(), pipeline.vae.config.scaling_factor, accelerator.device
+    count = scheduler.config.num_train_timesteps
+    if device.type == "cpu":
+        unet.set_attn_processor(AttnProcessor())  # a third faster to train than the fused attention of CPUs
+
+    def compute_loss(step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(step)
+        chosen = batch_indices(step, batch_size, len(scenes))
+        clean = latents[torch.from_numpy(chosen)].float() * scale  # (batch, c, h, w)
+        captions = draw_captions([scenes[i] for i in chosen], np.random.default_rng((1, step)), CAPTION_DROPOUT)
+        hidden = text_encoder(tokenize(tokenizer, captions).to(device))[0]  # (batch, length, width)
+        noise = torch.randn(clean.shape, generator=generator)
+        # One timestep from each of `batch` equal slices: the same expectation, with less variance.
+        slices = torch.randperm(len(chosen), generator=generator)
+        t = ((slices + torch.rand(len(chosen), generator=generator)) * count / len(chosen)).long().clamp(max=count - 1)
+        return diffusion_loss(unet, scheduler, clean.to(device), hidden, noise.to(device), t.to(device))
+
+    def sample(step: int) -> None:
+        generators = [torch.Generator().manual_seed(seed) for seed in range(len(SAMPLE_PROMPTS))]
+        prompts = list(SAMPLE_PROMPTS)
+        images = pipeline(prompts, num_inference_steps=20, guidance_scale=4.0, generator=generators).images
+        contact_sheet(images, columns=6).save(checkpoint.with_name(f"samples_{step:06d}.png"))
+
+    return fit(
+        nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}),
+        compute_loss,
+        checkpoint,
+        budget,
+        {"unet": learning_rate, "text_encoder": text_learning_rate},
+        accelerator,
+        log_every=log_every,
+        sample_every=sample_every,
+        sample=sample,
+    )
+
+
+def contact_sheet(images: Sequence[Image.Image], columns: int, zoom: int = 2) -> Image.Image:
+    """All images in rows of `columns`."""
+    width, height = images[0].width * zoom, images[0].height * zoom
+    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height))
+    for number, image in enumerate(images):
+        place = (number % columns * width, number // columns * height)
+        sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), place)
+    return sheet
