@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,9 +155,9 @@ def encode_examples(run: Run, device: torch.device) -> Examples:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replaces `path` by a file with `text`, or leaves it as it was."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", encoding="utf-8", delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def _choose_subject(config: TrainConfig) -> None:
