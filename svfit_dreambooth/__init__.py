@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from svfit_dreambooth import remarks as remarks  # filters must be in place before diffusers is imported
+
 if TYPE_CHECKING:
     from svfit_dreambooth.adapter import Adapter, read_adapter, save_adapter
     from svfit_dreambooth.attention import apply_svfit, remove_svfit

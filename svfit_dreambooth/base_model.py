@@ -11,7 +11,6 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from torch import Tensor, nn
 
-import svfit_dreambooth.remarks  # noqa: F401  before diffusers
 from svfit_dreambooth.config import TOYBOX
 from svfit_dreambooth.errors import SVFitError
 

@@ -177,10 +177,11 @@ def test_the_training_command_end_to_end(tiny_base, photo_folder, tmp_path, caps
     }
 
 
-def test_the_training_command_fails_with_one_sentence(capsys):
-    assert main_train(["--instance_data_dir", "/no/photos"]) == 2
-    error = capsys.readouterr().err
-    assert error == "error: There is no folder '/no/photos': check the path of your photos.\n"
+def test_the_training_command_fails_with_one_sentence_and_nothing_else():
+    command = [sys.executable, str(ROOT / "train_dreambooth_svfit.py"), "--instance_data_dir", "/no/photos"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: There is no folder '/no/photos': check the path of your photos.\n"
 
 
 def test_half_precision(tiny_base, adapter_path):
