@@ -65,6 +65,10 @@ class Adapter:
         """The model parts that are adapted, such as ["text_encoder", "unet"]."""
         return sorted({name.partition(".")[0] for name in self.shifts})
 
+    def component_shifts(self, component: str) -> dict[str, torch.Tensor]:
+        """The shifts of one model part: module path, without the component -> (rank,)."""
+        return {n.partition(".")[2]: shift for n, shift in self.shifts.items() if n.startswith(component + ".")}
+
 
 # ---------------------------------------------------------------- writing
 

@@ -30,11 +30,6 @@ class BaseModel:
     pipeline: StableDiffusionPipeline
 
     @property
-    def components(self) -> dict[str, nn.Module]:
-        """The modules that adapters may change, by the names that adapter files give them."""
-        return pipeline_components(self.pipeline)
-
-    @property
     def resolution(self) -> int:
         """Side in pixels of the pictures that the base was trained on."""
         return self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor

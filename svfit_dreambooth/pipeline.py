@@ -67,12 +67,7 @@ def load_adapter(
     missing = set(adapter.components) - set(components)
     if missing:
         raise SVFitError(f"the adapter {name!r} changes {', '.join(sorted(missing))}, which this pipeline lacks.")
-    shifts = {
-        component: {
-            key.partition(".")[2]: shift for key, shift in adapter.shifts.items() if key.startswith(component + ".")
-        }
-        for component in adapter.components
-    }
+    shifts = {component: adapter.component_shifts(component) for component in adapter.components}
     with offloading_lifted(pipeline):
         weights = _base_weights(components, shifts, name, adapter)
         _check_base(pipeline, adapter, name, weights, allow_other_base)
@@ -89,10 +84,8 @@ def load_adapter(
 
 def set_adapters(pipeline: DiffusionPipeline, strengths: Mapping[str, float]) -> None:
     """Sets the strengths of loaded adapters by name; those not named rest at 0.  Nothing is reloaded."""
-    present = loaded_adapters(pipeline)
     for name in strengths:
-        if name not in present:
-            raise SVFitError(f"no adapter named {name!r} is loaded, only: {', '.join(present) or 'none'}.")
+        _check_loaded(pipeline, name)
     with offloading_lifted(pipeline):
         for model in pipeline_components(pipeline).values():
             for name, loaded in _registry(model).items():
@@ -102,9 +95,8 @@ def set_adapters(pipeline: DiffusionPipeline, strengths: Mapping[str, float]) ->
 
 def unload_adapter(pipeline: DiffusionPipeline, name: str | None = None) -> None:
     """Takes off the adapter `name`, or all of them; without any, the pipeline is the base again, to the bit."""
-    present = loaded_adapters(pipeline)
-    if name is not None and name not in present:
-        raise SVFitError(f"no adapter named {name!r} is loaded, only: {', '.join(present) or 'none'}.")
+    if name is not None:
+        _check_loaded(pipeline, name)
     with offloading_lifted(pipeline):
         for model in pipeline_components(pipeline).values():
             registry = _registry(model)
@@ -123,6 +115,12 @@ def loaded_adapters(pipeline: DiffusionPipeline) -> dict[str, float]:
         for model in pipeline_components(pipeline).values()
         for name, loaded in _registry(model).items()
     }
+
+
+def _check_loaded(pipeline: DiffusionPipeline, name: str) -> None:
+    present = loaded_adapters(pipeline)
+    if name not in present:
+        raise SVFitError(f"no adapter named {name!r} is loaded, only: {', '.join(present) or 'none'}.")
 
 
 @contextmanager

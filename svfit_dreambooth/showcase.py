@@ -14,7 +14,7 @@ from svfit_dreambooth.config import TOYBOX
 from svfit_dreambooth.evaluation import drift, subject_fidelity
 from svfit_dreambooth.generation import generate, open_for_adapters
 from svfit_dreambooth.photos import open_photo
-from svfit_dreambooth.pipeline import set_adapters
+from svfit_dreambooth.pipeline import loaded_adapters, set_adapters
 from svfit_dreambooth.preparation import TOYBOX_SUBJECTS
 from svfit_dreambooth.training import TrainResult
 
@@ -111,7 +111,7 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], captions: S
 
 
 def _paint(model: BaseModel, prompts: Sequence[str], strength: float, options: dict[str, Any]) -> list[Image.Image]:
-    (name,) = model.pipeline.unet.svfit_adapters
+    (name,) = loaded_adapters(model.pipeline)
     set_adapters(model.pipeline, {name: strength})
     return [picture.image for picture in generate(model, prompts, **options)]
 

@@ -220,12 +220,7 @@ def _patch(run: Run) -> tuple[dict[str, dict[str, nn.Parameter]], dict[str, Any]
         own_bases = {name: bases[f"{component}.{name}"] for name in run.targets[component]}
         shifts[component] = apply_svfit(module, target_modules=run.targets[component], basis=own_bases)
         if initial is not None:
-            own = {
-                name.partition(".")[2]: shift
-                for name, shift in initial.shifts.items()
-                if name.startswith(component + ".")
-            }
-            set_shifts(module, own)
+            set_shifts(module, initial.component_shifts(component))
     run.base.pipeline.text_encoder.requires_grad_(False)
     run.base.pipeline.vae.requires_grad_(False)
     if config.train_text_encoder:
