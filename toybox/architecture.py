@@ -14,8 +14,8 @@ from toybox.tokenizer import save_tokenizer
 
 WEIGHTS = Path(__file__).parent / "weights"
 IMAGE_SIZE = 64  # pixels a side
-LATENT_SIZE = 16  # the autoencoder shrinks pictures four times
-LATENT_CHANNELS = 8  # with Stable Diffusion's 4, stripes and eyes come back blurred at this size
+LATENT_SIZE = 8  # the autoencoder shrinks pictures eight times, as Stable Diffusion's does
+LATENT_CHANNELS = 16  # with Stable Diffusion's 4, stripes and eyes come back blurred at this size
 
 
 @dataclass(frozen=True)
@@ -23,22 +23,22 @@ class Sizes:
     """Widths and depths; the defaults are those of the shipped weights."""
 
     autoencoder_width: int = 48
-    encoder_blocks: tuple[int, ...] = (0, 1, 3)  # residual blocks at 64, 32 and 16 pixels
-    decoder_blocks: tuple[int, ...] = (3, 2, 0)  # residual blocks at 16, 32 and 64 pixels
+    encoder_blocks: tuple[int, ...] = (0, 1, 3, 4)  # residual blocks at 64, 32, 16 and 8 pixels
+    decoder_blocks: tuple[int, ...] = (4, 3, 1, 0)  # residual blocks at 8, 16, 32 and 64 pixels
     text_width: int = 192
     text_layers: int = 3
     text_heads: int = 4
-    unet_channels: tuple[int, ...] = (64, 128, 192)  # at 16, 8 and 4 latent pixels
-    unet_heads: tuple[int, ...] = (1, 2, 3)
+    unet_channels: tuple[int, ...] = (128, 192)  # at 8 and 4 latent pixels
+    unet_heads: tuple[int, ...] = (2, 3)
 
 
 FULL = Sizes()
-TINY = Sizes(8, (0, 0, 1), (1, 0, 0), 16, 1, 2, (16, 16), (1, 1))  # for smoke tests
+TINY = Sizes(8, (0, 0, 0, 1), (1, 0, 0, 0), 16, 1, 2, (16, 16), (1, 1))  # for smoke tests
 
 
 def build_autoencoder(sizes: Sizes = FULL) -> AutoencoderTiny:
-    """An untrained autoencoder: (batch, 3, 64, 64) in [-1, 1] to latents (batch, 8, 16, 16) and back."""
-    width = (sizes.autoencoder_width,) * 3
+    """An untrained autoencoder: (batch, 3, 64, 64) in [-1, 1] to latents (batch, 16, 8, 8) and back."""
+    width = (sizes.autoencoder_width,) * len(sizes.encoder_blocks)
     return AutoencoderTiny(
         encoder_block_out_channels=width,
         decoder_block_out_channels=width,

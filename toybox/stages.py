@@ -40,11 +40,12 @@ def gradient_l1(image: Tensor, target: Tensor) -> Tensor:
     return F.l1_loss(image.diff(dim=-1), target.diff(dim=-1)) + F.l1_loss(image.diff(dim=-2), target.diff(dim=-2))
 
 
-def autoencoder_loss(vae: AutoencoderTiny, pixel_values: Tensor, noise: float = 0.05) -> Tensor:
-    """Reconstruction, with slightly noisy latents so that the decoder forgives the UNet small errors."""
-    latents = vae.encode(pixel_values).latents.float()  # (batch, c, h/4, w/4)
+def autoencoder_loss(vae: AutoencoderTiny, pixel_values: Tensor, noise: float = 0.1) -> Tensor:
+    """Reconstruction, with latents a little noisy (up to `noise`) so that the decoder forgives the UNet small errors."""
+    latents = vae.encode(pixel_values).latents.float()  # (batch, c, h/8, w/8)
     mean, spread = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))  # (c,), (c,)
-    image = vae.decode(latents + noise * torch.randn_like(latents)).sample.float()  # (batch, 3, h, w)
+    level = noise * torch.rand(len(latents), 1, 1, 1, device=latents.device)
+    image = vae.decode(latents + level * torch.randn_like(latents)).sample.float()  # (batch, 3, h, w)
     reconstruction = F.l1_loss(image, pixel_values) + gradient_l1(image, pixel_values)
     return reconstruction + 0.1 * (mean.square().mean() + (spread - 1).square().mean())
 
@@ -67,9 +68,10 @@ def train_autoencoder(
     def compute_loss(step: int) -> Tensor:
         torch.manual_seed(step)
         pixel_values = as_tensor(pictures[batch_indices(step, batch_size, len(pictures))])
-        return autoencoder_loss(vae, pixel_values.to(accelerator.device))
+        pixel_values = pixel_values.to(accelerator.device, memory_format=torch.channels_last)
+        return autoencoder_loss(vae, pixel_values)
 
-    vae.to(accelerator.device)
+    vae.to(accelerator.device, memory_format=torch.channels_last)  # a quarter faster on CPUs
     fit(
         nn.ModuleDict(part), compute_loss, checkpoint, budget, dict.fromkeys(part, learning_rate), accelerator,
         log_every=log_every,
@@ -79,7 +81,7 @@ def train_autoencoder(
 
 @torch.no_grad()
 def encode_pictures(vae: AutoencoderTiny, pictures: np.ndarray, accelerator: Accelerator, batch: int = 128) -> Tensor:
-    """The latents of all pictures, float16 (count, c, h/4, w/4); sets the autoencoder's scaling factor from them."""
+    """The latents of all pictures, float16 (count, c, h/8, w/8); sets the autoencoder's scaling factor from them."""
     vae.to(accelerator.device).eval()
     chunks = []
     for start in range(0, len(pictures), batch):
