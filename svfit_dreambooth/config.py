@@ -104,6 +104,12 @@ class OptimizationOptions:
     adam_weight_decay: float = _option(0.0, "Pull of every shift toward 0, the base model.")
     adam_epsilon: float = _option(1e-8, "AdamW's guard against division by 0.")
     max_grad_norm: float = _option(1.0, "Longest gradient; longer ones are shortened to it.")
+    snr_gamma: float | None = _option(
+        None, "Weight timesteps by min-SNR with this ceiling, customarily 5; None: all weigh the same."
+    )
+    noise_offset: float = _option(
+        0.0, "Share of noise that is one number a channel, for darker and lighter pictures, such as 0.05; 0: none."
+    )
     seed: int = _option(0, "Fixes crops, noise, timesteps and pictures.")
 
 
@@ -154,6 +160,10 @@ class TrainConfig(ModelOptions, PhotoOptions, AdapterOptions, OptimizationOption
             raise SVFitError(f"--resolution is {self.resolution}: it is in pixels, such as 512.")
         if self.energy is not None and not 0 < self.energy <= 1:
             raise SVFitError(f"--energy is {self.energy}: it is a share, above 0 and at most 1.")
+        if self.snr_gamma is not None and not self.snr_gamma > 0:
+            raise SVFitError(f"--snr_gamma is {self.snr_gamma}: it must be above 0, such as 5; leave it out for none.")
+        if self.noise_offset < 0:
+            raise SVFitError(f"--noise_offset is {self.noise_offset}: it cannot be negative; 0 is none.")
         if self.fixed_loss_examples < 0 or self.lr_warmup_steps < 0:
             raise SVFitError("--fixed_loss_examples and --lr_warmup_steps cannot be negative.")
 
