@@ -50,9 +50,15 @@ class PhotoOptions:
         None, 'What the photos show, with a rare word for the subject, such as "a photo of sks dog".'
     )
     resolution: int | None = _option(None, "Side of the training pictures in pixels; None: the base's own size.")
+    aspect_ratio: Literal["keep", "square"] = _option(
+        "keep", "keep: train on each photo nearly whole, in its own proportions; square: on square windows of it."
+    )
     center_crop: bool = _option(False, "Crop the middle of every photo instead of random windows.")
     random_flip: bool = _option(False, "Train on mirror images too; not for subjects with writing on them.")
     crops_per_photo: int = _option(4, "Random windows of every photo that are encoded once and then reused.")
+    unmasked_weight: float = _option(
+        0.1, "Weight of the loss where a mask (photo.mask.png, or an alpha channel) is black; where it is white: 1."
+    )
 
 
 @dataclass
@@ -162,6 +168,8 @@ class TrainConfig(ModelOptions, PhotoOptions, AdapterOptions, OptimizationOption
             raise SVFitError(f"--energy is {self.energy}: it is a share, above 0 and at most 1.")
         if self.snr_gamma is not None and not self.snr_gamma > 0:
             raise SVFitError(f"--snr_gamma is {self.snr_gamma}: it must be above 0, such as 5; leave it out for none.")
+        if not 0 <= self.unmasked_weight <= 1:
+            raise SVFitError(f"--unmasked_weight is {self.unmasked_weight}: it is a share, from 0 to 1.")
         if self.noise_offset < 0:
             raise SVFitError(f"--noise_offset is {self.noise_offset}: it cannot be negative; 0 is none.")
         if self.fixed_loss_examples < 0 or self.lr_warmup_steps < 0:

@@ -29,7 +29,9 @@ class Draw:
     """One training example."""
 
     index: int  # of the photo
+    prompt: int  # row of its caption
     latents: Tensor  # (channels, h, w)
+    weight: Tensor | None  # (1, h, w), of the loss; None: everywhere the same
     noise: Tensor  # (channels, h, w)
     timestep: int
 
@@ -91,21 +93,39 @@ class Denoiser:
         index = int(order[place])
         generator = _generator(self.config.seed, purpose, "example", number)
         mean, spread = self.examples.mean[index], self.examples.spread[index]  # (variants, channels, h, w)
+        weight = self.examples.weight[index]  # (variants, 1, h, w)
         variant = int(torch.randint(len(mean), (), generator=generator))
         latents = mean[variant] + spread[variant] * torch.randn(mean[variant].shape, generator=generator)
         noise = torch.randn(latents.shape, generator=generator)
         timestep = int(torch.randint(self.scheduler.config.num_train_timesteps, (), generator=generator))
         if self.config.noise_offset and purpose != "fixed":  # drawn last: the other numbers are as without it
             noise = noise + self.config.noise_offset * torch.randn((len(noise), 1, 1), generator=generator)
-        return Draw(index, latents, noise, timestep)
+        return Draw(
+            index,
+            self.examples.prompts[index],
+            latents,
+            None if weight is None else weight[variant],
+            noise,
+            timestep,
+        )
 
     def _errors(self, draws: list[Draw]) -> Tensor:
-        """Mean squared error of every example, (batch,)."""
+        """Mean squared error of every example, (batch,); photos of one shape go through the UNet together."""
+        by_shape: dict[torch.Size, list[int]] = {}
+        for place, draw in enumerate(draws):
+            by_shape.setdefault(draw.latents.shape, []).append(place)
+        errors: dict[int, Tensor] = {}
+        for places in by_shape.values():
+            errors |= zip(places, self._equal_errors([draws[place] for place in places]), strict=True)
+        return torch.stack([errors[place] for place in range(len(draws))])
+
+    def _equal_errors(self, draws: list[Draw]) -> Tensor:
+        """The same for latents of one shape."""
         latents = torch.stack([draw.latents for draw in draws]).to(self.device)  # (batch, channels, h, w)
         noise = torch.stack([draw.noise for draw in draws]).to(self.device)  # (batch, channels, h, w)
         timesteps = torch.tensor([draw.timestep for draw in draws], device=self.device)  # (batch,)
         noisy_latents = self.scheduler.add_noise(latents, noise, timesteps)  # (batch, channels, h, w)
-        encoder_hidden_states = self._encode(torch.tensor([draw.index for draw in draws]))  # (batch, tokens, dim)
+        encoder_hidden_states = self._encode(torch.tensor([draw.prompt for draw in draws]))  # (batch, tokens, dim)
         model_pred = self.unet(
             noisy_latents.to(self.dtype), timesteps, encoder_hidden_states.to(self.dtype), return_dict=False
         )[0]
@@ -118,13 +138,29 @@ class Denoiser:
             raise SVFitError(
                 f"the base predicts {prediction_type!r}, and only epsilon and v_prediction can be trained."
             )
-        return (model_pred.float() - target.float()).square().flatten(1).mean(1)
+        squares = (model_pred.float() - target.float()).square()  # (batch, channels, h, w)
+        if all(draw.weight is None for draw in draws):
+            return squares.flatten(1).mean(1)
+        everywhere = torch.ones(1, *squares.shape[2:])
+        weight = torch.stack([everywhere if draw.weight is None else draw.weight for draw in draws])  # (batch, 1, h, w)
+        return weighted_mean(squares, weight.to(squares))
 
-    def _encode(self, index: Tensor) -> Tensor:
+    def _encode(self, prompts: Tensor) -> Tensor:
         if self.config.train_text_encoder:
-            ids = self.examples.input_ids[index].to(self.device)  # (batch, tokens)
+            ids = self.examples.input_ids[prompts].to(self.device)  # (batch, tokens)
             return self.text_encoder(ids)[0]
-        return self.examples.prompt_embeds[index].to(self.device)
+        return self.examples.prompt_embeds[prompts].to(self.device)
+
+
+def weighted_mean(squares: Tensor, weight: Tensor) -> Tensor:
+    """sum(weight * squares) / sum(weight) of every example, (batch,), of (batch, channels, h, w) and (batch, 1, h, w).
+
+    So a small subject counts as much as a large one.  Where all weights are 0, as in a window beside the subject
+    with --unmasked_weight 0, it is 0.
+    """
+    weight = weight.expand_as(squares)
+    total = weight.flatten(1).sum(1)
+    return (weight * squares).flatten(1).sum(1) / total.clamp(min=torch.finfo(total.dtype).tiny)
 
 
 def min_snr_weights(alphas_cumprod: Tensor, gamma: float, prediction_type: str) -> Tensor:

@@ -3,12 +3,14 @@
 import dataclasses
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers.optimization import SchedulerType
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from svfit_dreambooth.attention import find_projections
 from svfit_dreambooth.base_model import (
@@ -20,8 +22,9 @@ from svfit_dreambooth.base_model import (
     open_base_model,
 )
 from svfit_dreambooth.config import TOYBOX, TrainConfig, config_to_yaml
+from svfit_dreambooth.crops import Size, crop_photo, training_size
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.photos import Photo, examples, find_photos, open_photo, photo_report
+from svfit_dreambooth.photos import Photo, find_photos, open_mask, open_photo, photo_report
 from svfit_dreambooth.svfit import resolve_rank
 
 TOYBOX_SUBJECTS = TOYBOX_FOLDER.parent / "subjects"
@@ -43,17 +46,26 @@ class Run:
     def adapter_path(self) -> Path:
         return Path(self.config.output_dir) / f"{self.adapter_name}.safetensors"
 
+    def training_size(self, photo: Photo) -> Size:
+        """Width and height in pixels at which `photo` is trained on."""
+        resolution = self.config.resolution or self.base.resolution
+        if self.config.aspect_ratio == "square":
+            return resolution, resolution
+        return training_size(photo.size, resolution, self.base.size_multiple)
+
     def report(self) -> list[str]:
         """What would be trained on what, in plain lines."""
         lines = photo_report(self.photos, self.config.resolution or 0)
-        lines.append(f"base: {self.base.name}, trained at {self.config.resolution} pixels")
+        sizes = Counter(self.training_size(photo) for photo in self.photos)
+        pixels = ", ".join(f"{width}x{height} ({count})" for (width, height), count in sorted(sizes.items()))
+        lines.append(f"base: {self.base.name}, trained at {pixels} pixels")
         for component, names in self.targets.items():
-            sizes = [min(self.weights[f"{component}.{name}"].shape) for name in names]
+            largest = [min(self.weights[f"{component}.{name}"].shape) for name in names]
             if self.config.energy is not None:
                 lines.append(f"{component}: {len(names)} layers, ranks by energy {self.config.energy}")
                 continue
-            ranks = [resolve_rank(torch.empty(size), self.config.rank_value) for size in sizes]
-            capped = sum(isinstance(self.config.rank_value, int) and self.config.rank_value > size for size in sizes)
+            ranks = [resolve_rank(torch.empty(size), self.config.rank_value) for size in largest]
+            capped = sum(isinstance(self.config.rank_value, int) and self.config.rank_value > size for size in largest)
             note = f", {capped} of them smaller than rank {self.config.rank}" if capped else ""
             lines.append(f"{component}: {len(names)} layers, {sum(ranks):,} singular values{note}")
         lines.append(f"adapter: {self.adapter_path}")
@@ -62,12 +74,14 @@ class Run:
 
 @dataclass
 class Examples:
-    """The photos as the UNet sees them, on the CPU in float32."""
+    """The photos as the UNet sees them, on the CPU in float32; lists go by photo."""
 
-    mean: list[Tensor]  # per photo: (variants, channels, h, w), mean of the latents of every crop and flip
+    mean: list[Tensor]  # (variants, channels, h, w), mean of the latents of every window and mirror image
     spread: list[Tensor]  # the same shape: their standard deviation
-    input_ids: Tensor  # (photos, tokens)
-    prompt_embeds: Tensor  # (photos, tokens, dim)
+    weight: list[Tensor | None]  # (variants, 1, h, w), of the loss, where a mask asks for one
+    prompts: list[int]  # which row of the following is the photo's caption
+    input_ids: Tensor  # (prompts, tokens)
+    prompt_embeds: Tensor  # (prompts, tokens, dim)
 
 
 def prepare(config: TrainConfig) -> Run:
@@ -127,30 +141,46 @@ def prepare(config: TrainConfig) -> Run:
 
 @torch.no_grad()
 def encode_examples(run: Run, device: torch.device) -> Examples:
-    """Encodes every crop of every photo, and every caption, once."""
+    """Encodes every window of every photo, and every caption, once."""
     config, pipeline = run.config, run.base.pipeline
     pipeline.vae.to(device).eval()
     pipeline.text_encoder.to(device).eval()
-    means, spreads = [], []
+    means: list[Tensor] = []
+    spreads: list[Tensor] = []
+    weights: list[Tensor | None] = []
     for photo in run.photos:
-        pixel_values = examples(
+        crops = crop_photo(
             open_photo(photo.path),
-            config.resolution or 0,
+            run.training_size(photo),
+            open_mask(photo),
             config.center_crop,
             config.random_flip,
             config.crops_per_photo,
             config.seed,
             photo.path.name,
-        )  # (variants, 3, h, w)
-        mean, spread = zip(*(encode_images(pipeline, variant[None]) for variant in pixel_values), strict=True)
-        means.append(torch.cat(mean).cpu())
+        )
+        mean, spread = zip(*(encode_images(pipeline, window[None]) for window in crops.pixel_values), strict=True)
+        means.append(torch.cat(mean).cpu())  # (variants, channels, h, w)
         spreads.append(torch.cat(spread).cpu())
+        if crops.mask is None:
+            weights.append(None)
+        else:
+            mask = adaptive_avg_pool2d(crops.mask, means[-1].shape[-2:])  # (variants, 1, h, w)
+            weights.append(config.unmasked_weight + (1 - config.unmasked_weight) * mask)
     captions = [photo.caption or str(config.instance_prompt) for photo in run.photos]
+    different = list(dict.fromkeys(captions))
     tokenizer = pipeline.tokenizer
     input_ids = tokenizer(
-        captions, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+        different, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
     ).input_ids
-    return Examples(means, spreads, input_ids, encode_prompts(pipeline, captions).float().cpu())
+    return Examples(
+        means,
+        spreads,
+        weights,
+        [different.index(caption) for caption in captions],
+        input_ids,
+        encode_prompts(pipeline, different).float().cpu(),
+    )
 
 
 def write_atomically(path: Path, text: str) -> None:

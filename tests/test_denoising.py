@@ -1,15 +1,19 @@
 """The loss against its formulas, and what the number of an example decides."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_pipeline
+from PIL import Image
 from torch import nn
 
 from svfit_dreambooth import TrainConfig, train
 from svfit_dreambooth.base_model import BaseModel
 from svfit_dreambooth.denoising import Denoiser, min_snr_weights
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.preparation import Examples, Run
+from svfit_dreambooth.preparation import Examples, Run, encode_examples
 
 CPU = torch.device("cpu")
 
@@ -25,13 +29,16 @@ class Constant(nn.Module):
         return (torch.full_like(sample, self.value),)
 
 
-def denoiser(unet=None, prediction_type="epsilon", photos=3, **options):
+def denoiser(unet=None, prediction_type="epsilon", sizes=((8, 8),) * 3, weight=None, **options):
     pipeline = tiny_pipeline(prediction_type=prediction_type)
+    photos = len(sizes)
     generator = torch.Generator().manual_seed(0)
-    mean = [torch.randn(2, 4, 8, 8, generator=generator) for _ in range(photos)]
+    mean = [torch.randn(2, 4, *size, generator=generator) for size in sizes]
     examples = Examples(
         mean=mean,
         spread=[torch.full_like(m, 0.1) for m in mean],
+        weight=weight or [None] * photos,
+        prompts=list(range(photos)),
         input_ids=torch.zeros(photos, 77, dtype=torch.long),
         prompt_embeds=torch.randn(photos, 77, 24, generator=generator),
     )
@@ -110,7 +117,37 @@ def test_processes_share_the_examples_of_one():
     assert torch.allclose(one.loss(3, 0, 1).total, torch.stack(halves).mean())
 
 
-@pytest.mark.parametrize(("option", "value"), [("snr_gamma", 0), ("noise_offset", -0.1)])
+def test_masks_weigh_the_error_at_latent_resolution():
+    weight = torch.full((2, 1, 8, 8), 0.1)
+    weight[:, :, :4] = 1.0
+    model = denoiser(weight=[weight, None, torch.zeros(2, 1, 8, 8)])
+    for number in range(6):
+        draw = model._draw(number)
+        expected = {
+            0: (draw.noise[:, :4].square().sum() + 0.1 * draw.noise[:, 4:].square().sum()) / (4 * 8 * 4 * 1.1),
+            1: draw.noise.square().mean(),
+            2: torch.zeros(()),
+        }[draw.index]
+        assert torch.allclose(model._errors([draw])[0], expected)
+    together = model._errors([model._draw(number) for number in range(3)])
+    assert torch.allclose(together, torch.cat([model._errors([model._draw(number)]) for number in range(3)]))
+
+
+def test_shapes_may_differ_within_a_batch():
+    calls = []
+
+    class Counting(Constant):
+        def forward(self, sample, *args, **kwargs):
+            calls.append(tuple(sample.shape))
+            return super().forward(sample, *args, **kwargs)
+
+    model = denoiser(Counting(), sizes=((8, 8), (10, 6), (8, 8)), train_batch_size=6)
+    errors = model._errors([model._draw(number) for number in range(6)])
+    assert sorted(calls) == [(2, 4, 10, 6), (4, 4, 8, 8)]
+    assert torch.allclose(errors, torch.stack([model._draw(number).noise.square().mean() for number in range(6)]))
+
+
+@pytest.mark.parametrize(("option", "value"), [("snr_gamma", 0), ("noise_offset", -0.1), ("unmasked_weight", 2)])
 def test_impossible_values_are_refused(option, value):
     with pytest.raises(SVFitError, match=f"--{option} is {value}"):
         TrainConfig(**{option: value})
@@ -134,3 +171,30 @@ def test_a_run_with_both_repeats(tiny_base, photo_folder, tmp_path):
         losses.append([])
         train(config, on_step=lambda step, own=losses[-1]: own.append(step.loss))
     assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
+def test_a_run_on_masked_portraits_beside_a_square(tiny_base, tmp_path):
+    folder = tmp_path / "dog"
+    folder.mkdir()
+    for number, size in enumerate([(32, 64), (32, 64), (40, 40)]):
+        pixels = np.random.default_rng(number).integers(0, 255, (*size[::-1], 4), dtype=np.uint8)
+        pixels[..., 3] = 255
+        pixels[: 20 * (number == 1), :, 3] = 0
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    config = TrainConfig(
+        pretrained_model_name_or_path=str(tiny_base),
+        instance_data_dir=str(folder),
+        instance_prompt="a photo of sks dog",
+        output_dir=str(tmp_path / "out"),
+        max_train_steps=3,
+        resolution=16,
+    )
+    result = train(config)
+    assert "12x20 (2), 16x16 (1)" in "\n".join(result.run.report())
+    examples = encode_examples(result.run, CPU)
+    assert [tuple(mean.shape) for mean in examples.mean] == [(4, 4, 10, 6), (4, 4, 10, 6), (4, 4, 8, 8)]
+    assert [weight is None for weight in examples.weight] == [True, False, True]
+    assert examples.weight[1].shape == (4, 1, 10, 6)
+    assert examples.weight[1][:, :, :2].eq(0.1).all() and examples.weight[1][:, :, -2:].eq(1).all()
+    square = train(dataclasses.replace(config, aspect_ratio="square", output_dir=str(tmp_path / "square")))
+    assert "16x16 (3)" in "\n".join(square.run.report())
