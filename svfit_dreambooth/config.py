@@ -62,6 +62,21 @@ class PhotoOptions:
 
 
 @dataclass
+class PriorOptions:
+    _argument_group_name = "prior preservation"
+
+    with_prior_preservation: bool = _option(
+        False, "Train on pictures of the subject's class too, so that not every dog becomes the subject."
+    )
+    class_prompt: str | None = _option(None, 'What the class pictures show, such as "a photo of a dog".')
+    class_data_dir: str | None = _option(
+        None, "Folder of class pictures, topped up with the base's own; None: class_pictures in the output folder."
+    )
+    num_class_images: int = _option(100, "Class pictures to train on.")
+    prior_loss_weight: float = _option(1.0, "Weight of their loss beside that of the photos.")
+
+
+@dataclass
 class AdapterOptions:
     _argument_group_name = "what is trained"
 
@@ -137,11 +152,11 @@ class OutputOptions:
     dry_run: bool = _option(False, "Only print the resolved options, a report on the photos and what would be trained.")
 
 
-OPTION_GROUPS = (ModelOptions, PhotoOptions, AdapterOptions, OptimizationOptions, OutputOptions)
+OPTION_GROUPS = (ModelOptions, PhotoOptions, PriorOptions, AdapterOptions, OptimizationOptions, OutputOptions)
 
 
 @dataclass
-class TrainConfig(ModelOptions, PhotoOptions, AdapterOptions, OptimizationOptions, OutputOptions):
+class TrainConfig(ModelOptions, PhotoOptions, PriorOptions, AdapterOptions, OptimizationOptions, OutputOptions):
     """All options of a run; each is explained where its group defines it.
 
     Raises SVFitError for values that no run could use.
@@ -156,6 +171,7 @@ class TrainConfig(ModelOptions, PhotoOptions, AdapterOptions, OptimizationOption
             "train_batch_size",
             "gradient_accumulation_steps",
             "num_inference_steps",
+            "num_class_images",
         ):
             if getattr(self, name) < 1:
                 raise SVFitError(f"--{name} is {getattr(self, name)}: it must be 1 or more.")
@@ -170,6 +186,8 @@ class TrainConfig(ModelOptions, PhotoOptions, AdapterOptions, OptimizationOption
             raise SVFitError(f"--snr_gamma is {self.snr_gamma}: it must be above 0, such as 5; leave it out for none.")
         if not 0 <= self.unmasked_weight <= 1:
             raise SVFitError(f"--unmasked_weight is {self.unmasked_weight}: it is a share, from 0 to 1.")
+        if not self.prior_loss_weight > 0:
+            raise SVFitError(f"--prior_loss_weight is {self.prior_loss_weight}: it must be above 0; 1 is customary.")
         if self.noise_offset < 0:
             raise SVFitError(f"--noise_offset is {self.noise_offset}: it cannot be negative; 0 is none.")
         if self.fixed_loss_examples < 0 or self.lr_warmup_steps < 0:

@@ -83,7 +83,7 @@ def crop_photo(
     seed: int = 0,
     index: int | str = 0,
 ) -> Crops:
-    """`crops` windows of an RGB photo at `shape` (width, height), each followed by its mirror if `random_flip`.
+    """Up to `crops` windows of an RGB photo at `shape` (width, height), each followed by its mirror if `random_flip`.
 
     mask: of the photo's size and mode "L", bright where the subject is.
     index: tells photos apart, so that equal sizes don't get equal windows; give the file's name and the result
@@ -96,7 +96,8 @@ def crop_photo(
         raise SVFitError(f"The resolution {shape[0]}x{shape[1]} isn't possible: it is in pixels, such as 512x512.")
     photo_seed = zlib.crc32(f"{seed} {index}".encode(errors="surrogatepass"))
     pixel_values, masks, time_ids = [], [], []
-    for box in crop_boxes(image.size, shape, center_crop, crops, photo_seed):
+    boxes = crop_boxes(image.size, shape, center_crop, crops, photo_seed)
+    for box in boxes if len(set(boxes)) > 1 else boxes[:1]:  # a photo that fits has only one window
         window = image.resize(shape, Image.Resampling.LANCZOS, box=box)
         pixels = torch.from_numpy(np.array(window, dtype=np.float32)).permute(2, 0, 1)  # (3, h, w), 0..255
         pixel_values += _mirrored(pixels / 127.5 - 1, random_flip)

@@ -21,15 +21,15 @@ class Loss(NamedTuple):
 
     total: Tensor
     instance: Tensor  # of the subject's photos
-    prior: Tensor | None = None  # of the class pictures, before its weight; None: without prior preservation
+    prior: Tensor | None  # of the class pictures, before its weight; None: without prior preservation
 
 
 @dataclass
 class Draw:
     """One training example."""
 
-    index: int  # of the photo
-    prompt: int  # row of its caption
+    source: Examples
+    index: int  # of the photo among them
     latents: Tensor  # (channels, h, w)
     weight: Tensor | None  # (1, h, w), of the loss; None: everywhere the same
     noise: Tensor  # (channels, h, w)
@@ -54,10 +54,15 @@ class Denoiser:
         self.device, self.dtype = device, dtype
 
     def loss(self, number: int, process_index: int, num_processes: int) -> Loss:
-        """Weighted mean squared error of one process's share of micro-batch `number`."""
+        """Weighted mean squared error of one process's share of micro-batch `number`.
+
+        With prior preservation as many class pictures come on top (Ruiz et al., 2022, equation 2).
+        """
         size = self.config.train_batch_size
         first = number * size * num_processes + process_index * size
         draws = [self._draw(first + i) for i in range(size)]
+        if self.examples.prior is not None:
+            draws += [self._draw(first + i, "class") for i in range(size)]
         errors = self._errors(draws)  # (batch,)
         if self.config.snr_gamma is not None:
             timesteps = torch.tensor([draw.timestep for draw in draws])
@@ -65,8 +70,11 @@ class Denoiser:
                 self.scheduler.alphas_cumprod[timesteps], self.config.snr_gamma, self.scheduler.config.prediction_type
             )  # (batch,)
             errors = errors * weights.to(errors)
-        instance = errors.mean()
-        return Loss(instance, instance)
+        instance = errors[:size].mean()
+        if self.examples.prior is None:
+            return Loss(instance, instance, None)
+        prior = errors[size:].mean()
+        return Loss(instance + self.config.prior_loss_weight * prior, instance, prior)
 
     @torch.no_grad()
     def fixed_loss(self) -> float | None:
@@ -86,28 +94,22 @@ class Denoiser:
         return total / count
 
     def _draw(self, number: int, purpose: str = "train") -> Draw:
-        """Example `number` of the run."""
-        photos = len(self.examples.mean)
+        """Example `number` of the run; `purpose` is "train", "class" (of the class pictures) or "fixed"."""
+        source = self.examples.prior if purpose == "class" and self.examples.prior is not None else self.examples
+        photos = len(source.mean)
         epoch, place = divmod(number, photos)
         order = torch.randperm(photos, generator=_generator(self.config.seed, purpose, "order", epoch))
         index = int(order[place])
         generator = _generator(self.config.seed, purpose, "example", number)
-        mean, spread = self.examples.mean[index], self.examples.spread[index]  # (variants, channels, h, w)
-        weight = self.examples.weight[index]  # (variants, 1, h, w)
+        mean, spread = source.mean[index], source.spread[index]  # (variants, channels, h, w)
+        weight = source.weight[index]  # (variants, 1, h, w)
         variant = int(torch.randint(len(mean), (), generator=generator))
         latents = mean[variant] + spread[variant] * torch.randn(mean[variant].shape, generator=generator)
         noise = torch.randn(latents.shape, generator=generator)
         timestep = int(torch.randint(self.scheduler.config.num_train_timesteps, (), generator=generator))
         if self.config.noise_offset and purpose != "fixed":  # drawn last: the other numbers are as without it
             noise = noise + self.config.noise_offset * torch.randn((len(noise), 1, 1), generator=generator)
-        return Draw(
-            index,
-            self.examples.prompts[index],
-            latents,
-            None if weight is None else weight[variant],
-            noise,
-            timestep,
-        )
+        return Draw(source, index, latents, None if weight is None else weight[variant], noise, timestep)
 
     def _errors(self, draws: list[Draw]) -> Tensor:
         """Mean squared error of every example, (batch,); photos of one shape go through the UNet together."""
@@ -125,7 +127,7 @@ class Denoiser:
         noise = torch.stack([draw.noise for draw in draws]).to(self.device)  # (batch, channels, h, w)
         timesteps = torch.tensor([draw.timestep for draw in draws], device=self.device)  # (batch,)
         noisy_latents = self.scheduler.add_noise(latents, noise, timesteps)  # (batch, channels, h, w)
-        encoder_hidden_states = self._encode(torch.tensor([draw.prompt for draw in draws]))  # (batch, tokens, dim)
+        encoder_hidden_states = self._encode(draws)  # (batch, tokens, dim)
         model_pred = self.unet(
             noisy_latents.to(self.dtype), timesteps, encoder_hidden_states.to(self.dtype), return_dict=False
         )[0]
@@ -145,11 +147,12 @@ class Denoiser:
         weight = torch.stack([everywhere if draw.weight is None else draw.weight for draw in draws])  # (batch, 1, h, w)
         return weighted_mean(squares, weight.to(squares))
 
-    def _encode(self, prompts: Tensor) -> Tensor:
+    def _encode(self, draws: list[Draw]) -> Tensor:
         if self.config.train_text_encoder:
-            ids = self.examples.input_ids[prompts].to(self.device)  # (batch, tokens)
-            return self.text_encoder(ids)[0]
-        return self.examples.prompt_embeds[prompts].to(self.device)
+            ids = torch.stack([draw.source.input_ids[draw.source.prompts[draw.index]] for draw in draws])
+            return self.text_encoder(ids.to(self.device))[0]
+        embeds = [draw.source.prompt_embeds[draw.source.prompts[draw.index]] for draw in draws]
+        return torch.stack(embeds).to(self.device)
 
 
 def weighted_mean(squares: Tensor, weight: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class Photo:
     mask: Path | None = None  # photo.mask.png, or the photo itself where its alpha channel is the mask; None: no mask
 
 
-def find_photos(folder: str | Path) -> list[Photo]:
+def find_photos(folder: str | Path, may_be_empty: bool = False) -> list[Photo]:
     """The photos of `folder`, sorted by name.
 
     JPEG, PNG, WebP, BMP, GIF and TIFF, told by their content; of animated ones the first frame.  Hidden files and
@@ -48,7 +48,8 @@ def find_photos(folder: str | Path) -> list[Photo]:
 
     photo.txt beside photo.jpg is its caption; photo.mask.png, or else an alpha channel that isn't opaque everywhere, is
     its mask: see `open_mask`.
-    Raises SVFitError when `folder` isn't one, holds no usable photo, a caption isn't UTF-8, or a mask doesn't fit.
+    Raises SVFitError when `folder` isn't one, holds no usable photo (unless `may_be_empty`), a caption isn't UTF-8, or
+    a mask doesn't fit.
     """
     folder = Path(folder)
     if not folder.exists():
@@ -83,7 +84,7 @@ def find_photos(folder: str | Path) -> list[Photo]:
     for path in masks.values():
         if path not in [photo.mask for photo in photos]:
             logger.warning("'%s' is the mask of no photo: name it like its photo.", path.name)
-    if not photos:
+    if not photos and not may_be_empty:
         found = f"{len(entries)} entries, but no usable photo" if entries else "nothing"
         hint = f"name one of its sub-folders ({', '.join(subfolders)})" if subfolders else "put 3 to 10 photos there"
         raise SVFitError(f"'{folder}' holds {found}: {hint}, JPEG, PNG or WebP.")

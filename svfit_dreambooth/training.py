@@ -177,6 +177,7 @@ def train(config: TrainConfig, on_step: Callable[[Step], bool | None] | None = N
         base_model=run.base.name,
         base_fingerprint=base_fingerprint,
         instance_prompt=config.instance_prompt,
+        class_prompt=config.class_prompt,
         training=_training_record(run, done, loss_before, loss_after),
         title=run.adapter_name,
         architecture=run.base.architecture,

@@ -192,7 +192,7 @@ def test_a_run_on_masked_portraits_beside_a_square(tiny_base, tmp_path):
     result = train(config)
     assert "12x20 (2), 16x16 (1)" in "\n".join(result.run.report())
     examples = encode_examples(result.run, CPU)
-    assert [tuple(mean.shape) for mean in examples.mean] == [(4, 4, 10, 6), (4, 4, 10, 6), (4, 4, 8, 8)]
+    assert [tuple(mean.shape) for mean in examples.mean] == [(4, 4, 10, 6), (4, 4, 10, 6), (1, 4, 8, 8)]
     assert [weight is None for weight in examples.weight] == [True, False, True]
     assert examples.weight[1].shape == (4, 1, 10, 6)
     assert examples.weight[1][:, :, :2].eq(0.1).all() and examples.weight[1][:, :, -2:].eq(1).all()
