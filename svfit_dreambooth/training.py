@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from svfit_dreambooth.adapter import Adapter, read_adapter, save_adapter
@@ -26,6 +27,7 @@ from svfit_dreambooth.checkpoints import TrainState, restore, resume_state, run_
 from svfit_dreambooth.config import TrainConfig, config_to_yaml
 from svfit_dreambooth.denoising import Denoiser
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.estimate import estimate_memory
 from svfit_dreambooth.features import Features, open_features
 from svfit_dreambooth.files import write_atomically
 from svfit_dreambooth.loop import Loop, Step, stop_signals
@@ -102,8 +104,12 @@ def _train(run: Run, accelerator: Accelerator, on_step: Callable[[Step], bool | 
     resumed = resume_state(run, identity)
     if accelerator.is_main_process:
         _open_folder(run, resumed)
-    for line in run.report():
-        logger.info(line)
+    if accelerator.is_main_process:
+        for line in run.report():
+            logger.info(line)
+        estimate = estimate_memory(run)
+        for line in estimate.lines():
+            logger.log(logging.INFO if estimate.fits else logging.WARNING, line)
     accelerator.wait_for_everyone()
     examples = encode_examples(run, accelerator.device)
     shifts = _patch(run)
@@ -198,6 +204,8 @@ def _accelerator(config: TrainConfig) -> Accelerator:
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             log_with=config.report_to,
             project_dir=str(Path(config.output_dir) / "logs"),
+            # U and Vh are buffers, equal everywhere; and processes may call the UNet a different number of times
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
     except ValueError as error:
         raise SVFitError(f"--mixed_precision {config.mixed_precision} and --report_to {config.report_to} do not work "
