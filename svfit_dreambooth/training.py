@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from svfit_dreambooth.adapter import Adapter, read_adapter, save_adapter
 from svfit_dreambooth.attention import apply_svfit, get_shifts, remove_svfit, set_shifts
+from svfit_dreambooth.base_model import text_encoders
 from svfit_dreambooth.basis import fingerprint, model_basis, same_base
 from svfit_dreambooth.config import TrainConfig
 from svfit_dreambooth.denoising import Denoiser
@@ -90,24 +91,25 @@ def train(config: TrainConfig, on_step: Callable[[Step], bool | None] | None = N
     examples = encode_examples(run, accelerator.device)
     shifts, base_fingerprint = _patch(run)
     weight_dtype = WEIGHT_DTYPE[config.mixed_precision]
-    unet, text_encoder = pipeline.unet, pipeline.text_encoder
+    unet, encoders = pipeline.unet, text_encoders(pipeline)
     unet.to(accelerator.device, weight_dtype).train()
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     pipeline.vae.to("cpu")
-    if config.train_text_encoder:
-        text_encoder.to(accelerator.device, weight_dtype).train()
+    for encoder in encoders:
+        if not config.train_text_encoder:
+            encoder.to("cpu")
+            continue
+        encoder.to(accelerator.device, weight_dtype).train()
         if config.gradient_checkpointing:
-            text_encoder.gradient_checkpointing_enable()
-    else:
-        text_encoder.to("cpu")
+            encoder.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(
         [
             {"params": list(shifts["unet"].values()), "lr": config.learning_rate},
             *(
-                [{"params": list(shifts["text_encoder"].values()), "lr": config.text_encoder_lr}]
-                if config.train_text_encoder
-                else []
+                {"params": list(own.values()), "lr": config.text_encoder_lr}
+                for component, own in shifts.items()
+                if component != "unet"
             ),
         ],
         betas=(config.adam_beta1, config.adam_beta2),
@@ -121,12 +123,12 @@ def train(config: TrainConfig, on_step: Callable[[Step], bool | None] | None = N
         num_training_steps=config.max_train_steps,
     )
     if config.train_text_encoder:
-        unet, text_encoder, optimizer = accelerator.prepare(unet, text_encoder, optimizer)
-        adapted_models = [unet, text_encoder]
+        unet, *encoders, optimizer = accelerator.prepare(unet, *encoders, optimizer)
+        adapted_models = [unet, *encoders]
     else:
         unet, optimizer = accelerator.prepare(unet, optimizer)
         adapted_models = [unet]
-    model = Denoiser(run, examples, unet, text_encoder, accelerator.device, weight_dtype)
+    model = Denoiser(run, examples, unet, encoders[0], accelerator.device, weight_dtype, *encoders[1:])
     trained = [shift for group in shifts.values() for shift in group.values()]
 
     loss_before = model.fixed_loss()
@@ -222,10 +224,10 @@ def _patch(run: Run) -> tuple[dict[str, dict[str, nn.Parameter]], dict[str, Any]
         shifts[component] = apply_svfit(module, target_modules=run.targets[component], basis=own_bases)
         if initial is not None:
             set_shifts(module, initial.component_shifts(component))
-    run.base.pipeline.text_encoder.requires_grad_(False)
-    run.base.pipeline.vae.requires_grad_(False)
-    if config.train_text_encoder:
-        for shift in shifts["text_encoder"].values():
+    for module in (run.base.pipeline.vae, *text_encoders(run.base.pipeline)):
+        module.requires_grad_(False)
+    for own in shifts.values():
+        for shift in own.values():
             shift.requires_grad_(True)
     return shifts, fingerprint(weights)
 
