@@ -65,7 +65,10 @@ class AdapterOptions:
     )
     target_modules: list[str] | None = field(
         default=None,
-        metadata={"help": "Endings of the UNet's layers to adapt, such as to_k to_v; None: all attention projections."},
+        metadata={
+            "help": 'Layers of the UNet to adapt: "attention", "feed-forward", "conv", "all", or endings of names such '
+            "as attn2.to_k; None: attention."
+        },
     )
     train_text_encoder: bool = _option(False, "Adapt the attention projections of the text encoder too.")
     init_adapter: str | None = _option(None, "Adapter file to continue from; None: start at the base.")

@@ -22,7 +22,7 @@ from svfit_dreambooth.base_model import (
 from svfit_dreambooth.config import TOYBOX, TrainConfig, config_to_yaml
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.photos import Photo, examples, find_photos, open_photo, photo_report
-from svfit_dreambooth.svfit import resolve_rank
+from svfit_dreambooth.svfit import as_matrix, resolve_rank
 
 TOYBOX_SUBJECTS = TOYBOX_FOLDER.parent / "subjects"
 TOYBOX_SUBJECT = "dog_patch"
@@ -37,7 +37,7 @@ class Run:
     base: BaseModel
     adapter_name: str
     targets: dict[str, list[str]]  # component -> canonical layer names
-    weights: dict[str, Tensor]  # "<component>.<layer>" -> the base's weight (out, in)
+    weights: dict[str, Tensor]  # "<component>.<layer>" -> the base's weight as a matrix (out, in)
 
     @property
     def adapter_path(self) -> Path:
@@ -115,7 +115,7 @@ def prepare(config: TrainConfig) -> Run:
         found["text_encoder"] = find_projections(base.pipeline.text_encoder)
     targets = {component: list(layers) for component, layers in found.items()}
     weights = {
-        f"{component}.{name}": layer.weight.detach()
+        f"{component}.{name}": as_matrix(layer.weight.detach())
         for component, layers in found.items()
         for name, (_, _, layer) in layers.items()
     }
