@@ -131,10 +131,14 @@ class Directions:
         """U (out, rank), Vh (rank, in)."""
         return self.Ut[:rank].mT, self.Vh[:rank]
 
+    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """U (out, r), Vh (r, in) of the triplets at `positions` (r,)."""
+        return self.Ut[positions].mT, self.Vh[positions]
+
 
 def model_basis(
     weights: Mapping[str, Tensor],
-    rank: Rank | Mapping[str, int] = "full",
+    rank: Rank | Mapping[str, int] | Mapping[str, Tensor] = "full",
     *,
     energy: float | None = None,
     cache_dir: Path | None = None,
@@ -145,7 +149,7 @@ def model_basis(
     """The leading directions of every weight: name -> U (out, r), Vh (r, in), float32, r chosen per layer.
 
     `weights`: name -> (out, in), or (out, in, h, w) of a convolution.  `rank`, `energy`: see `svfit.resolve_rank`; a mapping gives every layer its
-    own.  What is missing in `cache_dir` (None: `default_cache_dir()`) is decomposed, with a progress bar, and
+    own, and with tensors of positions (r,) not the leading directions but those.  What is missing in `cache_dir` (None: `default_cache_dir()`) is decomposed, with a progress bar, and
     put there.  A layer whose directions rounding decides is named in a warning.
     """
     folder = (cache_dir or default_cache_dir()) / "basis"
@@ -172,7 +176,10 @@ def model_basis(
     chosen = {}
     for name in weights:
         own = rank[name] if isinstance(rank, Mapping) else rank
-        chosen[name] = found[name].leading(resolve_rank(found[name].S, own, energy))
+        if isinstance(own, Tensor):
+            chosen[name] = found[name].at(own)
+        else:
+            chosen[name] = found[name].leading(resolve_rank(found[name].S, own, energy))
     return chosen
 
 

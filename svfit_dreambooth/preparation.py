@@ -49,6 +49,11 @@ class Run:
         lines.append(f"base: {self.base.name}, trained at {self.config.resolution} pixels")
         for component, names in self.targets.items():
             sizes = [min(self.weights[f"{component}.{name}"].shape) for name in names]
+            if self.config.budget is not None:
+                total = sum(min(weight.shape) for weight in self.weights.values())
+                share = min(self.config.budget, total)
+                lines.append(f"{component}: {len(names)} layers, a budget of {share:,} of {total:,} values in all")
+                continue
             if self.config.energy is not None:
                 lines.append(f"{component}: {len(names)} layers, ranks by energy {self.config.energy}")
                 continue
