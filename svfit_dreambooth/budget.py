@@ -85,7 +85,7 @@ def score_values(run: Run, examples: Examples, device: torch.device, dtype: torc
     try:
         for number in tqdm(range(SCORING_BATCHES), desc="sharing out the budget", unit="batch", leave=False):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss = denoiser.loss(number, 0, 1)
+                loss = denoiser.loss(number, 0, 1).total
             (loss * scale).backward()  # gradients add up
     finally:
         for component in run.targets:

@@ -25,6 +25,9 @@ def config(tiny_base, photo_folder, tmp_path):
         "train_batch_size": 2,
         "resolution": 16,
         "fixed_loss_examples": 4,
+        "learning_rate": 5e-2,
+        "validation_steps": 0,
+        "final_pictures": False,
     }
 
 
@@ -165,25 +168,6 @@ def test_captions_take_the_place_of_the_prompt(config, photo_folder, tmp_path):
         train(TrainConfig(**options))
 
 
-@pytest.mark.parametrize("bad_step", [1, 4])
-def test_a_loss_that_is_not_finite_stops_with_a_sentence_and_loses_nothing(config, monkeypatch, bad_step):
-    original = Denoiser.loss
-
-    def loss(self, number, *args):
-        return original(self, number, *args) * (float("nan") if number == bad_step - 1 else 1.0)
-
-    monkeypatch.setattr(Denoiser, "loss", loss)
-    with pytest.raises(SVFitError, match=f"the loss is nan at step {bad_step}"):
-        train(TrainConfig(**config))
-    monkeypatch.undo()
-    path = Path(config["output_dir"]) / "my-dog.safetensors"
-    assert path.exists() == (bad_step > 1)
-    if path.exists():
-        saved = read_adapter(path).shifts
-        shorter = train(TrainConfig(**config), on_step=lambda step: step.step == bad_step - 1)
-        assert all(torch.equal(shift, saved[name]) for name, shift in read_adapter(shorter.adapter_path).shifts.items())
-
-
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -241,8 +225,8 @@ def test_sequence_of_examples_covers_the_photos(config):
     examples = encode_examples(run, torch.device("cpu"))
     pipeline = tiny_pipeline()
     model = Denoiser(run, examples, pipeline.unet, pipeline.text_encoder, torch.device("cpu"), torch.float32)
-    photos = [int(model._draw(number)[0]) for number in range(9)]
+    photos = [model._draw(number).index for number in range(9)]
     assert all(sorted(photos[i : i + 3]) == [0, 1, 2] for i in (0, 3, 6))
     again, other = model._draw(4), model._draw(5)
-    assert all(torch.equal(a, b) for a, b in zip(model._draw(4), again, strict=True))
-    assert not torch.equal(again[2], other[2])
+    assert torch.equal(model._draw(4).latents, again.latents) and torch.equal(model._draw(4).noise, again.noise)
+    assert not torch.equal(again.noise, other.noise)
