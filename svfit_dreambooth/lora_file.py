@@ -88,7 +88,7 @@ def lora_changes(
             stems = {name: lora_name(name, layout, sdxl_layers_per_block) for name in names}
             expected = {f"{stem}.{suffix}" for stem in stems.values() for suffix in suffixes}
             if keys != expected:
-                raise SVFitError(f"{path} holds other tensors than were exported: {sorted(keys ^ expected)[0]}.")
+                raise SVFitError(f"{path} holds other tensors than were exported: {min(keys ^ expected)}.")
             for name, stem in stems.items():
                 down = file.get_tensor(f"{stem}.{DOWN[layout]}").float()  # (rank, in)
                 up = file.get_tensor(f"{stem}.{UP[layout]}").float()  # (out, rank)
