@@ -77,7 +77,9 @@ def export_merged(
     merged = _merged_weights(base)
     unload_adapter(pipeline, name)
     _put(base, merged)
-    pipeline.to("cpu", dtype)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):  # one by one: a pipeline would say that float16 does not run on a CPU
+            part.to("cpu", dtype)
     _check_finite(base, dtype)
     temporary = output.parent / f".svfit-{secrets.token_hex(8)}"
     try:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from svfit_dreambooth.adapter import Adapter, describe_adapter
+from svfit_dreambooth.adapter import Adapter, block_name, describe_adapter
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.svfit import decompose, resolve_rank
 
@@ -55,8 +55,7 @@ def strength_table(adapter: Adapter) -> tuple[list[str], list[str], np.ndarray]:
     cells: dict[tuple[str, str], list[Tensor]] = {}
     rows = list(describe_adapter(adapter)["blocks"])
     for name, shift in adapter.shifts.items():
-        row = next(row for row in rows if name.startswith(row.replace(" ", ".") + "."))
-        cells.setdefault((row, _projection(name)), []).append(shift)
+        cells.setdefault((block_name(name), _projection(name)), []).append(shift)
     columns = sorted({column for _, column in cells}, key=_column_order)
     table = np.full((len(rows), len(columns)), np.nan)
     for (row, column), shifts in cells.items():
@@ -70,7 +69,7 @@ def _projection(name: str) -> str:
     if match:
         return f"{match[1]} {match[2]}"
     match = re.search(r"self_attn\.(q|k|v|out)_proj", name)
-    return match[1] if match else next(part for part in reversed(name.split(".")) if not part.isdigit())
+    return f"self {match[1]}" if match else next(part for part in reversed(name.split(".")) if not part.isdigit())
 
 
 def _column_order(column: str) -> tuple[bool, str, int]:
@@ -130,21 +129,17 @@ def _draw_spectrum(part: Any, name: str, S: np.ndarray, shift: np.ndarray) -> No
     numbers = np.arange(1, len(S) + 1)
     before.plot(numbers, S, color=BEFORE, lw=1.5, label="before")
     before.plot(numbers, after, color=AFTER, lw=0.9, label="after")
-    before.set_title(f"singular values of {_short(name)}", fontsize=10, loc="left")
+    before.set_title(f"singular values of {name}", fontsize=8, loc="left")
     before.set_xlabel("number, largest first", fontsize=8)
     before.legend(fontsize=8, frameon=False)
     change.vlines(numbers[: len(shift)], 0, shift, color=AFTER, lw=0.8)
     change.axhline(0, color=BEFORE, lw=0.8)
     moved = float(np.linalg.norm(shift) / np.linalg.norm(S))
-    change.set_title(f"their shift: {moved:.2%} of the weight", fontsize=10, loc="left")
+    change.set_title(f"their shift, {moved:.2%} of the weight", fontsize=8, loc="left")
     change.set_xlabel("number", fontsize=8)
     for axes in (before, change):
         axes.tick_params(labelsize=8)
-        axes.margins(x=0.01)
-
-
-def _short(name: str) -> str:
-    return name.replace("transformer_blocks", "…").replace("text_model.encoder.", "")
+        axes.set_xlim(0, len(S) + 1)
 
 
 def _draw_pictures(part: Any, picture: Image.Image) -> None:
