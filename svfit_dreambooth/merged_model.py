@@ -85,6 +85,7 @@ def export_merged(
     try:
         temporary.mkdir(parents=True)
         pipeline.save_pretrained(temporary, safe_serialization=True)
+        _open_in_float32_unless_told(temporary)
         note = {
             "base_model": adapter.base_model,
             "adapter": adapter.title or Path(adapter_path).stem,
@@ -130,6 +131,19 @@ def _weights(base: BaseModel) -> dict[str, Tensor]:
         for component, model in pipeline_components(base.pipeline).items()
         for path, (_, _, layer) in linear_layers(model).items()
     }
+
+
+def _open_in_float32_unless_told(folder: Path) -> None:
+    """Without a type named, diffusers opens its models in float32, and transformers in the type of their config.
+
+    A folder in float16 would then be a mixture that fails in the first product: their configs say float32 instead.
+    """
+    for file in folder.glob("*/config.json"):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        own = [key for key in ("dtype", "torch_dtype") if key in config]
+        if own:
+            config |= dict.fromkeys(own, "float32")
+            file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_finite(base: BaseModel, dtype: torch.dtype) -> None:

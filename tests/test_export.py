@@ -158,10 +158,11 @@ def test_error_chooses_the_smallest_ranks_that_keep_it(error):
     plan = plan_lora(shifts, dict.fromkeys(shifts, (24, 24)), error=error)
     for name, kept in plan.kept.items():
         ordered = shifts[name].double().square().sort(descending=True).values
-        lost = lambda rank, ordered=ordered: (ordered[rank:].sum() / ordered.sum()).sqrt()  # noqa: E731
-        assert lost(len(kept)) <= error + 1e-9
-        assert lost(len(kept) - 1) > error
-        assert plan.errors[name] == pytest.approx(lost(len(kept)).item(), abs=1e-9)
+        lost, lost_with_one_less = (
+            (ordered[rank:].sum() / ordered.sum()).sqrt() for rank in (len(kept), len(kept) - 1)
+        )
+        assert lost <= error + 1e-9 and lost_with_one_less > error
+        assert plan.errors[name] == pytest.approx(lost.item(), abs=1e-9)
     assert (plan.total_error == 0) == (error == 0)
 
 
