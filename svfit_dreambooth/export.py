@@ -8,6 +8,7 @@ import hashlib
 import os
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -163,7 +164,8 @@ def _write(path: Path, plan: LoraPlan, base: BaseModel, adapter: Adapter, scale:
     except (OSError, SafetensorError) as error:
         raise SVFitError(f"'{path}' can't be written ({error}): choose another place.") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return LoraExport(path, plan, path.stat().st_size, total, worst)
 
 

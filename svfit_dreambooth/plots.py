@@ -6,6 +6,7 @@ Drawn with matplotlib, which is only asked for here.
 import os
 import re
 import secrets
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -164,5 +165,6 @@ def _save(figure: Any, path: Path) -> Path:
     except OSError as error:
         raise SVFitError(f"'{path}' can't be written ({error.strerror or error}): choose another place.") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return path

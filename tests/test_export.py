@@ -217,6 +217,11 @@ def test_the_adapter_is_never_replaced(base, path):
     assert path.read_bytes() == content
 
 
+def test_a_place_that_cannot_be_written(base, path):
+    with pytest.raises(SVFitError, match="can't be written"):
+        export_lora(path, base, path / "folder" / "out.safetensors")
+
+
 def test_another_base_is_refused(path, tmp_path):
     other = BaseModel("other", tiny_pipeline(seed=7))
     with pytest.raises(SVFitError, match="holds other weights"):
