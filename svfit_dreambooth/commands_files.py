@@ -138,10 +138,10 @@ def _combine(options: argparse.Namespace) -> None:
 
     method = "average" if options.average else "interpolate" if options.interpolate is not None else "add"
     result = combine_adapters(adapters, method, options.interpolate, base_weights=base_weights)  # type: ignore[arg-type]
-    path = save_adapter(result, options.output, getattr(torch, options.dtype))
+    saved = save_adapter(result, options.output, getattr(torch, options.dtype))
     for part in json.loads(result.metadata["combined_from"]):
         print(f"{part['factor']:+.3g} x {part['title']}")
-    print(f"{path}: {path.stat().st_size:,} bytes")
+    print(f"{saved}: {saved.stat().st_size:,} bytes")
 
 
 def _annotate(options: argparse.Namespace) -> None:

@@ -133,13 +133,12 @@ def _plot(options: argparse.Namespace, adapter: Any) -> Any:
     except SVFitError as error:
         print(f"singular values are not drawn: {error}")
         spectrum = None
+    picture = read_thumbnail(adapter.metadata)
+    bundled = sorted(TOYBOX_SUBJECTS.glob("*/*.png"))
     if options.picture is not None:
         picture = open_photo(options.picture)
-    else:
-        picture = read_thumbnail(adapter.metadata)
-        bundled = sorted(TOYBOX_SUBJECTS.glob("*/*.png"))
-        if picture is None and bundled:
-            picture = open_photo(bundled[0])
+    elif picture is None and bundled:
+        picture = open_photo(bundled[0])
     return plot_adapter(adapter, options.plot, spectrum=spectrum, picture=picture)
 
 

@@ -24,7 +24,7 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.lora_file import lora_changes, pack_layer, peft_metadata
 from svfit_dreambooth.lora_names import Layout
 from svfit_dreambooth.lora_plan import LoraPlan, plan_lora, size_text
-from svfit_dreambooth.metadata import hashes, lora_metadata, prediction_type
+from svfit_dreambooth.metadata import hashes, lora_metadata
 from svfit_dreambooth.pipeline import load_adapter, loaded_adapters, unload_adapter
 
 FILE_NAME = {"diffusers": "pytorch_lora_weights.safetensors"}  # the name that its loader looks for in a folder
@@ -148,8 +148,7 @@ def _write(path: Path, plan: LoraPlan, base: BaseModel, adapter: Adapter, scale:
         ranks=plan.ranks,
         alpha=alpha,
         error=plan.total_error,
-        resolution=base.resolution,
-        prediction=prediction_type(base.pipeline.scheduler.config),
+        base=base,
     )
     metadata |= hashes(_payload_sha256(tensors))
     if plan.layout == "diffusers":

@@ -106,7 +106,7 @@ def is_lora(path: Path) -> bool:
     check_container(path)
     try:
         with safe_open(path, framework="pt") as file:
-            return any(key.endswith((*DOWN.values(), *UP.values())) for key in file.keys())  # noqa: SIM118
+            return any(key.endswith(tuple(DOWN.values())) for key in file.keys())  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise SVFitError(f"'{path}' is damaged or cut short ({error}): copy or download it again.") from None
 

@@ -18,6 +18,7 @@ from safetensors import safe_open
 
 from svfit_dreambooth.adapter import Adapter, read_adapter, save_adapter
 from svfit_dreambooth.adapter_checks import SUFFIX
+from svfit_dreambooth.base_model import BaseModel
 from svfit_dreambooth.errors import SVFitError
 
 THUMBNAIL_SIDE = 256  # pixels, as ModelSpec recommends
@@ -52,6 +53,16 @@ def licence_note(adapter: Adapter) -> str:
 def prediction_type(scheduler_config: Any) -> str:
     """ModelSpec's word for what the base predicts."""
     return "v" if scheduler_config.get("prediction_type") == "v_prediction" else "epsilon"
+
+
+def base_metadata(base: BaseModel) -> dict[str, str]:
+    """ModelSpec fields that an adapter, and what is made of it, takes over from `base`: for `Adapter.metadata`."""
+    known = _of_family(LICENCES, base.architecture)
+    return {
+        "modelspec.resolution": f"{base.resolution}x{base.resolution}",
+        "modelspec.prediction_type": prediction_type(base.pipeline.scheduler.config),
+        **({"modelspec.license": f"as the base model's, {known}"} if known else {}),
+    }
 
 
 def thumbnail_url(picture: Image.Image, side: int = THUMBNAIL_SIDE) -> str:
@@ -120,26 +131,23 @@ def lora_metadata(
     ranks: dict[str, int],
     alpha: float,
     error: float,
-    resolution: int,
-    prediction: str,
+    base: BaseModel,
 ) -> dict[str, str]:
     """The header of a LoRA made from `adapter` at the strength `scale`, without hashes; all values are text.
 
-    `ranks`: layer -> rank.  `error`: share of the adapter's change that is left out.  `resolution`: of the base, pixels.
+    `ranks`: layer -> rank.  `error`: share of the adapter's change that is left out.
     """
-    architecture = adapter.architecture
+    architecture, prediction = adapter.architecture, prediction_type(base.pipeline.scheduler.config)
     if architecture == "stable-diffusion-v2":
         architecture += "-768-v" if prediction == "v" else "-512"
     metadata = {key: value for key, value in adapter.metadata.items() if key.startswith("modelspec.")}
-    metadata |= {
+    metadata |= base_metadata(base) | {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{architecture}/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.title": title,
         "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "modelspec.resolution": f"{resolution}x{resolution}",
-        "modelspec.prediction_type": prediction,
         "modelspec.license": licence_note(adapter),
         "ss_output_name": title,
         "ss_sd_model_name": adapter.base_model,

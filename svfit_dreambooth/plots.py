@@ -99,7 +99,7 @@ def plot_adapter(
     rows, columns, table = strength_table(adapter)
     heights = [0.9 + 0.27 * len(rows), *([3.2] if spectrum else []), *([3.4] if picture else [])]
     figure = Figure(figsize=(11, sum(heights) + 0.5), dpi=110, layout="constrained")
-    parts = np.atleast_1d(figure.subfigures(len(heights), 1, height_ratios=heights, hspace=0.06))
+    parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights, hspace=0.06, squeeze=False)[:, 0]
     _draw_table(parts[0], adapter.title or Path(path).stem, rows, columns, table)
     if spectrum is not None:
         name, S = spectrum

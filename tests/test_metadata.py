@@ -10,9 +10,11 @@ from PIL import Image
 from test_pipeline import make_adapter
 
 from svfit_dreambooth import read_adapter, save_adapter
+from svfit_dreambooth.base_model import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.metadata import (
     annotate_adapter,
+    base_metadata,
     licence_note,
     lora_metadata,
     read_thumbnail,
@@ -79,11 +81,22 @@ def test_words_and_a_picture_are_added_and_values_stay(adapter, tmp_path, dtype)
 )  # fmt: skip
 def test_families(adapter, architecture, prediction, expected):
     adapter.architecture = architecture
-    found = lora_metadata(
-        adapter, title="dog", scale=1.0, ranks={"a": 3}, alpha=3.0, error=0.0, resolution=64, prediction=prediction
-    )
+    base = BaseModel("tiny", tiny_pipeline(prediction_type="v_prediction" if prediction == "v" else "epsilon"))
+    found = lora_metadata(adapter, title="dog", scale=1.0, ranks={"a": 3}, alpha=3.0, error=0.0, base=base)
+    assert found["modelspec.prediction_type"] == prediction and found["modelspec.resolution"] == "16x16"
     fields = ("modelspec.architecture", "ss_base_model_version", "ss_v2")
     assert tuple(found.get(field) for field in fields) == expected[:3]
     assert found["modelspec.license"] == f"as the base model's, {expected[3]}"
     assert all(isinstance(value, str) for value in found.values())
     assert json.loads(found["svfit_source"])["left_out"] == 0.0
+
+
+def test_what_an_adapter_takes_over_from_its_base():
+    """Toybox says Apache-2.0; a Stable Diffusion of unknown family leaves the licence to the reader."""
+    found = base_metadata(BaseModel("toybox", tiny_pipeline()))
+    assert found == {
+        "modelspec.resolution": "16x16",
+        "modelspec.prediction_type": "epsilon",
+        "modelspec.license": "as the base model's, Apache-2.0",
+    }
+    assert "modelspec.license" not in base_metadata(BaseModel("someone/else", tiny_pipeline()))
