@@ -281,7 +281,7 @@ def describe_adapter(adapter: Adapter, path: str | Path | None = None) -> dict[s
     by_block: dict[str, list[torch.Tensor]] = {}
     for name in sorted(adapter.shifts, key=_natural):
         by_component.setdefault(name.partition(".")[0], []).append(adapter.shifts[name])
-        by_block.setdefault(_block(name), []).append(adapter.shifts[name])
+        by_block.setdefault(block_name(name), []).append(adapter.shifts[name])
     description: dict[str, Any] = {
         "title": adapter.title,
         "base_model": adapter.base_model,
@@ -309,7 +309,7 @@ def _summary(shifts: list[torch.Tensor]) -> dict[str, int | float]:
     }
 
 
-def _block(name: str) -> str:
+def block_name(name: str) -> str:
     """'unet.down_blocks.0.attentions.1...' -> 'unet down_blocks.0'; a block without number keeps its plain name."""
     component, *parts = name.split(".")
     first_number = next((i for i, part in enumerate(parts) if part.isdecimal()), 0)
