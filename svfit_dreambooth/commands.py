@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from svfit_dreambooth.commands_push import add_push
 from svfit_dreambooth.errors import SVFitError
 
 
@@ -108,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     cache.add_argument("--clear", action="store_true", help="delete them; they are computed again when needed")
     cache.add_argument("--basis_cache_dir", type=Path, help="default: $SVFIT_CACHE or the user's cache folder")
     cache.set_defaults(run=_cache)
+    add_push(commands)
     return parser
 
 
