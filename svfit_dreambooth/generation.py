@@ -22,6 +22,7 @@ from svfit_dreambooth.base_model import (
 )
 from svfit_dreambooth.config import TOYBOX
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.hub import find_adapter
 from svfit_dreambooth.pipeline import load_adapter, loaded_adapters, merge_adapters
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -63,7 +64,8 @@ def open_for_adapters(
     file says never starts a download.  `device`: None takes a GPU if there is one.  `base_options`: see
     `open_base_model`.  Raises SVFitError as `open_base_model` and `load_adapter` do.
     """
-    read = [(read_adapter(path), path, strength) for path, strength in adapters]
+    found = [(find_adapter(path), strength) for path, strength in adapters]
+    read = [(read_adapter(path), path, strength) for path, strength in found]
     if base is not None:
         model = open_base_model(base, **base_options)
     elif not read:

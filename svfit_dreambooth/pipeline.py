@@ -29,6 +29,7 @@ from svfit_dreambooth.attention import (
 from svfit_dreambooth.base_model import pipeline_components
 from svfit_dreambooth.basis import model_basis, same_base
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.hub import find_adapter
 from svfit_dreambooth.svfit import SVFitLayer, as_matrix
 
 logger = logging.getLogger(__name__)
@@ -51,16 +52,18 @@ def load_adapter(
     allow_other_base: bool = False,
     basis_cache_dir: str | Path | None = None,
 ) -> str:
-    """Loads an adapter file onto `pipeline` beside those already there; `pipeline(prompt)` then uses it.
+    """Loads an adapter onto `pipeline` beside those already there; `pipeline(prompt)` then uses it.
 
+    `adapter`: a file, or a repository on the Hugging Face Hub as "owner/name[@revision]", see `hub.find_adapter`.
     `scale`: its strength, 1 as trained.  `name`: how `set_adapters` and `unload_adapter` call it, by default the
     file's name without suffix; it is returned.  Offloaded pipelines stay offloaded.
     Raises SVFitError for a bad file, a name in use, and a pipeline that holds another base than the adapter was
     trained on, unless `allow_other_base` (for fine-tunes of the same family).
     """
     if not isinstance(adapter, Adapter):
-        name = name or Path(adapter).stem
-        adapter = read_adapter(adapter)
+        path = find_adapter(adapter)
+        name = name or path.stem
+        adapter = read_adapter(path)
     name = name or adapter.title or "adapter"
     components = pipeline_components(pipeline)
     if name in loaded_adapters(pipeline):
