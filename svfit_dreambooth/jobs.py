@@ -72,11 +72,11 @@ class Jobs:
     def submit(self, visitor: Visitor, name: str, options: dict[str, Any]) -> Job:
         """A new run with the photos that the visitor has laid out, at the end of the queue.
 
-        `options`: those of TrainConfig, without folders.  Raises SVFitError for options that no run could use.
+        `options`: those of TrainConfig, without the folder of the run, and of the photos unless others are to be taken.  Raises SVFitError for options that no run could use.
         """
         name = file_name(name, "name of the adapter")
-        photos = photo_files(visitor.photos)
-        if not photos:
+        photos = [] if "instance_data_dir" in options else photo_files(visitor.photos)
+        if not photos and "instance_data_dir" not in options:
             raise SVFitError("there are no photos yet: add 3 to 10 of your subject.")
         if not str(options.get("instance_prompt") or "").strip():
             raise SVFitError('say what the photos show, such as "a photo of sks dog".')
@@ -87,8 +87,8 @@ class Jobs:
         id = f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}-{secrets.token_hex(3)}"
         folder = self.folder / id
         options = {
-            **options,
             "instance_data_dir": str(folder / "photos"),
+            **options,
             "output_dir": str(folder / "run"),
             "adapter_name": name,
         }

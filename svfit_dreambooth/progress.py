@@ -19,12 +19,17 @@ class Progress:
     fixed_losses: list[tuple[int, float]] = field(default_factory=list)  # the same on noise that never changes
     subjects: list[tuple[int, float]] = field(default_factory=list)  # likeness to the subject
     pictures: list[tuple[int, Path]] = field(default_factory=list)  # contact sheets of the validation prompts
-    seconds_left: float | None = None
+    seconds_a_step: float | None = None  # lately
+    status: str | None = None  # finished, stopped or failed; None: not ended
     message: str | None = None  # why it ended
     adapter: Path | None = None
     sheet: Path | None = None  # photos, the base's answers, the adapter's
     figures: dict[str, dict[str, float | None]] = field(default_factory=dict)  # "base", "adapter" -> measures
     remarks: list[str] = field(default_factory=list)
+
+    @property
+    def seconds_left(self) -> float | None:
+        return None if self.seconds_a_step is None else self.seconds_a_step * max(self.of - self.step, 0)
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
@@ -50,7 +55,8 @@ def read_progress(folder: Path) -> Progress:
     for event in read_events(folder):
         kind, step = event.get("event"), int(event.get("step") or 0)
         if kind == "start":
-            state.of, state.step, state.message = int(event.get("of") or 0), step, None
+            state.of, state.step = int(event.get("of") or 0), step
+            state.status = state.message = None
             for series in (losses, fixed, subjects, pictures):
                 for later in [known for known in series if known > step]:
                     del series[later]  # type: ignore[attr-defined]
@@ -68,7 +74,7 @@ def read_progress(folder: Path) -> Progress:
         elif kind == "rollback":
             state.remarks.append(f"went back to step {step}: {event.get('reason')}")
         elif kind == "end":
-            state.message = event.get("message")
+            state.status, state.message = event.get("status"), event.get("message")
             state.figures = event.get("figures") or {}
             state.adapter, state.sheet = _inside(folder, event.get("adapter")), _inside(folder, event.get("sheet"))
     state.losses, state.fixed_losses, state.subjects, state.pictures = (
@@ -78,7 +84,7 @@ def read_progress(folder: Path) -> Progress:
         sorted(pictures.items()),
     )
     if recent := sorted(seconds[-RECENT:]):
-        state.seconds_left = recent[len(recent) // 2] * max(state.of - state.step, 0)
+        state.seconds_a_step = recent[len(recent) // 2]
     return state
 
 

@@ -2,8 +2,6 @@
 
 import argparse
 import os
-import secrets
-import shutil
 import sys
 import threading
 from collections.abc import Sequence
@@ -97,7 +95,7 @@ def build_page(
     """The page and what is behind it.  `adapters` are put into the library; `download`: hub ids may be fetched."""
     import gradio as gr
 
-    from svfit_dreambooth import library, web_generate
+    from svfit_dreambooth import library, web_generate, web_library, web_train
     from svfit_dreambooth.jobs import Jobs, library_of
     from svfit_dreambooth.studio import Bases, Studio
     from svfit_dreambooth.web_app import App
@@ -115,6 +113,10 @@ def build_page(
         with gr.Tabs() as tabs:
             with gr.Tab("Generate", id="generate"):
                 generate_tab = web_generate.build(app, page, chosen)
+            with gr.Tab("Train", id="train"):
+                web_train.build(app, page, tabs, generate_tab)
+            with gr.Tab("Adapters", id="adapters") as tab:
+                web_library.build(app, tabs, tab, generate_tab)
     return page, app
 
 
