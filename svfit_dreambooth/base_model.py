@@ -35,6 +35,11 @@ class BaseModel:
         return self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
 
     @property
+    def size_multiple(self) -> int:
+        """What both sides of a picture, in pixels, should be multiples of, for the UNet to halve them evenly."""
+        return self.pipeline.vae_scale_factor * 2 ** (len(self.pipeline.unet.config.block_out_channels) - 1)
+
+    @property
     def guidance_scale(self) -> float:
         """Guidance that suits the base."""
         return GUIDANCE_SCALE.get(self.name, CUSTOMARY_GUIDANCE_SCALE)

@@ -50,9 +50,30 @@ class PhotoOptions:
         None, 'What the photos show, with a rare word for the subject, such as "a photo of sks dog".'
     )
     resolution: int | None = _option(None, "Side of the training pictures in pixels; None: the base's own size.")
+    aspect_ratio: Literal["keep", "square"] = _option(
+        "keep", "keep: train on each photo nearly whole, in its own proportions; square: on square windows of it."
+    )
     center_crop: bool = _option(False, "Crop the middle of every photo instead of random windows.")
     random_flip: bool = _option(False, "Train on mirror images too; not for subjects with writing on them.")
     crops_per_photo: int = _option(4, "Random windows of every photo that are encoded once and then reused.")
+    unmasked_weight: float = _option(
+        0.1, "Weight of the loss where a mask (photo.mask.png, or an alpha channel) is black; where it is white: 1."
+    )
+
+
+@dataclass
+class PriorOptions:
+    _argument_group_name = "prior preservation"
+
+    with_prior_preservation: bool = _option(
+        False, "Train on pictures of the subject's class too, so that not every dog becomes the subject."
+    )
+    class_prompt: str | None = _option(None, 'What the class pictures show, such as "a photo of a dog".')
+    class_data_dir: str | None = _option(
+        None, "Folder of class pictures, topped up with the base's own; None: class_pictures in the output folder."
+    )
+    num_class_images: int = _option(100, "Class pictures to train on.")
+    prior_loss_weight: float = _option(1.0, "Weight of their loss beside that of the photos.")
 
 
 @dataclass
@@ -104,6 +125,12 @@ class OptimizationOptions:
     adam_weight_decay: float = _option(0.0, "Pull of every shift toward 0, the base model.")
     adam_epsilon: float = _option(1e-8, "AdamW's guard against division by 0.")
     max_grad_norm: float = _option(1.0, "Longest gradient; longer ones are shortened to it.")
+    snr_gamma: float | None = _option(
+        None, "Weight timesteps by min-SNR with this ceiling, customarily 5; None: all weigh the same."
+    )
+    noise_offset: float = _option(
+        0.0, "Share of noise that is one number a channel, for darker and lighter pictures, such as 0.05; 0: none."
+    )
     seed: int = _option(0, "Fixes crops, noise, timesteps and pictures.")
 
 
@@ -125,11 +152,11 @@ class OutputOptions:
     dry_run: bool = _option(False, "Only print the resolved options, a report on the photos and what would be trained.")
 
 
-OPTION_GROUPS = (ModelOptions, PhotoOptions, AdapterOptions, OptimizationOptions, OutputOptions)
+OPTION_GROUPS = (ModelOptions, PhotoOptions, PriorOptions, AdapterOptions, OptimizationOptions, OutputOptions)
 
 
 @dataclass
-class TrainConfig(ModelOptions, PhotoOptions, AdapterOptions, OptimizationOptions, OutputOptions):
+class TrainConfig(ModelOptions, PhotoOptions, PriorOptions, AdapterOptions, OptimizationOptions, OutputOptions):
     """All options of a run; each is explained where its group defines it.
 
     Raises SVFitError for values that no run could use.
@@ -144,6 +171,7 @@ class TrainConfig(ModelOptions, PhotoOptions, AdapterOptions, OptimizationOption
             "train_batch_size",
             "gradient_accumulation_steps",
             "num_inference_steps",
+            "num_class_images",
         ):
             if getattr(self, name) < 1:
                 raise SVFitError(f"--{name} is {getattr(self, name)}: it must be 1 or more.")
@@ -154,6 +182,14 @@ class TrainConfig(ModelOptions, PhotoOptions, AdapterOptions, OptimizationOption
             raise SVFitError(f"--resolution is {self.resolution}: it is in pixels, such as 512.")
         if self.energy is not None and not 0 < self.energy <= 1:
             raise SVFitError(f"--energy is {self.energy}: it is a share, above 0 and at most 1.")
+        if self.snr_gamma is not None and not self.snr_gamma > 0:
+            raise SVFitError(f"--snr_gamma is {self.snr_gamma}: it must be above 0, such as 5; leave it out for none.")
+        if not 0 <= self.unmasked_weight <= 1:
+            raise SVFitError(f"--unmasked_weight is {self.unmasked_weight}: it is a share, from 0 to 1.")
+        if not self.prior_loss_weight > 0:
+            raise SVFitError(f"--prior_loss_weight is {self.prior_loss_weight}: it must be above 0; 1 is customary.")
+        if self.noise_offset < 0:
+            raise SVFitError(f"--noise_offset is {self.noise_offset}: it cannot be negative; 0 is none.")
         if self.fixed_loss_examples < 0 or self.lr_warmup_steps < 0:
             raise SVFitError("--fixed_loss_examples and --lr_warmup_steps cannot be negative.")
 

@@ -1,19 +1,18 @@
-"""A folder of photos, with captions if there are any, to training examples.
+"""A folder of photos, with captions and masks if there are any.
 
-Everything about a photo's examples follows from the photo, its name and the seed: other photos in the folder don't
-matter.  Colour profiles are not applied: values are taken as sRGB, as diffusers' training scripts do.
+Colour profiles are not applied: values are taken as sRGB, as diffusers' training scripts do.
 """
 
 import hashlib
 import logging
 import warnings
-import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
-import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageOps
 
 from svfit_dreambooth.errors import SVFitError
 
@@ -25,7 +24,9 @@ PICTURE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", "
 # Files that lie beside photos and are no mistake: not opened, not warned about.
 QUIET_SUFFIXES = {".txt", ".caption", ".json", ".jsonl", ".md", ".yaml", ".yml", ".csv", ".xml", ".html", ".ini", ".db"}
 
-Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels of the upright photo
+MASK = ".mask"  # photo.mask.png is no photo, it says where the subject is in photo.jpg
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,16 +36,20 @@ class Photo:
     path: Path
     caption: str | None  # from photo.txt beside photo.jpg; None: train with the instance prompt
     size: tuple[int, int]  # width, height, upright
+    mask: Path | None = None  # photo.mask.png, or the photo itself where its alpha channel is the mask; None: no mask
 
 
-def find_photos(folder: str | Path) -> list[Photo]:
+def find_photos(folder: str | Path, may_be_empty: bool = False) -> list[Photo]:
     """The photos of `folder`, sorted by name.
 
     JPEG, PNG, WebP, BMP, GIF and TIFF, told by their content; of animated ones the first frame.  Hidden files and
     sub-folders are left out (with a logged notice if a sub-folder holds pictures).  A file that doesn't open whole is
     named in a logged warning and skipped, so is a copy pointed out.  Text, JSON and the like are passed over silently.
 
-    Raises SVFitError when `folder` isn't one, holds no usable photo, or a caption isn't UTF-8.
+    photo.txt beside photo.jpg is its caption; photo.mask.png, or else an alpha channel that isn't opaque everywhere, is
+    its mask: see `open_mask`.
+    Raises SVFitError when `folder` isn't one, holds no usable photo (unless `may_be_empty`), a caption isn't UTF-8, or
+    a mask doesn't fit.
     """
     folder = Path(folder)
     if not folder.exists():
@@ -59,21 +64,27 @@ def find_photos(folder: str | Path) -> list[Photo]:
     if subfolders:
         logger.warning("Sub-folders are not searched; these hold pictures: %s.", ", ".join(subfolders))
 
+    masks = {path.stem.removesuffix(MASK): path for path in entries if path.stem.endswith(MASK) and _is_picture(path)}
     photos: list[Photo] = []
     first_seen: dict[bytes, str] = {}
     for path in entries:
-        if path.is_dir() or path.suffix.lower() in QUIET_SUFFIXES:
+        if path.is_dir() or path.suffix.lower() in QUIET_SUFFIXES or path in masks.values():
             continue
         try:
-            size = open_photo(path).size
+            size, transparent = _open(path, lambda image: (_to_rgb(image).size, _alpha(image) is not None))
         except SVFitError as error:
             logger.warning("Skipped: %s", error)
             continue
         twin = first_seen.setdefault(hashlib.sha256(path.read_bytes()).digest(), path.name)
         if twin != path.name:
             logger.warning("'%s' is a copy of '%s': both are used, so it counts twice.", path.name, twin)
-        photos.append(Photo(path, _caption(path), size))
-    if not photos:
+        photo = Photo(path, _caption(path), size, masks.get(path.stem, path if transparent else None))
+        open_mask(photo)  # raises now what it would raise later
+        photos.append(photo)
+    for path in masks.values():
+        if path not in [photo.mask for photo in photos]:
+            logger.warning("'%s' is the mask of no photo: name it like its photo.", path.name)
+    if not photos and not may_be_empty:
         found = f"{len(entries)} entries, but no usable photo" if entries else "nothing"
         hint = f"name one of its sub-folders ({', '.join(subfolders)})" if subfolders else "put 3 to 10 photos there"
         raise SVFitError(f"'{folder}' holds {found}: {hint}, JPEG, PNG or WebP.")
@@ -86,7 +97,32 @@ def open_photo(path: str | Path) -> Image.Image:
     Raises SVFitError for a file that isn't a picture, is broken or cut short, or has more pixels than is safe to open
     (twice PIL.Image.MAX_IMAGE_PIXELS, 179 million).
     """
-    path = Path(path)
+    return _open(Path(path), _to_rgb)
+
+
+def open_mask(photo: Photo) -> Image.Image | None:
+    """Where the subject is in `photo`: a picture of the photo's size, mode "L", white for the subject; None: no mask.
+
+    It comes from `photo.mask`: of a file of its own the brightness counts, and of what is transparent there nothing;
+    of the photo itself the alpha channel.
+    Raises SVFitError for a mask of other proportions than its photo, and for one that is black everywhere.
+    """
+    if photo.mask is None:
+        return None
+    mask = _open(photo.mask, _alpha if photo.mask == photo.path else _brightness)
+    if mask is None or mask.getextrema()[1] == 0:
+        raise SVFitError(f"The mask '{photo.mask}' is empty, so nothing of the photo would be learnt: correct it.")
+    (width, height), (own_width, own_height) = photo.size, mask.size
+    if abs(own_width * height - own_height * width) > max(own_width, own_height) * max(width, height) / 100:
+        raise SVFitError(
+            f"The mask '{photo.mask}' has {_times(mask.size)} pixels and its photo {_times(photo.size)}: "
+            "give it the proportions of the photo."
+        )
+    return mask if mask.size == photo.size else mask.resize(photo.size, Image.Resampling.BILINEAR)
+
+
+def _open(path: Path, convert: Callable[[Image.Image], T]) -> T:
+    """What `convert` makes of the upright picture in `path`."""
     if not path.is_file():
         raise SVFitError(f"'{path}' isn't a file: check the path of the photo.")
     Image.init()  # all plugins: with `formats` given, Pillow doesn't look for those it hasn't loaded yet
@@ -98,7 +134,7 @@ def open_photo(path: str | Path) -> Image.Image:
                 image.verify()  # checksums, where the format has them
             with Image.open(path, formats=FORMATS) as image:
                 image.load()
-                return _to_rgb(_upright(image, path))
+                return convert(_upright(image, path))
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise SVFitError(f"'{path}' has more than {limit} pixels, too many to open safely: scale it down.") from None
@@ -108,51 +144,6 @@ def open_photo(path: str | Path) -> Image.Image:
         raise SVFitError(f"'{path}' doesn't fit into memory: scale it down.") from None
     except Exception as error:  # noqa: BLE001 - decoders meet broken files with every kind of exception
         raise SVFitError(f"'{path}' is broken or cut short ({error}): copy it again or remove it.") from None
-
-
-def crop_boxes(size: tuple[int, int], center_crop: bool, count: int, seed: int) -> list[Box]:
-    """Square windows as large as the shorter side, to be scaled to the resolution.
-
-    center_crop: one, in the middle, whatever `count`.  Otherwise `count` of them along the longer side, placed
-    uniformly at random, fixed by `seed`.
-    """
-    if count < 1:
-        raise SVFitError(f"{count} crops a photo can't be taken: ask for 1 or more.")
-    width, height = size
-    side = min(width, height)
-    slack = max(width, height) - side
-    random = np.random.default_rng(seed % 2**64)
-    offsets = [slack // 2] if center_crop else random.integers(0, slack, size=count, endpoint=True).tolist()
-    corners = [(offset, 0) if width > height else (0, offset) for offset in offsets]
-    return [(left, top, left + side, top + side) for left, top in corners]
-
-
-def examples(
-    image: Image.Image,
-    resolution: int,
-    center_crop: bool = False,
-    random_flip: bool = False,
-    crops: int = 1,
-    seed: int = 0,
-    index: int | str = 0,
-) -> torch.Tensor:
-    """Training examples of one photo, (variants, 3, resolution, resolution), float32 in [-1, 1].
-
-    random_flip: each crop is followed by its mirror image: variants are ordered (crop, flip).
-    index: tells photos apart, so that equal sizes don't get equal crops; give the file's name and the result doesn't
-    depend on which other photos there are.
-    Raises SVFitError for a resolution or a number of crops below 1.
-    """
-    if resolution < 1:
-        raise SVFitError(f"The resolution {resolution} isn't possible: it is in pixels, such as 512.")
-    photo_seed = zlib.crc32(f"{seed} {index}".encode(errors="surrogatepass"))
-    variants = []
-    for box in crop_boxes(image.size, center_crop, crops, photo_seed):
-        square = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
-        pixels = torch.from_numpy(np.array(square, dtype=np.float32))  # (resolution, resolution, 3), 0..255
-        pixels = (pixels / 127.5 - 1).permute(2, 0, 1)  # (3, resolution, resolution), -1..1
-        variants += [pixels, pixels.flip(-1)] if random_flip else [pixels]
-    return torch.stack(variants)  # (variants, 3, resolution, resolution)
 
 
 def photo_report(photos: list[Photo], resolution: int) -> list[str]:
@@ -173,6 +164,9 @@ def photo_report(photos: list[Photo], resolution: int) -> list[str]:
     lines.append(
         f"captions: {captioned} of {len(photos)}" if captioned else "captions: none, the instance prompt is used"
     )
+    masked = sum(photo.mask is not None for photo in photos)
+    if masked:
+        lines.append(f"masks: {masked} of {len(photos)}")
     return lines
 
 
@@ -182,9 +176,13 @@ def _times(size: tuple[int, int]) -> str:
 
 def _holds_pictures(folder: Path) -> bool:
     try:
-        return any(p.suffix.lower() in PICTURE_SUFFIXES and p.name[0] != "." for p in folder.iterdir())
+        return any(_is_picture(path) and path.name[0] != "." for path in folder.iterdir())
     except OSError:
         return False
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in PICTURE_SUFFIXES
 
 
 def _caption(path: Path) -> str | None:
@@ -214,3 +212,16 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def _alpha(image: Image.Image) -> Image.Image | None:
+    """The alpha channel, unless there is none or it is opaque everywhere."""
+    if not image.has_transparency_data:
+        return None
+    alpha = image.convert("RGBA").getchannel("A")
+    return None if alpha.getextrema()[0] == 255 else alpha
+
+
+def _brightness(image: Image.Image) -> Image.Image:
+    brightness, alpha = _to_rgb(image).convert("L"), _alpha(image)
+    return brightness if alpha is None else ImageChops.multiply(brightness, alpha)

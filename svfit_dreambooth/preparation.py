@@ -1,14 +1,19 @@
 """Everything before the first training step: options made definite, input checked, photos and prompts encoded."""
 
+from __future__ import annotations
+
 import dataclasses
+import logging
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers.optimization import SchedulerType
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from svfit_dreambooth.attention import find_projections
 from svfit_dreambooth.base_model import (
@@ -19,10 +24,19 @@ from svfit_dreambooth.base_model import (
     encode_prompts,
     open_base_model,
 )
+from svfit_dreambooth.class_pictures import (
+    check_class_pictures,
+    class_picture_report,
+    paint_class_pictures,
+    usable_class_pictures,
+)
 from svfit_dreambooth.config import TOYBOX, TrainConfig, config_to_yaml
+from svfit_dreambooth.crops import Size, crop_photo, training_size
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.photos import Photo, examples, find_photos, open_photo, photo_report
+from svfit_dreambooth.photos import Photo, find_photos, open_mask, open_photo, photo_report
 from svfit_dreambooth.svfit import resolve_rank
+
+logger = logging.getLogger(__name__)
 
 TOYBOX_SUBJECTS = TOYBOX_FOLDER.parent / "subjects"
 TOYBOX_SUBJECT = "dog_patch"
@@ -43,31 +57,46 @@ class Run:
     def adapter_path(self) -> Path:
         return Path(self.config.output_dir) / f"{self.adapter_name}.safetensors"
 
+    def training_size(self, photo: Photo) -> Size:
+        """Width and height in pixels at which `photo` is trained on."""
+        resolution = self.config.resolution or self.base.resolution
+        if self.config.aspect_ratio == "square":
+            return resolution, resolution
+        return training_size(photo.size, resolution, self.base.size_multiple)
+
     def report(self) -> list[str]:
         """What would be trained on what, in plain lines."""
         lines = photo_report(self.photos, self.config.resolution or 0)
-        lines.append(f"base: {self.base.name}, trained at {self.config.resolution} pixels")
+        sizes = Counter(self.training_size(photo) for photo in self.photos)
+        pixels = ", ".join(f"{width}x{height} ({count})" for (width, height), count in sorted(sizes.items()))
+        lines.append(f"base: {self.base.name}, trained at {pixels} pixels")
         for component, names in self.targets.items():
-            sizes = [min(self.weights[f"{component}.{name}"].shape) for name in names]
+            largest = [min(self.weights[f"{component}.{name}"].shape) for name in names]
             if self.config.energy is not None:
                 lines.append(f"{component}: {len(names)} layers, ranks by energy {self.config.energy}")
                 continue
-            ranks = [resolve_rank(torch.empty(size), self.config.rank_value) for size in sizes]
-            capped = sum(isinstance(self.config.rank_value, int) and self.config.rank_value > size for size in sizes)
+            ranks = [resolve_rank(torch.empty(size), self.config.rank_value) for size in largest]
+            capped = sum(isinstance(self.config.rank_value, int) and self.config.rank_value > size for size in largest)
             note = f", {capped} of them smaller than rank {self.config.rank}" if capped else ""
             lines.append(f"{component}: {len(names)} layers, {sum(ranks):,} singular values{note}")
+        if self.config.with_prior_preservation:
+            folder = Path(str(self.config.class_data_dir))
+            lines.append(class_picture_report(usable_class_pictures(folder), self.config.num_class_images, folder))
         lines.append(f"adapter: {self.adapter_path}")
         return lines
 
 
 @dataclass
 class Examples:
-    """The photos as the UNet sees them, on the CPU in float32."""
+    """Photos as the UNet sees them, on the CPU in float32; lists go by photo."""
 
-    mean: list[Tensor]  # per photo: (variants, channels, h, w), mean of the latents of every crop and flip
+    mean: list[Tensor]  # (variants, channels, h, w), mean of the latents of every window and mirror image
     spread: list[Tensor]  # the same shape: their standard deviation
-    input_ids: Tensor  # (photos, tokens)
-    prompt_embeds: Tensor  # (photos, tokens, dim)
+    weight: list[Tensor | None]  # (variants, 1, h, w), of the loss, where a mask asks for one
+    prompts: list[int]  # which row of the following is the photo's caption
+    input_ids: Tensor  # (prompts, tokens)
+    prompt_embeds: Tensor  # (prompts, tokens, dim)
+    prior: Examples | None = None  # the class pictures; None: without prior preservation
 
 
 def prepare(config: TrainConfig) -> Run:
@@ -85,6 +114,7 @@ def prepare(config: TrainConfig) -> Run:
     photos = find_photos(str(config.instance_data_dir))
     if config.instance_prompt is None and any(photo.caption is None for photo in photos):
         raise SVFitError('--instance_prompt is missing: say what the photos show, such as "a photo of sks dog".')
+    _choose_class(config)
     if config.init_adapter is not None and not Path(config.init_adapter).is_file():
         raise SVFitError(f"--init_adapter {config.init_adapter} does not exist.")
     adapter_name = config.adapter_name or _file_name(Path(str(config.instance_data_dir)).resolve().name)
@@ -109,6 +139,8 @@ def prepare(config: TrainConfig) -> Run:
             f"--resolution {config.resolution} is not a multiple of {factor}, the factor by which this base's "
             f"autoencoder shrinks pictures: use {max(1, round(config.resolution / factor)) * factor}."
         )
+    if config.with_prior_preservation:
+        check_class_pictures(Path(str(config.class_data_dir)), str(config.class_prompt), base)
     config.guidance_scale = base.guidance_scale if config.guidance_scale is None else config.guidance_scale
     found = {"unet": find_projections(base.pipeline.unet, config.target_modules)}
     if config.train_text_encoder:
@@ -125,32 +157,80 @@ def prepare(config: TrainConfig) -> Run:
     return run
 
 
-@torch.no_grad()
+def make_class_pictures(run: Run, device: torch.device) -> list[Photo]:
+    """The class pictures of the run, painted by the base on `device` as far as they are missing."""
+    config = run.config
+    folder = Path(str(config.class_data_dir))
+    pictures = usable_class_pictures(folder)
+    if len(pictures) >= config.num_class_images:
+        return pictures[: config.num_class_images]
+    run.base.pipeline.to(device)
+    return paint_class_pictures(
+        folder,
+        run.base,
+        str(config.class_prompt),
+        config.num_class_images,
+        seed=config.seed,
+        height=config.resolution,
+        width=config.resolution,
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+    )
+
+
 def encode_examples(run: Run, device: torch.device) -> Examples:
-    """Encodes every crop of every photo, and every caption, once."""
+    """Encodes every window of every photo, and every caption, once; with prior preservation the class pictures too."""
+    config = run.config
+    prior = None
+    if config.with_prior_preservation:
+        prior = _encode(run, make_class_pictures(run, device), str(config.class_prompt), device, of_class=True)
+    examples = _encode(run, run.photos, str(config.instance_prompt), device)
+    examples.prior = prior
+    return examples
+
+
+@torch.no_grad()
+def _encode(run: Run, photos: list[Photo], prompt: str, device: torch.device, of_class: bool = False) -> Examples:
+    """`photos` with `prompt` where they have no caption.  Class pictures are many: one window each, and no masks."""
     config, pipeline = run.config, run.base.pipeline
     pipeline.vae.to(device).eval()
     pipeline.text_encoder.to(device).eval()
-    means, spreads = [], []
-    for photo in run.photos:
-        pixel_values = examples(
+    means: list[Tensor] = []
+    spreads: list[Tensor] = []
+    weights: list[Tensor | None] = []
+    for photo in photos:
+        crops = crop_photo(
             open_photo(photo.path),
-            config.resolution or 0,
+            run.training_size(photo),
+            None if of_class else open_mask(photo),
             config.center_crop,
             config.random_flip,
-            config.crops_per_photo,
+            1 if of_class else config.crops_per_photo,
             config.seed,
             photo.path.name,
-        )  # (variants, 3, h, w)
-        mean, spread = zip(*(encode_images(pipeline, variant[None]) for variant in pixel_values), strict=True)
-        means.append(torch.cat(mean).cpu())
+        )
+        mean, spread = zip(*(encode_images(pipeline, window[None]) for window in crops.pixel_values), strict=True)
+        means.append(torch.cat(mean).cpu())  # (variants, channels, h, w)
         spreads.append(torch.cat(spread).cpu())
-    captions = [photo.caption or str(config.instance_prompt) for photo in run.photos]
+        if crops.mask is None:
+            weights.append(None)
+        else:
+            mask = adaptive_avg_pool2d(crops.mask, means[-1].shape[-2:])  # (variants, 1, h, w)
+            weights.append(config.unmasked_weight + (1 - config.unmasked_weight) * mask)
+    captions = [photo.caption or prompt for photo in photos]
+    different = list(dict.fromkeys(captions))
     tokenizer = pipeline.tokenizer
     input_ids = tokenizer(
-        captions, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+        different, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
     ).input_ids
-    return Examples(means, spreads, input_ids, encode_prompts(pipeline, captions).float().cpu())
+    return Examples(
+        means,
+        spreads,
+        weights,
+        [different.index(caption) for caption in captions],
+        input_ids,
+        encode_prompts(pipeline, different).float().cpu(),
+    )
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -169,6 +249,19 @@ def _choose_subject(config: TrainConfig) -> None:
     config.instance_data_dir = str(TOYBOX_SUBJECTS / TOYBOX_SUBJECT)
     if config.instance_prompt is None:
         config.instance_prompt = f"a photo of sks {TOYBOX_SUBJECT.partition('_')[0]}"
+
+
+def _choose_class(config: TrainConfig) -> None:
+    """What the class is and where its pictures are."""
+    if not config.with_prior_preservation:
+        if config.class_data_dir is not None:
+            logger.warning("--class_data_dir is not used without --with_prior_preservation.")
+        return
+    if config.class_prompt is None:
+        raise SVFitError('--class_prompt is missing: say what the class pictures show, such as "a photo of a dog".')
+    config.class_data_dir = config.class_data_dir or str(Path(config.output_dir) / "class_pictures")
+    if Path(config.class_data_dir).resolve() == Path(str(config.instance_data_dir)).resolve():
+        raise SVFitError(f"--class_data_dir {config.class_data_dir} is the folder of the photos: name another.")
 
 
 def _file_name(text: str) -> str:

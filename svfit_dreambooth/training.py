@@ -139,7 +139,7 @@ def train(config: TrainConfig, on_step: Callable[[Step], bool | None] | None = N
             for micro in range(config.gradient_accumulation_steps):
                 number = done * config.gradient_accumulation_steps + micro
                 with accelerator.accumulate(*adapted_models):
-                    loss = model.loss(number, accelerator.process_index, accelerator.num_processes)
+                    loss = model.loss(number, accelerator.process_index, accelerator.num_processes).total
                     losses.append(accelerator.reduce(loss.detach(), "mean").item())
                     if not math.isfinite(losses[-1]):  # before it reaches the shifts
                         raise FloatingPointError(f"the loss is {losses[-1]} at step {done + 1}")
@@ -177,6 +177,7 @@ def train(config: TrainConfig, on_step: Callable[[Step], bool | None] | None = N
         base_model=run.base.name,
         base_fingerprint=base_fingerprint,
         instance_prompt=config.instance_prompt,
+        class_prompt=config.class_prompt,
         training=_training_record(run, done, loss_before, loss_after),
         title=run.adapter_name,
         architecture=run.base.architecture,

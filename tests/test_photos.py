@@ -6,11 +6,10 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.photos import crop_boxes, examples, find_photos, open_photo, photo_report
+from svfit_dreambooth.photos import find_photos, open_mask, open_photo, photo_report
 
 WIDTH, HEIGHT = 48, 32
 
@@ -236,71 +235,69 @@ def test_refusals_are_one_sentence(tmp_path):
         open_photo(tmp_path / "gone.jpg")
 
 
-# ---------------------------------------------------------------- crops and examples
+# ---------------------------------------------------------------- masks
 
 
-def test_centre_crop():
-    assert crop_boxes((100, 60), True, 5, seed=3) == [(20, 0, 80, 60)]
-    assert crop_boxes((60, 101), True, 1, seed=3) == [(0, 20, 60, 80)]
-    assert crop_boxes((60, 60), True, 1, seed=3) == [(0, 0, 60, 60)]
+def test_a_file_beside_the_photo_is_its_mask(tmp_path):
+    picture().save(tmp_path / "a.jpg")
+    picture(seed=1).save(tmp_path / "b.jpg")
+    mask = Image.new("L", (WIDTH, HEIGHT))
+    mask.paste(255, (10, 5, 30, 20))
+    mask.save(tmp_path / "a.mask.png")
+    first, second = find_photos(tmp_path)
+    assert first.mask == tmp_path / "a.mask.png" and second.mask is None and open_mask(second) is None
+    assert difference(open_mask(first), mask) == 0
+    assert "masks: 1 of 2" in photo_report([first, second], 16)
+    mask.resize((WIDTH * 2, HEIGHT * 2)).save(tmp_path / "a.mask.png")  # of another size, but the same proportions
+    assert open_mask(first).size == (WIDTH, HEIGHT) and difference(open_mask(first), mask) < 140
 
 
-def test_random_crops_are_fixed_by_the_seed():
-    boxes = crop_boxes((1000, 60), False, 50, seed=7)
-    assert boxes == crop_boxes((1000, 60), False, 50, seed=7) != crop_boxes((1000, 60), False, 50, seed=8)
-    assert boxes[:3] == crop_boxes((1000, 60), False, 3, seed=7)
-    assert len(set(boxes)) > 40
-    assert all(r - left == b - t == 60 and left >= 0 and r <= 1000 and t == 0 for left, t, r, b in boxes)
-    assert crop_boxes((60, 60), False, 2, seed=-1) == [(0, 0, 60, 60)] * 2
+def test_an_alpha_channel_is_a_mask_unless_opaque_or_overruled(tmp_path):
+    image = picture().convert("RGBA")
+    image.save(tmp_path / "a.png")
+    assert find_photos(tmp_path)[0].mask is None
+    image.paste((0, 0, 0, 0), (0, 0, 10, HEIGHT))
+    image.save(tmp_path / "a.png")
+    (photo,) = find_photos(tmp_path)
+    mask = np.asarray(open_mask(photo))
+    assert photo.mask == photo.path and not mask[:, :10].any() and (mask[:, 10:] == 255).all()
+    Image.new("L", (WIDTH, HEIGHT), 255).save(tmp_path / "a.mask.png")
+    (photo,) = find_photos(tmp_path)
+    assert np.asarray(open_mask(photo)).min() == 255
 
 
-@pytest.mark.parametrize(("crops", "flip", "variants"), [(1, False, 1), (3, False, 3), (3, True, 6)])
-def test_examples_shape_and_range(crops, flip, variants):
-    values = examples(picture(), 16, random_flip=flip, crops=crops, seed=1)
-    assert values.shape == (variants, 3, 16, 16) and values.dtype == torch.float32
-    assert values.min() >= -1 and values.max() <= 1
+def test_white_on_transparent_is_a_mask_too(tmp_path):
+    picture().save(tmp_path / "a.jpg")
+    mask = Image.new("RGBA", (WIDTH, HEIGHT), (255, 255, 255, 0))
+    mask.paste((255, 255, 255, 255), (0, 0, 8, 8))
+    mask.save(tmp_path / "a.mask.png")
+    values = np.asarray(open_mask(find_photos(tmp_path)[0]))
+    assert (values[:8, :8] == 255).all() and values.sum() == 64 * 255
 
 
-def test_black_and_white_reach_the_ends():
-    assert torch.all(examples(Image.new("RGB", (9, 9), "black"), 4) == -1)
-    assert torch.all(examples(Image.new("RGB", (9, 9), "white"), 4) == 1)
+def test_masks_turn_with_their_photo(tmp_path):
+    """The mask is drawn on the upright photo; a mask in the photo's own alpha channel turns with it."""
+    image = picture(HEIGHT, WIDTH).convert("RGBA")
+    image.paste((0, 0, 0, 0), (0, 0, HEIGHT, 10))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "a.png", exif=exif)
+    (photo,) = find_photos(tmp_path)
+    mask = np.asarray(open_mask(photo))
+    assert photo.size == (WIDTH, HEIGHT) == mask.shape[::-1] and not mask[:, -10:].any() and mask[:, :-10].all()
 
 
-def test_flips_follow_their_crop_as_mirror_images():
-    plain = examples(picture(), 16, crops=3, seed=1)
-    flipped = examples(picture(), 16, random_flip=True, crops=3, seed=1)
-    assert torch.equal(flipped[0::2], plain)
-    assert torch.equal(flipped[1::2], plain.flip(-1))
-
-
-def test_examples_depend_on_seed_and_name_only():
-    wide = picture(400, 20)
-    first = examples(wide, 8, seed=1, index="a.jpg")
-    assert torch.equal(first, examples(wide, 8, seed=1, index="a.jpg"))
-    assert not torch.equal(first, examples(wide, 8, seed=2, index="a.jpg"))
-    assert not torch.equal(first, examples(wide, 8, seed=1, index="b.jpg"))
-    centred = [examples(wide, 8, center_crop=True, crops=4, seed=s) for s in (1, 2)]
-    assert torch.equal(*centred) and len(centred[0]) == 1
-
-
-def test_centre_crop_agrees_with_resizing_first():
-    """The window taken from the original is the one that diffusers takes from the resized photo."""
-    ours = examples(picture(96, 64), 32, center_crop=True)[0]
-    resized = picture(96, 64).resize((48, 32), Image.Resampling.LANCZOS).crop((8, 0, 40, 32))
-    reference = torch.from_numpy(np.asarray(resized).astype(np.float32)).permute(2, 0, 1) / 127.5 - 1
-    inner = (slice(None), slice(4, -4), slice(4, -4))  # LANCZOS looks over the edge of a window, not of a photo
-    assert (ours - reference)[inner].abs().max() < 2.5 / 127.5
-
-
-def test_small_photos_are_enlarged():
-    assert examples(picture(5, 3), 64).shape == (1, 3, 64, 64)
-
-
-def test_impossible_requests():
-    with pytest.raises(SVFitError, match="resolution 0"):
-        examples(picture(), 0)
-    with pytest.raises(SVFitError, match="0 crops"):
-        examples(picture(), 8, crops=0)
+def test_masks_that_cannot_be_meant(tmp_path, caplog):
+    picture().save(tmp_path / "a.jpg")
+    Image.new("L", (WIDTH, HEIGHT)).save(tmp_path / "a.mask.png")
+    with pytest.raises(SVFitError, match=r"a\.mask\.png' is empty"):
+        find_photos(tmp_path)
+    Image.new("L", (HEIGHT, WIDTH), 255).save(tmp_path / "a.mask.png")
+    with pytest.raises(SVFitError, match="32x48 pixels and its photo 48x32"):
+        find_photos(tmp_path)
+    (tmp_path / "a.mask.png").rename(tmp_path / "c.mask.png")
+    assert [photo.path.name for photo in find_photos(tmp_path)] == ["a.jpg"]
+    assert "'c.mask.png' is the mask of no photo" in caplog.text
 
 
 # ---------------------------------------------------------------- report

@@ -14,8 +14,8 @@ from toybox.tokenizer import save_tokenizer
 
 WEIGHTS = Path(__file__).parent / "weights"
 IMAGE_SIZE = 64  # pixels a side
-LATENT_SIZE = 8  # the autoencoder shrinks pictures eight times, as Stable Diffusion's does
-LATENT_CHANNELS = 16  # with Stable Diffusion's 4, stripes and eyes come back blurred at this size
+LATENT_SIZE = 16  # the autoencoder shrinks pictures four times
+LATENT_CHANNELS = 12  # of the 48 numbers in 4x4 pixels; with fewer, stripes and eyes come back blurred
 
 
 @dataclass(frozen=True)
@@ -23,21 +23,21 @@ class Sizes:
     """Widths and depths; the defaults are those of the shipped weights."""
 
     autoencoder_width: int = 48
-    encoder_blocks: tuple[int, ...] = (0, 1, 3, 4)  # residual blocks at 64, 32, 16 and 8 pixels
-    decoder_blocks: tuple[int, ...] = (4, 3, 1, 0)  # residual blocks at 8, 16, 32 and 64 pixels
+    encoder_blocks: tuple[int, ...] = (0, 0, 0)  # no residual blocks: the encoder is linear, see stages.fit_encoder
+    decoder_blocks: tuple[int, ...] = (3, 2, 0)  # residual blocks at 16, 32 and 64 pixels
     text_width: int = 192
     text_layers: int = 3
     text_heads: int = 4
-    unet_channels: tuple[int, ...] = (128, 192)  # at 8 and 4 latent pixels
-    unet_heads: tuple[int, ...] = (2, 3)
+    unet_channels: tuple[int, ...] = (64, 128, 192)  # at 16, 8 and 4 latent pixels
+    unet_heads: tuple[int, ...] = (1, 2, 3)
 
 
 FULL = Sizes()
-TINY = Sizes(8, (0, 0, 0, 1), (1, 0, 0, 0), 16, 1, 2, (16, 16), (1, 1))  # for smoke tests
+TINY = Sizes(48, (0, 0, 0), (1, 0, 0), 16, 1, 2, (16, 16), (1, 1))  # for smoke tests
 
 
 def build_autoencoder(sizes: Sizes = FULL) -> AutoencoderTiny:
-    """An untrained autoencoder: (batch, 3, 64, 64) in [-1, 1] to latents (batch, 16, 8, 8) and back."""
+    """An untrained autoencoder: (batch, 3, 64, 64) in [-1, 1] to latents (batch, 12, 16, 16) and back."""
     width = (sizes.autoencoder_width,) * len(sizes.encoder_blocks)
     return AutoencoderTiny(
         encoder_block_out_channels=width,
@@ -66,16 +66,16 @@ def build_text_encoder(tokenizer: CLIPTokenizer, sizes: Sizes = FULL) -> CLIPTex
 
 
 def build_unet(sizes: Sizes = FULL) -> UNet2DConditionModel:
-    """An untrained UNet with self- and cross-attention at every resolution."""
-    levels = len(sizes.unet_channels)
+    """An untrained UNet with self- and cross-attention everywhere but at its full resolution, where it costs most."""
+    attending = len(sizes.unet_channels) - 1
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
         block_out_channels=sizes.unet_channels,
         layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D",) * levels,
-        up_block_types=("CrossAttnUpBlock2D",) * levels,
+        down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * attending),
+        up_block_types=(*("CrossAttnUpBlock2D",) * attending, "UpBlock2D"),
         cross_attention_dim=sizes.text_width,
         attention_head_dim=sizes.unet_heads,
         norm_num_groups=16,

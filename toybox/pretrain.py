@@ -38,13 +38,13 @@ from toybox.loop import Budget, averaged_state
 from toybox.tokenizer import build_tokenizer, frequent_words, save_tokenizer
 
 STAGES = ("render", "autoencoder", "text", "unet", "judge", "export")
-MINUTES = {"autoencoder": 10.0, "decoder": 4.0, "text": 1.5, "unet": 95.0, "judge": 12.0}  # default budgets
+MINUTES = {"autoencoder": 10.0, "text": 1.5, "unet": 95.0, "judge": 12.0}  # default budgets
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m toybox.pretrain", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("stage", choices=(*STAGES, "decoder", "all"), help="decoder: polish it, latents stay valid")
+    parser.add_argument("stage", choices=(*STAGES, "all"))
     parser.add_argument("--work_dir", type=Path, default=Path.home() / ".cache" / "toybox", help="data, checkpoints")
     parser.add_argument("--output_dir", type=Path, default=WEIGHTS, help="where export writes the pipeline folder")
     parser.add_argument("--judge_dir", type=Path, default=JUDGE_WEIGHTS, help="where the judge is written")
@@ -86,9 +86,7 @@ def open_pipeline(args: argparse.Namespace) -> StableDiffusionPipeline:
         pipeline = assemble(build_autoencoder(sizes), text_encoder, tokenizer, build_unet(sizes))
     vae, text_encoder = pipeline.vae, pipeline.text_encoder
     if (checkpoint := args.work_dir / "autoencoder.pt").exists():
-        averaged_state(checkpoint, nn.ModuleDict({"vae": vae}), ["vae"])
-    if (checkpoint := args.work_dir / "decoder.pt").exists():
-        averaged_state(checkpoint, nn.ModuleDict({"decoder": vae.decoder}), ["decoder"])
+        averaged_state(checkpoint, nn.ModuleDict({"encoder": vae.encoder, "decoder": vae.decoder}), ["decoder"])
     if (scale := args.work_dir / "scaling_factor.npy").exists():
         vae.register_to_config(scaling_factor=float(np.load(scale)))
     if (checkpoint := args.work_dir / "text.pt").exists():
@@ -125,8 +123,8 @@ def run_stage(stage: str, args: argparse.Namespace) -> None:
     }
     common |= {"batch_size": args.batch_size} if args.batch_size else {}
     common |= {"learning_rate": args.learning_rate} if args.learning_rate else {}
-    if stage in ("autoencoder", "decoder"):
-        stages.train_autoencoder(pipeline.vae, load_pictures(data), decoder_only=stage == "decoder", **common)
+    if stage == "autoencoder":
+        stages.train_autoencoder(pipeline.vae, load_pictures(data), **common)
     elif stage == "text":
         stages.train_text_encoder(pipeline.text_encoder, pipeline.tokenizer, load_scenes(data), **common)
     else:

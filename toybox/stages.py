@@ -40,14 +40,53 @@ def gradient_l1(image: Tensor, target: Tensor) -> Tensor:
     return F.l1_loss(image.diff(dim=-1), target.diff(dim=-1)) + F.l1_loss(image.diff(dim=-2), target.diff(dim=-2))
 
 
-def autoencoder_loss(vae: AutoencoderTiny, pixel_values: Tensor, noise: float = 0.1) -> Tensor:
-    """Reconstruction, with latents a little noisy (up to `noise`) so that the decoder forgives the UNet small errors."""
-    latents = vae.encode(pixel_values).latents.float()  # (batch, c, h/8, w/8)
-    mean, spread = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))  # (c,), (c,)
+@torch.no_grad()
+def fit_encoder(vae: AutoencoderTiny, pictures: np.ndarray, count: int = 4000) -> None:
+    """Sets the encoder in closed form: the leading principal components of the 4x4 patches of `pictures`.
+
+    Without residual blocks `AutoencoderTiny`'s encoder is linear, wide enough to collect the 48 numbers of a patch
+    and project them.  Such latents look like small pictures, which a UNet learns far sooner than those of a trained
+    encoder, and they never change: the decoder can be trained at any time.  A component with standard deviation s
+    is scaled by s^-1/2, half way to whitening, and all of them to 0.5 on average, well inside the decoder's tanh.
+    """
+    chosen = pictures[np.linspace(0, len(pictures) - 1, min(count, len(pictures))).astype(int)]
+    patches = F.pixel_unshuffle(as_tensor(chosen).double(), 4)  # (n, 48, h/4, w/4), channel = colour, row, column
+    patches = patches.movedim(1, -1).flatten(0, -2)  # (n h w / 16, 48)
+    mean, covariance = patches.mean(0), patches.mT.cov()
+    variances, vectors = torch.linalg.eigh(covariance)  # smallest first
+    channels = vae.config.latent_channels
+    spread, vectors = variances.flip(0)[:channels].sqrt(), vectors.flip(1)[:, :channels]  # (c,), (48, c)
+    scales = spread**-0.5
+    scales *= 0.5 / (scales * spread).square().mean().sqrt()
+    projection = (vectors * scales).mT  # (c, 48)
+
+    collect, halve, halve_again, project = vae.encoder.layers
+    for layer in vae.encoder.layers:
+        layer.weight.zero_()
+    for colour in range(3):
+        collect.weight[colour, colour, 1, 1] = 2  # the encoder is given (x + 1) / 2
+    collect.bias.fill_(-1)
+    for row, column in np.ndindex(2, 2):
+        for colour in range(3):  # pixel (2i + row, 2j + column) to channel `first`
+            first = (colour * 2 + row) * 2 + column
+            halve.weight[first, colour, 1 + row, 1 + column] = 1
+        for channel in range(12):
+            halve_again.weight[(row * 2 + column) * 12 + channel, channel, 1 + row, 1 + column] = 1
+    for channel in range(48):  # where halve_again has put colour, row and column of the patch
+        colour, row, column = channel // 16, channel // 4 % 4, channel % 4
+        inner = (colour * 2 + row % 2) * 2 + column % 2
+        place = (row // 2 * 2 + column // 2) * 12 + inner
+        project.weight[:, place, 1, 1] = projection[:, channel].float()
+    project.bias.copy_((-projection @ mean).float())
+
+
+def decoder_loss(vae: AutoencoderTiny, pixel_values: Tensor, noise: float = 0.05) -> Tensor:
+    """L1 and gradient L1 of the pictures decoded from a little noisy latents: the UNet's will not be perfect."""
+    with torch.no_grad():
+        latents = vae.encode(pixel_values).latents.float()  # (batch, c, h/4, w/4)
     level = noise * torch.rand(len(latents), 1, 1, 1, device=latents.device)
     image = vae.decode(latents + level * torch.randn_like(latents)).sample.float()  # (batch, 3, h, w)
-    reconstruction = F.l1_loss(image, pixel_values) + gradient_l1(image, pixel_values)
-    return reconstruction + 0.1 * (mean.square().mean() + (spread - 1).square().mean())
+    return F.l1_loss(image, pixel_values) + gradient_l1(image, pixel_values)
 
 
 def train_autoencoder(
@@ -58,30 +97,26 @@ def train_autoencoder(
     accelerator: Accelerator,
     batch_size: int = 32,
     learning_rate: float = 2e-3,
-    decoder_only: bool = False,
     log_every: int = 50,
 ) -> None:
-    """Train the autoencoder. `decoder_only` keeps the encoder, and with it the meaning of all latents."""
-    vae.encoder.requires_grad_(not decoder_only)
-    part = {"decoder": vae.decoder} if decoder_only else {"vae": vae}
+    """Fit the encoder and train the decoder."""
+    fit_encoder(vae, pictures)
+    vae.encoder.requires_grad_(False)
 
     def compute_loss(step: int) -> Tensor:
         torch.manual_seed(step)
         pixel_values = as_tensor(pictures[batch_indices(step, batch_size, len(pictures))])
-        pixel_values = pixel_values.to(accelerator.device, memory_format=torch.channels_last)
-        return autoencoder_loss(vae, pixel_values)
+        return decoder_loss(vae, pixel_values.to(accelerator.device, memory_format=torch.channels_last))
 
     vae.to(accelerator.device, memory_format=torch.channels_last)  # a quarter faster on CPUs
-    fit(
-        nn.ModuleDict(part), compute_loss, checkpoint, budget, dict.fromkeys(part, learning_rate), accelerator,
-        log_every=log_every,
-    )  # fmt: skip
+    parts = nn.ModuleDict({"encoder": vae.encoder, "decoder": vae.decoder})
+    fit(parts, compute_loss, checkpoint, budget, {"decoder": learning_rate}, accelerator, log_every=log_every)
     vae.requires_grad_(True)
 
 
 @torch.no_grad()
 def encode_pictures(vae: AutoencoderTiny, pictures: np.ndarray, accelerator: Accelerator, batch: int = 128) -> Tensor:
-    """The latents of all pictures, float16 (count, c, h/8, w/8); sets the autoencoder's scaling factor from them."""
+    """The latents of all pictures, float16 (count, c, h/4, w/4); sets the autoencoder's scaling factor from them."""
     vae.to(accelerator.device).eval()
     chunks = []
     for start in range(0, len(pictures), batch):
