@@ -13,6 +13,7 @@ from svfit_dreambooth.workspace import Workspace, default_data_dir
 
 PORT = 7860
 ADDRESS = "127.0.0.1"
+WARM_UP_AFTER = 4.0  # seconds, so that the page opens first
 MAX_UPLOAD = "64mb"
 
 
@@ -70,7 +71,9 @@ def serve_page(options: argparse.Namespace) -> None:
 
     page, app = build_page(workspace, options.adapter, tuple(options.base), download=not public)
     app.jobs.start_queue()
-    threading.Thread(target=_warm_up, daemon=True).start()
+    warming = threading.Timer(WARM_UP_AFTER, _warm_up)
+    warming.daemon = True
+    warming.start()
     page.launch(
         server_name=options.listen or ADDRESS,
         server_port=options.port,

@@ -3,6 +3,7 @@
 import functools
 import html
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
@@ -115,6 +116,20 @@ def plainly(handler: Callable[..., Any]) -> Callable[..., Any]:
             raise told(error) from None
 
     return function
+
+
+def number(name: str, text: str | None) -> int | float | None:
+    """What a field of the form holds; None where it was left empty.  Raises SVFitError for anything but a number."""
+    text = (text or "").strip()
+    try:
+        value = float(text) if text else None
+    except ValueError:
+        value = math.nan
+    if value is None:
+        return None
+    if not math.isfinite(value):
+        raise SVFitError(f"{name.replace('_', ' ')} is {text!r}: write a number, or leave it empty.")
+    return int(value) if value == int(value) and name != "learning_rate" else value
 
 
 def size_text(size: float) -> str:

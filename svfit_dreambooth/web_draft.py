@@ -12,13 +12,14 @@ import gradio as gr
 from svfit_dreambooth.config import TOYBOX, TrainConfig
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.progress import read_progress
-from svfit_dreambooth.web_app import App, plainly
+from svfit_dreambooth.web_app import App, number, plainly
 from svfit_dreambooth.workspace import Visitor, add_photos, photo_files, photo_remarks, rotate_photo
 
 SUBJECTS = Path(__file__).resolve().parent.parent / "toybox" / "subjects"
 BUNDLED = "bundled"  # file beside the photos: the toy whose photos, untouched, they are
 RESOLUTION = {TOYBOX: 64}  # pixels; other bases train at 512 or more
 NAMES = {field.name for field in dataclasses.fields(TrainConfig)}  # options that a run knows
+NUMBERS = ("max_train_steps", "learning_rate", "resolution", "train_batch_size", "seed")
 # what the form's advanced fields are called, in its order
 ADVANCED = (
     "max_train_steps", "learning_rate", "rank", "resolution", "train_batch_size", "mixed_precision", "seed",
@@ -104,9 +105,7 @@ class Draft:
             "preset": preset,
         }
         for name, value in zip(ADVANCED, advanced, strict=True):
-            if name in ("max_train_steps", "resolution", "train_batch_size", "seed") and value is not None:
-                value = int(value)
-            options[name] = value
+            options[name] = number(name, value) if name in NUMBERS else value
         if not options["with_prior_preservation"]:
             del options["class_prompt"]
         subject = self._bundled(visitor)

@@ -79,12 +79,10 @@ def build(app: App, page: gr.Blocks, chosen: list[str]) -> GenerateTab:
                     info="The model that paints. Type a hub id such as owner/name for another one: it is downloaded.",
                 )  # fmt: skip
                 negative = gr.Textbox(label="Negative prompt", placeholder="what should not be there", lines=1)
-                guidance = gr.Number(
-                    None, label="Guidance", info="How strictly it follows the prompt; empty: as suits."
-                )
                 with gr.Row():
-                    width = gr.Number(None, label="Width", precision=0, info="pixels; empty: as suits", min_width=110)
-                    height = gr.Number(None, label="Height", precision=0, info="pixels; empty: as suits", min_width=110)
+                    guidance = gr.Textbox(label="Guidance", placeholder="as suits", max_lines=1, min_width=90)
+                    width = gr.Textbox(label="Width", placeholder="as suits", max_lines=1, min_width=90)
+                    height = gr.Textbox(label="Height", placeholder="as suits", max_lines=1, min_width=90)
                 relatives = gr.Checkbox(False, label="Allow adapters of a related base, such as a fine-tune")
         with gr.Column(scale=6, min_width=300):
             with gr.Row():

@@ -13,7 +13,7 @@ import gradio as gr
 from svfit_dreambooth import library, pictures
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.studio import AS_TRAINED, STRIP, Order, Told
-from svfit_dreambooth.web_app import App, plainly
+from svfit_dreambooth.web_app import App, number, plainly
 from svfit_dreambooth.workspace import Visitor
 
 ONCE, COMPARED, STRENGTHS = "just paint", "beside the base model", "strengths 0 to 1.5"
@@ -133,9 +133,9 @@ class Painting:
             num_images=int(count),
             seed=random.randrange(MAX_SEED) if new_seed or seed is None else int(seed) % 2**63,
             num_inference_steps=int(steps),
-            guidance_scale=None if guidance is None else float(guidance),
-            width=int(width) if width else None,
-            height=int(height) if height else None,
+            guidance_scale=number("guidance", guidance),
+            width=_whole("width", width),
+            height=_whole("height", height),
             factors=FACTORS[mode],
             allow_other_base=bool(relatives),
         )
@@ -192,11 +192,11 @@ class Painting:
             gr.Dropdown(value=base if known and not found else AS_TRAINED),
             gr.Dropdown(value=list(found)),
             settings["num_inference_steps"],
-            settings["guidance_scale"],
+            f"{settings['guidance_scale']:g}",
             settings["seed"],
             False,  # no new seed
-            settings["width"],
-            settings["height"],
+            str(settings["width"]),
+            str(settings["height"]),
             ONCE,
             1,  # one picture: the seed is this one's
             found,
@@ -248,6 +248,11 @@ class Painting:
             except (SVFitError, OSError):
                 items.append((self.app.serve(path), "") if path.is_file() else None)
         return [item for item in items if item is not None]
+
+
+def _whole(name: str, text: str | None) -> int | None:
+    value = number(name, text)
+    return None if value is None else int(value)
 
 
 def _work(app: App, order: Order, news: "queue.Queue[Any]", cancelled: threading.Event) -> None:

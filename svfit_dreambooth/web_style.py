@@ -41,6 +41,8 @@ CSS = """
 .pictures .grid-container { grid-template-columns: repeat(auto-fill, minmax(132px, 1fr)) !important; }
 .pictures .caption-label { max-width: 100% !important; font-size: .75rem; }
 .photos .grid-container { grid-template-columns: repeat(auto-fill, minmax(84px, 1fr)) !important; }
+.photos .grid-wrap, .photos .gallery-container, .photos { height: auto !important; min-height: 0 !important; max-height: 320px; }
+.inset { padding: 8px 14px; }
 .settings { font-size: .86rem; color: var(--body-text-color-subdued); overflow-wrap: anywhere; min-height: 2.8em; }
 .settings b { color: var(--body-text-color); }
 

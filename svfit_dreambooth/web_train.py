@@ -29,7 +29,7 @@ def build(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: GenerateTab) -
         with gr.Column(scale=5, min_width=300):
             drop = gr.File(
                 label="Photos: drop 3 to 10 of one subject here", file_count="multiple", file_types=["image"],
-                height=120, elem_id="photos",
+                height=150, elem_id="photos",
             )  # fmt: skip
             thumbs = gr.Gallery(
                 visible=False, show_label=False, elem_classes="photos", elem_id="thumbs", interactive=False,
@@ -56,7 +56,7 @@ def build(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: GenerateTab) -
                         label="What it is", placeholder="dog", min_width=120, elem_id="kind",
                         info="A plain word for its kind: dog, mug, woman.",
                     )  # fmt: skip
-                shown_prompt = gr.Markdown(elem_classes="note", container=True)
+                shown_prompt = gr.Markdown(elem_classes=["note", "inset"])
             base = gr.Dropdown(
                 [TOYBOX], value=TOYBOX, label="Base model", allow_custom_value=True, elem_id="train-base",
                 info="The model that learns. Type a hub id such as owner/name for another one: it is downloaded.",
@@ -110,20 +110,16 @@ def build(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: GenerateTab) -
 
 
 def _advanced() -> list[Any]:
-    """The fields that most people leave alone, in the order of ADVANCED; empty means: as suits."""
+    """The fields that most people leave alone, in the order of ADVANCED."""
     with gr.Accordion("Advanced", open=False, elem_id="advanced"):
         with gr.Row():
-            steps = gr.Number(None, label="Steps", precision=0, min_width=110, info="empty: the preset's", elem_id="train-steps")  # fmt: skip
-            rate = gr.Number(None, label="Learning rate", min_width=110, info="empty: the preset's; about 0.05")
-            rank = gr.Textbox(placeholder="full", label="Rank", min_width=110, info="values a layer; empty: all")
+            steps = _field("Steps", "the preset's", elem_id="train-steps")
+            rate = _field("Learning rate", "the preset's")
+            rank = _field("Rank", "full", info="Values a layer.")
         with gr.Row():
-            resolution = gr.Number(
-                None, label="Resolution", precision=0, min_width=110, info="pixels; empty: the base's"
-            )
-            batch = gr.Number(
-                None, label="Batch", precision=0, min_width=110, info="pictures a step; empty: the preset's"
-            )
-            seed = gr.Number(0, label="Seed", precision=0, min_width=110, info="fixes all chance")
+            resolution = _field("Resolution", "the base's", info="Pixels.")
+            batch = _field("Batch", "the preset's", info="Pictures a step.")
+            seed = _field("Seed", "0", info="Fixes all chance.")
         precision = gr.Radio(["no", "fp16", "bf16"], value="no", label="Mixed precision", info="fp16 or bf16 halve the memory on a GPU.")  # fmt: skip
         text = gr.Checkbox(False, label="Teach the text encoder too")
         flip = gr.Checkbox(False, label="Mirror photos at random; not for writing or faces")
@@ -133,6 +129,11 @@ def _advanced() -> list[Any]:
             visible="with_prior_preservation" in NAMES,
         )  # fmt: skip
     return [steps, rate, rank, resolution, batch, precision, seed, text, flip, checkpointing, prior]
+
+
+def _field(label: str, placeholder: str, **more: Any) -> gr.Textbox:
+    """A number that may be left empty."""
+    return gr.Textbox(label=label, placeholder=placeholder, max_lines=1, min_width=110, **more)
 
 
 def _presets() -> list[str]:
