@@ -12,6 +12,7 @@ from svfit_dreambooth.web_app import App, told
 from svfit_dreambooth.web_painting import FACTORS, IDLE, ONCE, UNSELECTED, Painting
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+OPEN: dict[str, Any] = {"interactive": True}  # which Gradio cannot see where only a rendered event reads a field
 
 
 @dataclass
@@ -36,7 +37,7 @@ def build(app: App, page: gr.Blocks, chosen: list[str]) -> GenerateTab:
                 info="Say the subject's own words; what else is in the picture is up to you. Ctrl+Enter paints.",
             )  # fmt: skip
             adapters = gr.Dropdown(
-                [], multiselect=True, label="Adapters", elem_id="adapters",
+                [], multiselect=True, label="Adapters", elem_id="adapters", **OPEN,
                 info="The subjects that it knows. None: the base model alone.",
             )  # fmt: skip
 
@@ -67,23 +68,23 @@ def build(app: App, page: gr.Blocks, chosen: list[str]) -> GenerateTab:
 
             upload = gr.UploadButton("Use an adapter file once", size="sm", file_types=[".safetensors"])
             with gr.Row():
-                count = gr.Slider(1, 12, 4, step=1, label="Pictures", min_width=130, elem_id="count")
-                steps = gr.Slider(1, 100, 25, step=1, label="Steps", min_width=130, elem_id="steps")
+                count = gr.Slider(1, 12, 4, step=1, label="Pictures", min_width=130, elem_id="count", **OPEN)
+                steps = gr.Slider(1, 100, 25, step=1, label="Steps", min_width=130, elem_id="steps", **OPEN)
             with gr.Row():
-                seed = gr.Number(0, label="Seed", precision=0, min_width=110, elem_id="seed")
-                new_seed = gr.Checkbox(True, label="A new seed each time", min_width=130, elem_id="new-seed")
-            mode = gr.Radio(list(FACTORS), value=ONCE, label="Compare", elem_id="mode")
+                seed = gr.Number(0, label="Seed", precision=0, min_width=110, elem_id="seed", **OPEN)
+                new_seed = gr.Checkbox(True, label="A new seed each time", min_width=130, elem_id="new-seed", **OPEN)
+            mode = gr.Radio(list(FACTORS), value=ONCE, label="Compare", elem_id="mode", **OPEN)
             with gr.Accordion("More settings", open=False):
                 base = gr.Dropdown(
-                    [AS_TRAINED], value=AS_TRAINED, label="Base model", allow_custom_value=True, elem_id="base",
+                    [AS_TRAINED], value=AS_TRAINED, label="Base model", allow_custom_value=True, elem_id="base", **OPEN,
                     info="The model that paints. Type a hub id such as owner/name for another one: it is downloaded.",
                 )  # fmt: skip
-                negative = gr.Textbox(label="Negative prompt", placeholder="what should not be there", lines=1)
+                negative = gr.Textbox(label="Negative prompt", placeholder="what should not be there", lines=1, **OPEN)
                 with gr.Row():
-                    guidance = gr.Textbox(label="Guidance", placeholder="as suits", max_lines=1, min_width=90)
-                    width = gr.Textbox(label="Width", placeholder="as suits", max_lines=1, min_width=90)
-                    height = gr.Textbox(label="Height", placeholder="as suits", max_lines=1, min_width=90)
-                relatives = gr.Checkbox(False, label="Allow adapters of a related base, such as a fine-tune")
+                    guidance = gr.Textbox(label="Guidance", placeholder="as suits", max_lines=1, min_width=90, **OPEN)
+                    width = gr.Textbox(label="Width", placeholder="as suits", max_lines=1, min_width=90, **OPEN)
+                    height = gr.Textbox(label="Height", placeholder="as suits", max_lines=1, min_width=90, **OPEN)
+                relatives = gr.Checkbox(False, label="Allow adapters of a related base, such as a fine-tune", **OPEN)
         with gr.Column(scale=6, min_width=300):
             with gr.Row():
                 paint = gr.Button("Generate", variant="primary", elem_id="generate-button", scale=3, min_width=140)
