@@ -59,13 +59,9 @@ def _train(arguments: Sequence[str]) -> None:
         print(config_to_yaml(run.config))
         print("\n".join(run.report()))
         return
-    from svfit_dreambooth.showcase import show_result
     from svfit_dreambooth.training import train
 
-    result = train(config)
-    print(result.summary())
-    if config.final_pictures and not result.stopped:
-        print(show_result(result))
+    print(train(config).summary())
 
 
 def _dispatch(arguments: Sequence[str]) -> None:

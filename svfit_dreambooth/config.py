@@ -111,12 +111,14 @@ class AdapterOptions:
 class OptimizationOptions:
     _argument_group_name = "optimization"
 
-    max_train_steps: int = _option(400, "Optimizer steps.")
-    train_batch_size: int = _option(4, "Pictures a step on each device.")
+    # None stands for the preset's value, which prepare() fills in before anybody reads it.
+    preset: str = _option("balanced", "Recipe for what is left open: fast, balanced, faithful or style.")
+    max_train_steps: int = _option(None, "Optimizer steps; None: the preset's.")
+    train_batch_size: int = _option(None, "Pictures a step on each device; None: the preset's.")
     gradient_accumulation_steps: int = _option(1, "Batches that are added up for one optimizer step.")
     gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass: less memory, slower.")
     mixed_precision: Literal["no", "fp16", "bf16"] = _option("no", "Type of the frozen weights and the activations.")
-    learning_rate: float = _option(5e-2, "AdamW's step for the singular values, in their own unit.")
+    learning_rate: float = _option(None, "AdamW's step for the singular values, in their unit; None: the preset's.")
     text_encoder_lr: float = _option(2e-3, "The same for the text encoder, which needs far less.")
     lr_scheduler: str = _option("cosine", "Schedule of the learning rate, by diffusers' names.")
     lr_warmup_steps: int = _option(0, "Steps over which the learning rate grows to its value.")
@@ -140,23 +142,61 @@ class OutputOptions:
 
     output_dir: str = _option("output", "Folder of the run.")
     save_dtype: Literal["float16", "float32"] = _option("float16", "Type of the values in the adapter file.")
-    validation_prompts: list[str] | None = field(
-        default=None, metadata={"help": "Prompts to paint at the end, with and without the adapter; None: a few."}
-    )
     final_pictures: bool = _option(True, "Paint the validation prompts at the end, with and without the adapter.")
-    num_inference_steps: int = _option(25, "Denoising steps of the pictures at the end.")
-    guidance_scale: float | None = _option(None, "Guidance of the pictures at the end; None: the base's own.")
+    checkpointing_steps: int = _option(50, "Steps between checkpoints, which hold all that the rest follows from.")
+    checkpoints_total_limit: int | None = _option(3, "Checkpoints that are kept, the newest; None: all.")
+    resume_from_checkpoint: str | None = _option(
+        None, 'Go on from this checkpoint; "latest": from the newest in --output_dir, or from the start without one.'
+    )
+    report_to: str | None = _option(
+        None, 'Tracker to log to as well, by accelerate\'s names such as "tensorboard"; None: progress.jsonl alone.'
+    )
     fixed_loss_examples: int = _option(
         8, "Noises and timesteps, fixed by the seed, on which the loss before and after is compared; 0: skip it."
+    )
+    keep: Literal["best", "last"] = _option(
+        "best", "Which step becomes the result: the best one measured at --validation_steps, or the last."
     )
     dry_run: bool = _option(False, "Only print the resolved options, a report on the photos and what would be trained.")
 
 
-OPTION_GROUPS = (ModelOptions, PhotoOptions, PriorOptions, AdapterOptions, OptimizationOptions, OutputOptions)
+@dataclass
+class WatchOptions:
+    _argument_group_name = "seeing how it goes"
+
+    validation_steps: int | None = _option(
+        None,
+        "Steps between looks: pictures of the validation prompts, and measures; 0: none.  None: a quarter of the run, "
+        "but none on a processor for bases that paint slowly there.",
+    )
+    validation_prompts: list[str] | None = field(
+        default=None, metadata={"help": "Prompts to paint on the way and at the end; None: the subject in four places."}
+    )
+    num_inference_steps: int = _option(25, "Denoising steps of these pictures.")
+    guidance_scale: float | None = _option(None, "Guidance of these pictures; None: the base's own.")
+    dino_path: str | None = _option(
+        None, "Folder or hub id of a DINO model, to measure likeness to the photos; None: CLIP, or toybox's judge."
+    )
+    clip_path: str | None = _option(
+        None, "Folder or hub id of a CLIP model, to measure prompts and drift; None: toybox's judge, else nothing."
+    )
+
+
+OPTION_GROUPS = (
+    ModelOptions,
+    PhotoOptions,
+    PriorOptions,
+    AdapterOptions,
+    OptimizationOptions,
+    WatchOptions,
+    OutputOptions,
+)
 
 
 @dataclass
-class TrainConfig(ModelOptions, PhotoOptions, PriorOptions, AdapterOptions, OptimizationOptions, OutputOptions):
+class TrainConfig(
+    ModelOptions, PhotoOptions, PriorOptions, AdapterOptions, OptimizationOptions, WatchOptions, OutputOptions
+):
     """All options of a run; each is explained where its group defines it.
 
     Raises SVFitError for values that no run could use.
@@ -172,12 +212,15 @@ class TrainConfig(ModelOptions, PhotoOptions, PriorOptions, AdapterOptions, Opti
             "gradient_accumulation_steps",
             "num_inference_steps",
             "num_class_images",
+            "checkpointing_steps",
         ):
-            if getattr(self, name) < 1:
-                raise SVFitError(f"--{name} is {getattr(self, name)}: it must be 1 or more.")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SVFitError(f"--{name} is {value}: it must be 1 or more.")
         for name in ("learning_rate", "text_encoder_lr", "adam_epsilon", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise SVFitError(f"--{name} is {getattr(self, name)}: it must be above 0.")
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise SVFitError(f"--{name} is {value}: it must be above 0.")
         if self.resolution is not None and self.resolution < 1:
             raise SVFitError(f"--resolution is {self.resolution}: it is in pixels, such as 512.")
         if self.energy is not None and not 0 < self.energy <= 1:
@@ -190,6 +233,10 @@ class TrainConfig(ModelOptions, PhotoOptions, PriorOptions, AdapterOptions, Opti
             raise SVFitError(f"--prior_loss_weight is {self.prior_loss_weight}: it must be above 0; 1 is customary.")
         if self.noise_offset < 0:
             raise SVFitError(f"--noise_offset is {self.noise_offset}: it cannot be negative; 0 is none.")
+        if self.validation_steps is not None and self.validation_steps < 0:
+            raise SVFitError(f"--validation_steps is {self.validation_steps}: give a number of steps, or 0 for none.")
+        if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
+            raise SVFitError(f"--checkpoints_total_limit is {self.checkpoints_total_limit}: keep 1 or more.")
         if self.fixed_loss_examples < 0 or self.lr_warmup_steps < 0:
             raise SVFitError("--fixed_loss_examples and --lr_warmup_steps cannot be negative.")
 
@@ -202,7 +249,7 @@ class TrainConfig(ModelOptions, PhotoOptions, PriorOptions, AdapterOptions, Opti
                 self.rank,
                 self.rank,
             )
-        if self.learning_rate < 1e-3:
+        if self.learning_rate is not None and self.learning_rate < 1e-3:
             logger.warning(
                 "--learning_rate %g suits LoRA matrices; singular values barely move with it: 5e-2 is the default.",
                 self.learning_rate,
@@ -216,6 +263,8 @@ REPLACED_FLAGS = {
     "--scale_lr": "leave it out, --learning_rate is used as given",
     "--pre_compute_text_embeddings": "leave it out, prompts are encoded once in any case",
     "--validation_prompt": "use --validation_prompts",
+    "--validation_epochs": "use --validation_steps",
+    "--num_validation_images": "list several --validation_prompts",
     "--lora_dropout": "leave it out, there is no dropout",
     "--enable_xformers_memory_efficient_attention": "leave it out, torch's own efficient attention is used",
     "--allow_tf32": "leave it out, set it in torch",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -30,10 +29,11 @@ from svfit_dreambooth.class_pictures import (
     paint_class_pictures,
     usable_class_pictures,
 )
-from svfit_dreambooth.config import TOYBOX, TrainConfig, config_to_yaml
+from svfit_dreambooth.config import TOYBOX, TrainConfig
 from svfit_dreambooth.crops import Size, crop_photo, training_size
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.photos import Photo, find_photos, open_mask, open_photo, photo_report
+from svfit_dreambooth.presets import apply_preset
 from svfit_dreambooth.svfit import resolve_rank
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class Examples:
 
 
 def prepare(config: TrainConfig) -> Run:
-    """Checks everything that `config` names and opens the base model; writes OUT/config.yaml with definite options.
+    """Checks everything that `config` names and opens the base model; all options of the run are definite then.
 
     Cheap checks come first.  Raises SVFitError for a folder without photos, an unknown schedule, a base model that
     is none, a resolution that does not fit the base, targets that match nothing, an output that cannot be written.
@@ -132,6 +132,10 @@ def prepare(config: TrainConfig) -> Run:
         base_config=config.base_config,
         content_filter=False,
     )
+    apply_preset(config, base.architecture)
+    if config.validation_steps is None:
+        quick = base.name == TOYBOX or torch.cuda.is_available() or torch.backends.mps.is_available()
+        config.validation_steps = max(1, config.max_train_steps // 4) if quick else 0
     factor = base.pipeline.vae_scale_factor
     config.resolution = config.resolution or base.resolution
     if config.resolution % factor:
@@ -151,10 +155,7 @@ def prepare(config: TrainConfig) -> Run:
         for component, layers in found.items()
         for name, (_, _, layer) in layers.items()
     }
-    run = Run(config, photos, base, adapter_name, targets, weights)
-    if not config.dry_run:
-        write_atomically(Path(config.output_dir) / "config.yaml", config_to_yaml(config))
-    return run
+    return Run(config, photos, base, adapter_name, targets, weights)
 
 
 def make_class_pictures(run: Run, device: torch.device) -> list[Photo]:
@@ -231,13 +232,6 @@ def _encode(run: Run, photos: list[Photo], prompt: str, device: torch.device, of
         input_ids,
         encode_prompts(pipeline, different).float().cpu(),
     )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces `path` by a file with `text`, or leaves it as it was."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _choose_subject(config: TrainConfig) -> None:

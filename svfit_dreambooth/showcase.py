@@ -7,29 +7,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from svfit_dreambooth.base_model import BaseModel
-from svfit_dreambooth.config import TOYBOX
 from svfit_dreambooth.evaluation import drift, subject_fidelity
 from svfit_dreambooth.generation import generate, open_for_adapters
-from svfit_dreambooth.photos import open_photo
 from svfit_dreambooth.pipeline import loaded_adapters, set_adapters
-from svfit_dreambooth.preparation import TOYBOX_SUBJECTS
-from svfit_dreambooth.training import TrainResult
-
-PLACES = ("on the beach", "in the snow", "under water", "in the city at night")
-SEED = 1000  # of the pictures shown; away from the seeds that training uses
-CELL = 192  # pixels of a picture on the sheet
-TRUE_IMAGES = 4  # true pictures of the subject in each setting
-UNRELATED_PROMPTS = (
-    "a photo of a red car in the snow",
-    "a photo of a blue mug on a wooden table",
-    "a photo of a green robot in the forest",
-    "a photo of a yellow teapot on the beach",
-    "a photo of a purple boat under water",
-    "a photo of a white rocket in space",
+from svfit_dreambooth.preparation import Run
+from svfit_dreambooth.sheets import contact_sheet, save_sheet
+from svfit_dreambooth.validation import (
+    SEED,
+    UNRELATED_PROMPTS,
+    painting_options,
+    run_photos,
+    toybox_subject,
+    validation_prompts,
 )
+
+TRUE_IMAGES = 4  # true pictures of the subject in each setting
 
 
 @dataclass
@@ -41,94 +36,45 @@ class Figures:
     drift: float | None  # change of pictures for unrelated prompts, 0 is none; None: does not apply
 
 
-def show_result(result: TrainResult) -> str:
-    """Paints the validation prompts from the saved file, with and without it; returns what to print.
+@dataclass
+class Showing:
+    """The sheet at the end of a run, and the judge's figures where it knows the subject."""
 
-    Writes <output_dir>/<adapter_name>.png.  For a bundled toybox subject the judge's figures are in the text.
-    """
-    run, config = result.run, result.run.config
-    subject = _toybox_subject(config.instance_data_dir) if run.base.name == TOYBOX else None
-    prompts = config.validation_prompts or _default_prompts(config.instance_prompt or "", subject)
+    sheet: Path
+    figures: dict[str, Figures] | None
+
+    def summary(self) -> str:
+        """What to print."""
+        lines = [f"pictures: {self.sheet} (photos, the base's answers, the adapter's)"]
+        if self.figures is not None:
+            lines += ["judged in settings without a photo:", *_table(self.figures)]
+        return "\n".join(lines)
+
+
+def show_result(run: Run) -> Showing:
+    """Paints the validation prompts from the saved file, with and without it, as <output_dir>/<adapter_name>.png."""
+    config = run.config
     model = open_for_adapters(
-        [(result.adapter_path, 1.0)],
+        [(run.adapter_path, 1.0)],
         config.pretrained_model_name_or_path,
         basis_cache_dir=config.basis_cache_dir,
         revision=config.revision,
         variant=config.variant,
         base_config=config.base_config,
     )
-    options: dict[str, Any] = {
-        "num_inference_steps": config.num_inference_steps,
-        "guidance_scale": config.guidance_scale,
-        "seed": SEED,
-    }
+    prompts, options = validation_prompts(run), painting_options(run)
     adapted = _paint(model, prompts, 1.0, options)
     base = _paint(model, prompts, 0.0, options)
-    sheet = contact_sheet(
-        [
-            ("photos", [open_photo(photo.path) for photo in run.photos[: max(4, len(prompts))]]),
-            ("base", base),
-            (run.adapter_name, adapted),
-        ],
-        captions=prompts,
-    )
-    path = Path(config.output_dir) / f"{run.adapter_name}.png"
-    temporary = path.with_name(f".{path.name}.tmp")
-    sheet.save(temporary, format="PNG")
-    temporary.replace(path)
-    lines = [f"pictures: {path} (photos, the base's answers, the adapter's)"]
-    if subject is not None:
-        lines.append("judged in settings without a photo:")
-        lines += _table(judge_subject(model, subject, options))
-    return "\n".join(lines)
-
-
-def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], captions: Sequence[str]) -> Image.Image:
-    """Rows of pictures with a label each; `captions` stand under the pictures of the last row."""
-    columns = max(len(pictures) for _, pictures in rows)
-    margin, line = CELL // 16, CELL // 8
-    height = margin + len(rows) * (CELL + line + margin) + line
-    sheet = Image.new("RGB", (margin + columns * (CELL + margin), height), "white")
-    draw = ImageDraw.Draw(sheet)
-    font, small = ImageFont.load_default(CELL // 12), ImageFont.load_default(CELL // 17)
-    top = margin
-    for label, pictures in rows:
-        draw.text((margin, top), label, fill="black", font=font)
-        top += line
-        for column, picture in enumerate(pictures):
-            side = min(picture.size)
-            left, upper = (picture.width - side) // 2, (picture.height - side) // 2
-            square = picture.crop((left, upper, left + side, upper + side))
-            # small pictures keep their pixels' edges, large ones are smoothed
-            kernel = Image.Resampling.NEAREST if side < CELL else Image.Resampling.LANCZOS
-            sheet.paste(square.resize((CELL, CELL), kernel), (margin + column * (CELL + margin), top))
-        top += CELL + margin
-    for column, caption in enumerate(captions):
-        while caption and draw.textlength(caption, font=small) > CELL:
-            caption = caption[:-2].rstrip(" .") + "…" if len(caption) > 2 else ""
-        draw.text((margin + column * (CELL + margin), top - margin // 2), caption, fill="black", font=small)
-    return sheet
+    rows = [("photos", run_photos(run)[: max(4, len(prompts))]), ("base", base), (run.adapter_name, adapted)]
+    sheet = save_sheet(contact_sheet([row for row in rows if row[1]], prompts), run.adapter_path.with_suffix(".png"))
+    subject = toybox_subject(run)
+    return Showing(sheet, None if subject is None else judge_subject(model, subject, options))
 
 
 def _paint(model: BaseModel, prompts: Sequence[str], strength: float, options: dict[str, Any]) -> list[Image.Image]:
     (name,) = loaded_adapters(model.pipeline)
     set_adapters(model.pipeline, {name: strength})
     return [picture.image for picture in generate(model, prompts, **options)]
-
-
-def _toybox_subject(folder: str | None) -> str | None:
-    """The bundled subject whose photos `folder` holds, if any."""
-    path = Path(str(folder)).resolve()
-    return path.name if path.parent == TOYBOX_SUBJECTS.resolve() else None
-
-
-def _default_prompts(instance_prompt: str, subject: str | None) -> list[str]:
-    places: Sequence[str] = PLACES
-    if subject is not None:
-        from toybox.world import PHOTO_SETTINGS, SETTING_PHRASES
-
-        places = [SETTING_PHRASES[place] for place in SETTING_PHRASES if place not in PHOTO_SETTINGS[subject]][:4]
-    return [f"{instance_prompt} {place}" for place in places]
 
 
 def judge_subject(model: BaseModel, subject: str, options: dict[str, Any]) -> dict[str, Figures]:

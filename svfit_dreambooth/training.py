@@ -4,10 +4,14 @@ Each training example follows from the seed and its number alone (see denoising.
 adapter, and several processes share the work of one.
 """
 
+import dataclasses
+import hashlib
 import logging
-import math
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,31 +19,42 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from svfit_dreambooth.adapter import Adapter, read_adapter, save_adapter
 from svfit_dreambooth.attention import apply_svfit, get_shifts, remove_svfit, set_shifts
 from svfit_dreambooth.basis import fingerprint, model_basis, same_base
-from svfit_dreambooth.config import TrainConfig
+from svfit_dreambooth.checkpoints import TrainState, find_checkpoint, load_checkpoint, restore
+from svfit_dreambooth.config import TrainConfig, config_to_yaml
 from svfit_dreambooth.denoising import Denoiser
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.features import Features, open_features
+from svfit_dreambooth.files import write_atomically
+from svfit_dreambooth.loop import Loop, Step
 from svfit_dreambooth.preparation import Run, encode_examples, prepare
+from svfit_dreambooth.run_folder import lock_run, rewind_progress, set_aside
+from svfit_dreambooth.sheets import plot_run
+from svfit_dreambooth.showcase import Showing, show_result
+from svfit_dreambooth.validation import Watch
 
 logger = logging.getLogger(__name__)
 
+# Options that may differ between a run and its resumption: nothing that is learnt depends on them.
+INDIFFERENT_OPTIONS = (
+    "output_dir",
+    "instance_data_dir",
+    "class_data_dir",
+    "basis_cache_dir",
+    "resume_from_checkpoint",
+    "checkpoints_total_limit",
+    "final_pictures",
+    "report_to",
+    "keep",
+    "adapter_name",
+    "dry_run",
+)
+
 WEIGHT_DTYPE = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-@dataclass
-class Step:
-    """What `on_step` is told after every optimizer step."""
-
-    step: int  # optimizer steps done
-    of: int
-    loss: float  # mean over the step's examples
-    learning_rate: float
 
 
 @dataclass
@@ -48,6 +63,7 @@ class TrainResult:
 
     adapter_path: Path
     steps: int
+    kept_step: int  # the step whose values the file holds
     seconds: float  # of the loop alone
     values: int  # singular values trained
     file_bytes: int
@@ -55,6 +71,7 @@ class TrainResult:
     loss_after: float | None
     stopped: bool  # by on_step or Ctrl-C, before the last step
     run: Run
+    showing: Showing | None = None  # the pictures at the end; None: not painted
 
     def summary(self) -> str:
         """The run in a few plain lines."""
@@ -64,110 +81,83 @@ class TrainResult:
         ]
         if self.loss_before is not None and self.loss_after is not None:
             lines.append(f"loss on fixed noise: {self.loss_before:.4f} before, {self.loss_after:.4f} after")
+        if self.kept_step != self.steps:
+            lines.append(f"kept: step {self.kept_step}, the best of those measured (--keep last for the last)")
+        if self.stopped:
+            lines.append("to go on: the same command with --resume_from_checkpoint latest")
+        if self.showing is not None:
+            lines.append(self.showing.summary())
         return "\n".join(lines)
 
 
 def train(config: TrainConfig, on_step: Callable[[Step], bool | None] | None = None) -> TrainResult:
     """Trains an adapter as `config` says and saves it as <output_dir>/<adapter_name>.safetensors.
 
-    `on_step` is called after every optimizer step; a true value ends the run there, and what was learnt is saved.
-    Ctrl-C does the same.  Raises SVFitError for input that cannot be used, before anything slow starts.
+    `on_step` is called after every optimizer step; a true value ends the run there: a checkpoint is written, and what
+    was learnt is saved.  Ctrl-C and SIGTERM do the same.  What an earlier run left in <output_dir> is moved to
+    <output_dir>/earlier.  Raises SVFitError for input that cannot be used, before anything slow starts.
     """
-    AcceleratorState._reset_state()  # or a second run in one process could not have another precision
+    accelerator = _accelerator(config)
     try:
-        accelerator = Accelerator(
-            mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation_steps
-        )
-    except ValueError as error:
+        run = prepare(config)
+        with lock_run(run.config.output_dir) if accelerator.is_main_process else nullcontext():
+            return _train(run, accelerator, on_step)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
         raise SVFitError(
-            f"--mixed_precision {config.mixed_precision} does not work on this machine ({error}): use bf16 or no."
+            "out of memory: use --gradient_checkpointing, --mixed_precision bf16, a smaller --train_batch_size "
+            "(with --gradient_accumulation_steps for the same result) or a smaller --resolution."
         ) from error
-    run = prepare(config)
-    config = run.config
+    finally:
+        accelerator.free_memory()
+
+
+def _train(run: Run, accelerator: Accelerator, on_step: Callable[[Step], bool | None] | None) -> TrainResult:
+    config, pipeline, folder = run.config, run.base.pipeline, Path(run.config.output_dir)
+    identity = _identity(run)
+    resumed = _resume_state(run, identity)
+    if accelerator.is_main_process:
+        _open_folder(run, resumed)
     for line in run.report():
         logger.info(line)
-    pipeline = run.base.pipeline
+    accelerator.wait_for_everyone()
     examples = encode_examples(run, accelerator.device)
-    shifts, base_fingerprint = _patch(run)
-    weight_dtype = WEIGHT_DTYPE[config.mixed_precision]
-    unet, text_encoder = pipeline.unet, pipeline.text_encoder
-    unet.to(accelerator.device, weight_dtype).train()
-    if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    pipeline.vae.to("cpu")
-    if config.train_text_encoder:
-        text_encoder.to(accelerator.device, weight_dtype).train()
-        if config.gradient_checkpointing:
-            text_encoder.gradient_checkpointing_enable()
-    else:
-        text_encoder.to("cpu")
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": list(shifts["unet"].values()), "lr": config.learning_rate},
-            *(
-                [{"params": list(shifts["text_encoder"].values()), "lr": config.text_encoder_lr}]
-                if config.train_text_encoder
-                else []
-            ),
-        ],
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-    )
-    schedule = get_scheduler(
-        config.lr_scheduler,
-        optimizer=optimizer,
-        num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=config.max_train_steps,
-    )
-    if config.train_text_encoder:
-        unet, text_encoder, optimizer = accelerator.prepare(unet, text_encoder, optimizer)
-        adapted_models = [unet, text_encoder]
-    else:
-        unet, optimizer = accelerator.prepare(unet, optimizer)
-        adapted_models = [unet]
-    model = Denoiser(run, examples, unet, text_encoder, accelerator.device, weight_dtype)
-    trained = [shift for group in shifts.values() for shift in group.values()]
+    shifts = _patch(run)
+    modules = _place(run, accelerator)
+    model = Denoiser(run, examples, *modules, accelerator.device, WEIGHT_DTYPE[config.mixed_precision])
+    values = {f"{component}.{name}": shift for component in shifts for name, shift in shifts[component].items()}
+    rates = {n: config.learning_rate if n.startswith("unet.") else config.text_encoder_lr for n in values}
+    features = Features()
+    if config.validation_steps and accelerator.is_main_process:
+        features = open_features(run.base.name, config.dino_path, config.clip_path, accelerator.device)
+    watch = Watch(run, features) if config.validation_steps else None
+    loop = Loop(config, accelerator, model, [m for m in modules if m is not None], values, rates, identity, watch)
 
+    accelerator.init_trackers("svfit", config={k: str(v) for k, v in dataclasses.asdict(config).items()})
+    count = sum(value.numel() for value in values.values())
     loss_before = model.fixed_loss()
-    started = time.perf_counter()
-    done, stopped, failure = 0, False, None
-    bar = tqdm(total=config.max_train_steps, desc="training", unit="step", disable=not accelerator.is_main_process)
-    try:
-        while done < config.max_train_steps and not stopped:
-            losses = []
-            for micro in range(config.gradient_accumulation_steps):
-                number = done * config.gradient_accumulation_steps + micro
-                with accelerator.accumulate(*adapted_models):
-                    loss = model.loss(number, accelerator.process_index, accelerator.num_processes).total
-                    losses.append(accelerator.reduce(loss.detach(), "mean").item())
-                    if not math.isfinite(losses[-1]):  # before it reaches the shifts
-                        raise FloatingPointError(f"the loss is {losses[-1]} at step {done + 1}")
-                    accelerator.backward(loss)
-                    if accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(trained, config.max_grad_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
-            rate = schedule.get_last_lr()[0]
-            schedule.step()
-            done += 1
-            mean_loss = sum(losses) / len(losses)
-            bar.update()
-            bar.set_postfix(loss=f"{mean_loss:.4f}")
-            if on_step is not None:
-                stopped = bool(on_step(Step(done, config.max_train_steps, mean_loss, rate)))
-    except KeyboardInterrupt:
-        stopped = True
-    except FloatingPointError as error:
-        failure = str(error)
-    finally:
-        bar.close()
-    if failure is not None and done == 0:
-        raise SVFitError(f"{failure}: use --mixed_precision no, or another base model.")
+    if resumed is None:
+        loop.note("start", time=time.time(), step=0, of=config.max_train_steps, adapter_name=run.adapter_name,
+                  base_model=run.base.name, values=count)  # fmt: skip
+    if watch is not None:  # also when resuming: later looks are compared with this one
+        loop.look(loss_before)
+    if resumed is not None:
+        loop.go_to(resumed)
+    started, first = time.perf_counter(), loop.step
+    stopped, failure = _run_loop(loop, on_step)
     seconds = time.perf_counter() - started
+    if loop.step == 0 and failure:
+        loop.note("end", time=time.time(), status="failed", message=str(failure), step=0, adapter=None)
+        raise failure
+    if loop.step > first and failure is None:
+        loop.save()
+    kept = loop.step
+    if loop.best is not None and config.keep == "best" and not stopped and failure is None:
+        kept = loop.best.step
+        restore(TrainState(kept, loop.best.values), values, loop.raw_optimizer)
     loss_after = model.fixed_loss() if failure is None else None
 
-    values = sum(shift.numel() for shift in trained)
     adapter = Adapter(
         shifts={
             f"{component}.{name}": shift
@@ -175,34 +165,175 @@ def train(config: TrainConfig, on_step: Callable[[Step], bool | None] | None = N
             for name, shift in get_shifts(getattr(pipeline, component)).items()
         },
         base_model=run.base.name,
-        base_fingerprint=base_fingerprint,
+        base_fingerprint=identity["base"],
         instance_prompt=config.instance_prompt,
         class_prompt=config.class_prompt,
-        training=_training_record(run, done, loss_before, loss_after),
+        training=_training_record(run, loop.step, kept, loss_before, loss_after),
         title=run.adapter_name,
         architecture=run.base.architecture,
     )
-    path = run.adapter_path
     if accelerator.is_main_process:
-        save_adapter(adapter, path, getattr(torch, config.save_dtype))
-        if not any(shift.any() for shift in read_adapter(path).shifts.values()):
-            logger.warning("nothing was learnt, every shift in %s is zero: train longer or with a higher rate.", path)
+        _save(adapter, run.adapter_path, config)
+        plot_run(folder, folder / "curve.png")
     accelerator.wait_for_everyone()
+    accelerator.end_training()
     for component in shifts:
         module = getattr(pipeline, component)
         remove_svfit(module)
         module.eval()
     if config.gradient_checkpointing:
         pipeline.unet.disable_gradient_checkpointing()
-    accelerator.free_memory()
+    result = TrainResult(
+        run.adapter_path, loop.step, kept, seconds, count, run.adapter_path.stat().st_size, loss_before, loss_after,
+        stopped, run,
+    )  # fmt: skip
+    if config.final_pictures and not stopped and failure is None and accelerator.is_main_process:
+        pipeline.to("cpu")  # makes room for the base that users open
+        result.showing = show_result(run)
+    status = "failed" if failure is not None else "stopped" if stopped else "finished"
+    loop.note("end", time=time.time(), status=status, message=None if failure is None else str(failure), step=loop.step,
+              kept_step=kept, adapter=run.adapter_path.name, **_shown(result.showing))  # fmt: skip
     if failure is not None:
-        raise SVFitError(f"{failure}: lower --learning_rate; what was learnt before is saved in {path}.")
-    size = path.stat().st_size
-    return TrainResult(path, done, seconds, values, size, loss_before, loss_after, stopped, run)
+        raise SVFitError(f"{failure} What was learnt until step {loop.step} is saved in {run.adapter_path}.")
+    return result
 
 
-def _patch(run: Run) -> tuple[dict[str, dict[str, nn.Parameter]], dict[str, Any]]:
-    """Puts SVFit layers in; returns the shifts by component and name, and the base's fingerprint."""
+def _shown(showing: Showing | None) -> dict[str, Any]:
+    if showing is None:
+        return {"sheet": None, "figures": None}
+    figures = showing.figures and {name: vars(row) for name, row in showing.figures.items()}
+    return {"sheet": showing.sheet.name, "figures": figures}
+
+
+def _accelerator(config: TrainConfig) -> Accelerator:
+    AcceleratorState._reset_state()  # or a second run in one process could not have another precision
+    try:
+        return Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            log_with=config.report_to,
+            project_dir=str(Path(config.output_dir) / "logs"),
+        )
+    except ValueError as error:
+        raise SVFitError(f"--mixed_precision {config.mixed_precision} and --report_to {config.report_to} do not work "
+                         f"on this machine ({error}): use bf16 or no, and a tracker that is installed.") from error  # fmt: skip
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    words = str(error).lower()
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        "out of memory" in words or "not enough memory" in words or "can't allocate memory" in words
+    )
+
+
+def _resume_state(run: Run, identity: dict[str, Any]) -> TrainState | None:
+    asked = run.config.resume_from_checkpoint
+    if asked is None:
+        return None
+    path = find_checkpoint(asked, Path(run.config.output_dir))
+    if path is None:
+        logger.info("there is no checkpoint in %s yet: starting anew.", run.config.output_dir)
+        return None
+    state = load_checkpoint(path, identity)
+    logger.info("going on from step %d, %s.", state.step, path)
+    return state
+
+
+def _open_folder(run: Run, resumed: TrainState | None) -> None:
+    """Makes the run folder ready: an earlier run is moved aside, one that goes on loses what it will make again."""
+    folder = Path(run.config.output_dir)
+    if resumed is not None:
+        rewind_progress(folder, resumed.step)
+    elif run.config.resume_from_checkpoint is None:
+        aside = set_aside(folder)
+        if aside is not None:
+            logger.info("the earlier run in %s lies in %s now.", folder, aside)
+    else:
+        rewind_progress(folder, -1)
+    write_atomically(folder / "config.yaml", config_to_yaml(run.config))
+
+
+def _place(run: Run, accelerator: Accelerator) -> list[Any]:
+    """Brings the networks that train to the device in the run's precision; returns UNet and text encoder, prepared."""
+    config, pipeline = run.config, run.base.pipeline
+    unet, text_encoder, dtype = pipeline.unet, pipeline.text_encoder, WEIGHT_DTYPE[config.mixed_precision]
+    unet.to(accelerator.device, dtype).train()
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    waiting = accelerator.device if config.validation_steps else "cpu"
+    pipeline.vae.to(waiting)
+    if not config.train_text_encoder:
+        text_encoder.to(waiting)
+        return [accelerator.prepare(unet), text_encoder]
+    text_encoder.to(accelerator.device, dtype).train()
+    if config.gradient_checkpointing:
+        text_encoder.gradient_checkpointing_enable()
+    return list(accelerator.prepare(unet, text_encoder))
+
+
+def _run_loop(loop: Loop, on_step: Callable[[Step], bool | None] | None) -> tuple[bool, SVFitError | None]:
+    """Runs it to its end; returns whether it was stopped early, and what it failed from."""
+    with _stop_signals() as asked:
+        try:
+            return loop.run(on_step, asked), None
+        except KeyboardInterrupt:
+            if not loop.between_steps:
+                loop.go_to(loop.good)
+            return True, None
+        except SVFitError as error:
+            return False, error
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Within it Ctrl-C and SIGTERM let the present step end; a second one interrupts at once."""
+    asked: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        logger.warning("stopping after this step; once more, and it stops at once.")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _save(adapter: Adapter, path: Path, config: TrainConfig) -> None:
+    """Writes the adapter and opens it again; a file that holds the very same values already is left alone."""
+    dtype = getattr(torch, config.save_dtype)
+    if path.exists() and config.resume_from_checkpoint is not None:
+        with suppress(SVFitError):  # an unreadable file is replaced
+            present = read_adapter(path).shifts
+            if set(present) == set(adapter.shifts) and all(
+                torch.equal(present[name], shift.to(dtype).to(present[name])) for name, shift in adapter.shifts.items()
+            ):
+                return
+    save_adapter(adapter, path, dtype)
+    if not any(shift.any() for shift in read_adapter(path).shifts.values()):
+        logger.warning("nothing was learnt, every shift in %s is zero: train longer or with a higher rate.", path)
+
+
+def _identity(run: Run) -> dict[str, Any]:
+    """What must be the same for a run to go on: all options that its result depends on, the photos, the base."""
+    options = dataclasses.asdict(run.config)
+    for name in INDIFFERENT_OPTIONS:
+        options.pop(name, None)
+    digest = hashlib.sha256()
+    for photo in run.photos:
+        digest.update(photo.path.read_bytes() + (photo.caption or "").encode())
+    return {"photos": digest.hexdigest(), "base": fingerprint(run.weights), **options}
+
+
+def _patch(run: Run) -> dict[str, dict[str, nn.Parameter]]:
+    """Puts SVFit layers in; returns the shifts by component and name."""
     config = run.config
     weights = run.weights
     initial = None if config.init_adapter is None else read_adapter(config.init_adapter)
@@ -227,7 +358,7 @@ def _patch(run: Run) -> tuple[dict[str, dict[str, nn.Parameter]], dict[str, Any]
     if config.train_text_encoder:
         for shift in shifts["text_encoder"].values():
             shift.requires_grad_(True)
-    return shifts, fingerprint(weights)
+    return shifts
 
 
 def _check_initial(initial: Adapter, weights: dict[str, Tensor], path: str | None) -> None:
@@ -242,10 +373,13 @@ def _check_initial(initial: Adapter, weights: dict[str, Tensor], path: str | Non
         raise SVFitError(f"--init_adapter {path} was trained on another base model, {initial.base_model}.")
 
 
-def _training_record(run: Run, steps: int, loss_before: float | None, loss_after: float | None) -> dict[str, Any]:
+def _training_record(
+    run: Run, steps: int, kept: int, loss_before: float | None, loss_after: float | None
+) -> dict[str, Any]:
     config = run.config
     record: dict[str, Any] = {
         "steps": steps,
+        **({"kept_step": kept} if kept != steps else {}),
         "photos": len(run.photos),
         "batch_size": config.train_batch_size * config.gradient_accumulation_steps,
     }

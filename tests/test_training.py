@@ -25,6 +25,9 @@ def config(tiny_base, photo_folder, tmp_path):
         "train_batch_size": 2,
         "resolution": 16,
         "fixed_loss_examples": 4,
+        "learning_rate": 5e-2,
+        "validation_steps": 0,
+        "final_pictures": False,
     }
 
 
@@ -163,26 +166,6 @@ def test_captions_take_the_place_of_the_prompt(config, photo_folder, tmp_path):
     next(folder.glob("*.txt")).unlink()
     with pytest.raises(SVFitError, match="--instance_prompt is missing"):
         train(TrainConfig(**options))
-
-
-@pytest.mark.parametrize("bad_step", [1, 4])
-def test_a_loss_that_is_not_finite_stops_with_a_sentence_and_loses_nothing(config, monkeypatch, bad_step):
-    original = Denoiser.loss
-
-    def loss(self, number, *args):
-        parts = original(self, number, *args)
-        return parts._replace(total=parts.total * (float("nan") if number == bad_step - 1 else 1.0))
-
-    monkeypatch.setattr(Denoiser, "loss", loss)
-    with pytest.raises(SVFitError, match=f"the loss is nan at step {bad_step}"):
-        train(TrainConfig(**config))
-    monkeypatch.undo()
-    path = Path(config["output_dir"]) / "my-dog.safetensors"
-    assert path.exists() == (bad_step > 1)
-    if path.exists():
-        saved = read_adapter(path).shifts
-        shorter = train(TrainConfig(**config), on_step=lambda step: step.step == bad_step - 1)
-        assert all(torch.equal(shift, saved[name]) for name, shift in read_adapter(shorter.adapter_path).shifts.items())
 
 
 @pytest.mark.parametrize(

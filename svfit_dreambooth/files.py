@@ -1,0 +1,33 @@
+"""Writing files so that what was there before is whole until the new one is: temporary file, then rename."""
+
+import os
+import secrets
+from contextlib import suppress
+from pathlib import Path
+
+from svfit_dreambooth.errors import SVFitError
+
+
+def write_atomically(path: str | Path, content: bytes | str) -> Path:
+    """Makes `path` hold `content`, or leaves it as it was; missing parent folders are made.
+
+    Raises SVFitError where the disk is full or the place cannot be written.
+    """
+    path = Path(path)
+    if isinstance(content, str):
+        content = content.encode("utf-8")
+    temporary = path.parent / f".svfit-{secrets.token_hex(8)}.tmp"  # same folder: os.replace can't cross disks
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SVFitError(f"'{path}' can't be written ({reason}): choose another place.") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,229 @@
+"""The steps of a run: loss, update, learning rate, falling back from bad numbers, looks, checkpoints."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from torch import nn
+from tqdm.auto import tqdm
+
+from svfit_dreambooth.checkpoints import Best, TrainState, capture, restore, save_checkpoint
+from svfit_dreambooth.config import TrainConfig
+from svfit_dreambooth.denoising import Denoiser
+from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.run_folder import append_progress
+from svfit_dreambooth.validation import Measure, Watch
+
+logger = logging.getLogger(__name__)
+
+MAX_ROLLBACKS = 3
+
+
+@dataclass
+class Step:
+    """What `on_step` is told after every optimizer step."""
+
+    step: int  # optimizer steps done
+    of: int
+    loss: float  # mean over the step's examples
+    learning_rate: float
+    prior_loss: float | None = None  # the part of the class pictures; None without prior preservation
+
+
+class NotFinite(Exception):
+    """A loss or gradient that is NaN or infinite; the message names it."""
+
+
+class Loop:
+    """Where a run stands: the values it trains, their optimizer, the last good state, the best one so far."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        model: Denoiser,
+        modules: list[nn.Module],
+        values: Mapping[str, nn.Parameter],
+        rates: Mapping[str, float],
+        identity: Mapping[str, Any],
+        watch: Watch | None,
+    ) -> None:
+        """`values`: what is trained, by name; `rates`: peak learning rate of each; `modules`: what they belong to.
+
+        `identity`: see `save_checkpoint`.  `watch`: None paints and measures nothing on the way.
+        """
+        self.config, self.accelerator, self.model, self.modules = config, accelerator, model, modules
+        self.values, self.identity, self.watch = values, identity, watch
+        groups = [{"params": [value], "peak": rates[name], "lr": rates[name]} for name, value in values.items()]
+        self.raw_optimizer = torch.optim.AdamW(
+            groups,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.adam_weight_decay,
+            eps=config.adam_epsilon,
+        )
+        schedule = get_scheduler(
+            config.lr_scheduler,
+            optimizer=self.raw_optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=config.max_train_steps,
+        )
+        self.multiplier: Callable[[int], float] = schedule.lr_lambdas[0]
+        self.optimizer = accelerator.prepare_optimizer(self.raw_optimizer)
+        self.step, self.rate_factor, self.rollbacks = 0, 1.0, 0
+        self.best: Best | None = None
+        self.good = self.state()
+        self.between_steps = True  # False while values, optimizer and step disagree
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir)
+
+    def state(self) -> TrainState:
+        """A copy of where the run stands."""
+        values, memory = capture(self.values, self.raw_optimizer)
+        scaler = {} if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
+        return TrainState(self.step, values, memory, self.rate_factor, self.rollbacks, self.best, scaler)
+
+    def go_to(self, state: TrainState) -> None:
+        """Puts the run where `state` stood."""
+        restore(state, self.values, self.raw_optimizer)
+        if self.accelerator.scaler is not None and state.scaler:
+            self.accelerator.scaler.load_state_dict(state.scaler)
+        self.accelerator.step = 0  # it counts micro-batches, and may have been left in the middle of a step
+        self.step, self.rate_factor, self.rollbacks = state.step, state.rate_factor, state.rollbacks
+        self.best, self.good, self.between_steps = state.best, state, True
+
+    def run(self, on_step: Callable[[Step], bool | None] | None, stop_asked: Callable[[], bool]) -> bool:
+        """Makes the steps that are left; returns whether it was asked to stop before the last one.
+
+        Raises SVFitError when numbers stayed bad after `MAX_ROLLBACKS` rollbacks; the values are then the last good.
+        """
+        config, of = self.config, self.config.max_train_steps
+        bar = tqdm(
+            total=of, initial=self.step, desc="training", unit="step", disable=not self.accelerator.is_main_process
+        )
+        started = time.perf_counter()
+        stopped = False
+        try:
+            while self.step < of and not stopped:
+                try:
+                    done = self.make_step()
+                except NotFinite as error:
+                    self.roll_back(str(error))
+                    bar.n = self.step
+                    continue
+                bar.update()
+                bar.set_postfix(loss=f"{done.loss:.4f}")
+                self.note("step", **vars(done), seconds=round(time.perf_counter() - started, 3))
+                self.accelerator.log({"loss": done.loss, "learning_rate": done.learning_rate}, step=self.step)
+                if self.watch is not None and (self.step % int(config.validation_steps) == 0 or self.step == of):
+                    self.look(self.model.fixed_loss())
+                if self.step % config.checkpointing_steps == 0 and self.step < of:
+                    self.save()
+                stopped = self.step < of and stop_asked()
+                if on_step is not None:
+                    stopped = bool(on_step(done)) or stopped
+        finally:
+            bar.close()
+        return stopped
+
+    def make_step(self) -> Step:
+        """One optimizer step over all micro-batches."""
+        accelerator, config = self.accelerator, self.config
+        rate = self.rate_factor * self.multiplier(self.step)
+        for group in self.raw_optimizer.param_groups:
+            group["lr"] = group["peak"] * rate
+        self.between_steps = False
+        losses, priors = [], []
+        for micro in range(config.gradient_accumulation_steps):
+            number = self.step * config.gradient_accumulation_steps + micro
+            with accelerator.accumulate(*self.modules):
+                loss = self.model.loss(number, accelerator.process_index, accelerator.num_processes)
+                losses.append(accelerator.reduce(loss.instance.detach(), "mean").item())
+                if loss.prior is not None:
+                    priors.append(accelerator.reduce(loss.prior.detach(), "mean").item())
+                total = accelerator.reduce(loss.total.detach(), "mean").item()
+                self.check(math.isfinite(total), f"the loss is {total}")  # before it reaches the values
+                accelerator.backward(loss.total)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(list(self.values.values()), config.max_grad_norm)
+                    # with fp16 the loss scaling meets infinite gradients by design, and skips their step
+                    if accelerator.scaler is None:
+                        self.check(bool(torch.isfinite(norm)), f"the gradient's length is {norm}")
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        self.step += 1
+        self.between_steps = True
+        return Step(
+            self.step,
+            config.max_train_steps,
+            sum(losses) / len(losses),
+            config.learning_rate * rate,
+            sum(priors) / len(priors) if priors else None,
+        )
+
+    def check(self, finite: bool, what: str) -> None:
+        if not finite:
+            raise NotFinite(f"{what} at step {self.step + 1}")
+
+    def roll_back(self, reason: str) -> None:
+        """Goes back to the last good state with half the learning rate.  Raises SVFitError after the last try."""
+        self.optimizer.zero_grad()
+        factor, rollbacks = self.rate_factor / 2, self.rollbacks + 1
+        self.go_to(self.good)
+        if rollbacks > MAX_ROLLBACKS:
+            raise SVFitError(
+                f"{reason}, also after {MAX_ROLLBACKS} returns to step {self.step} with half the learning rate each: "
+                "lower --learning_rate, or use --mixed_precision no."
+            )
+        self.rate_factor, self.rollbacks = factor, rollbacks
+        rate = self.config.learning_rate * factor
+        logger.warning("%s: back to step %d, learning rate now %g.", reason, self.step, rate)
+        self.note("rollback", step=self.step, reason=reason, learning_rate=rate)
+
+    def look(self, fixed_loss: float | None) -> None:
+        """Paints and measures, and remembers the step if it is the best so far."""
+        if self.watch is None:
+            return
+        if self.accelerator.is_main_process:
+            measure = self.watch.look(self.step, fixed_loss)
+            self.note("pictures", step=self.step, path=f"validation/step_{self.step:06d}.png")
+            self.tell(measure)
+            score = measure.score
+            if self.step and score is not None and (self.best is None or score > self.best.score):
+                self.best = Best(self.step, score, capture(self.values, self.raw_optimizer)[0])
+        self.accelerator.wait_for_everyone()
+
+    def tell(self, measure: Measure) -> None:
+        """Notes a measure in progress.jsonl and for the trackers."""
+        self.note("measure", step=self.step, **measure.values())
+        self.accelerator.log(measure.values(), step=self.step)
+
+    def save(self) -> None:
+        """Makes this the last good state, in memory and on the disk.  A full disk is a warning, not the end."""
+        self.good = self.state()
+        if not self.accelerator.is_main_process:
+            return
+        folder = self.folder / "checkpoints"
+        try:
+            path = save_checkpoint(self.good, folder, self.identity, self.config.checkpoints_total_limit)
+        except SVFitError as error:
+            logger.warning("no checkpoint of step %d: %s Training goes on.", self.step, error)
+            return
+        self.note("checkpoint", step=self.step, path=f"checkpoints/{path.name}")
+
+    def note(self, event: str, **values: Any) -> None:
+        """A line of progress.jsonl, by the main process."""
+        if not self.accelerator.is_main_process:
+            return
+        try:
+            append_progress(self.folder, event, **values)
+        except OSError as error:  # a full disk: the run itself matters more than its diary
+            logger.warning("progress.jsonl lacks the event %r of step %d (%s).", event, self.step, error.strerror)

@@ -1,0 +1,90 @@
+"""Sheets of labelled pictures, and the curves of a run."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from svfit_dreambooth.files import write_atomically
+from svfit_dreambooth.run_folder import read_progress
+
+CELL = 192  # pixels of a picture on a sheet
+
+
+def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], captions: Sequence[str]) -> Image.Image:
+    """Rows of pictures with a label each; `captions` stand under the pictures of the last row."""
+    columns = max(len(pictures) for _, pictures in rows)
+    margin, line = CELL // 16, CELL // 8
+    height = margin + len(rows) * (CELL + line + margin) + line
+    sheet = Image.new("RGB", (margin + columns * (CELL + margin), height), "white")
+    draw = ImageDraw.Draw(sheet)
+    font, small = ImageFont.load_default(CELL // 12), ImageFont.load_default(CELL // 17)
+    top = margin
+    for label, pictures in rows:
+        draw.text((margin, top), label, fill="black", font=font)
+        top += line
+        for column, picture in enumerate(pictures):
+            side = min(picture.size)
+            left, upper = (picture.width - side) // 2, (picture.height - side) // 2
+            square = picture.crop((left, upper, left + side, upper + side))
+            # small pictures keep their pixels' edges, large ones are smoothed
+            kernel = Image.Resampling.NEAREST if side < CELL else Image.Resampling.LANCZOS
+            sheet.paste(square.resize((CELL, CELL), kernel), (margin + column * (CELL + margin), top))
+        top += CELL + margin
+    for column, caption in enumerate(captions):
+        while caption and draw.textlength(caption, font=small) > CELL:
+            caption = caption[:-2].rstrip(" .") + "…" if len(caption) > 2 else ""
+        draw.text((margin + column * (CELL + margin), top - margin // 2), caption, fill="black", font=small)
+    return sheet
+
+
+def save_sheet(sheet: Image.Image, path: Path) -> Path:
+    """Writes a sheet as PNG, whole or not at all."""
+    content = io.BytesIO()
+    sheet.save(content, format="PNG")
+    return write_atomically(path, content.getvalue())
+
+
+def plot_run(folder: Path, path: Path) -> Path | None:
+    """Draws the loss and the measures of the run in `folder` over its steps; None if it has not made a step."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    events = read_progress(folder)
+    steps = [event for event in events if event["event"] == "step"]
+    measures = [event for event in events if event["event"] == "measure"]
+    if not steps:
+        return None
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    left.plot([e["step"] for e in steps], [e["loss"] for e in steps], color="0.8", linewidth=0.8)
+    window = max(1, len(steps) // 20)
+    smooth = [
+        sum(e["loss"] for e in steps[max(0, i - window) : i + 1]) / len(steps[max(0, i - window) : i + 1])
+        for i in range(len(steps))
+    ]
+    left.plot([e["step"] for e in steps], smooth, label="loss, running mean")
+    for axes, name, label in (
+        (left, "fixed_loss", "loss on fixed noise"),
+        (right, "subject", "likeness to the photos"),
+        (right, "prompt", "fit to the prompts"),
+        (right, "drift", "change of other pictures"),
+    ):
+        points = [(e["step"], e[name]) for e in measures if e.get(name) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
+    for event in events:
+        if event["event"] == "rollback":
+            left.axvline(event["step"], color="tab:red", linewidth=0.8)
+    for axes in (left, right):
+        axes.set_xlabel("step")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    if not right.lines:
+        right.set_visible(False)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110)
+    return write_atomically(path, content.getvalue())

@@ -1,0 +1,257 @@
+"""What happens between the steps: bad numbers, signals, full disks, deleted photos, looks, trackers."""
+
+import math
+import os
+import shutil
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from svfit_dreambooth import TrainConfig, read_adapter, train
+from svfit_dreambooth.denoising import Denoiser
+from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.run_folder import is_running, read_progress
+
+
+@pytest.fixture
+def config(tiny_base, photo_folder, tmp_path):
+    return {
+        "pretrained_model_name_or_path": str(tiny_base),
+        "instance_data_dir": str(photo_folder),
+        "instance_prompt": "a photo of sks dog",
+        "output_dir": str(tmp_path / "the run"),
+        "max_train_steps": 8,
+        "train_batch_size": 2,
+        "resolution": 16,
+        "fixed_loss_examples": 2,
+        "checkpointing_steps": 2,
+        "validation_steps": 0,
+        "final_pictures": False,
+    }
+
+
+def spoil(monkeypatch, step, times, gradient=False):
+    """Makes the loss (or only its gradient) NaN the first `times` times that micro-batch `step` - 1 comes."""
+    original, seen = Denoiser.loss, []
+
+    def loss(self, number, *args):
+        parts = original(self, number, *args)
+        if number != step - 1 or len(seen) >= times:
+            return parts
+        seen.append(number)
+        bad = parts.total * math.nan
+        return parts._replace(total=parts.total.detach() + (bad - bad.detach()).nan_to_num(0) * math.nan if 0 else bad)
+
+    monkeypatch.setattr(Denoiser, "loss", loss)
+
+
+def events(config, kind):
+    return [event for event in read_progress(config["output_dir"]) if event["event"] == kind]
+
+
+def test_a_passing_nan_rolls_back_to_the_last_checkpoint_with_half_the_rate(config, monkeypatch):
+    spoil(monkeypatch, step=6, times=1)
+    result = train(TrainConfig(**config, lr_scheduler="constant"))
+    assert result.steps == 8 and not result.stopped
+    (event,) = events(config, "rollback")
+    assert event["step"] == 4 and event["reason"] == "the loss is nan at step 6"
+    rates = [step["learning_rate"] for step in events(config, "step")]
+    assert [step["step"] for step in events(config, "step")] == [1, 2, 3, 4, 5, 5, 6, 7, 8]
+    assert rates == pytest.approx([0.05] * 5 + [0.025] * 4)
+
+
+def test_a_lasting_nan_stops_after_three_returns_and_saves_the_last_good_state(config, monkeypatch, tmp_path):
+    spoil(monkeypatch, step=6, times=99)
+    with pytest.raises(SVFitError, match="the loss is nan at step 6, also after 3 returns to step 4") as error:
+        train(TrainConfig(**config))
+    assert len(events(config, "rollback")) == 3 and events(config, "end")[0]["status"] == "failed"
+    monkeypatch.undo()
+    saved = read_adapter(Path(config["output_dir"]) / "my-dog.safetensors").shifts
+    other = {**config, "output_dir": str(tmp_path / "other")}
+    shorter = train(TrainConfig(**other), on_step=lambda step: step.step == 4)
+    assert "step 4 is saved in" in str(error.value)
+    assert all(torch.equal(shift, saved[name]) for name, shift in read_adapter(shorter.adapter_path).shifts.items())
+
+
+def test_nan_from_the_first_step_saves_nothing(config, monkeypatch):
+    spoil(monkeypatch, step=1, times=99)
+    with pytest.raises(SVFitError, match="the loss is nan at step 1"):
+        train(TrainConfig(**config))
+    assert not list(Path(config["output_dir"]).glob("*.safetensors"))
+
+
+def test_an_infinite_gradient_under_a_finite_loss_is_noticed(config, monkeypatch):
+    original = Denoiser.loss
+
+    class Explode(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, loss):
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * math.inf
+
+    def loss(self, number, *args):
+        parts = original(self, number, *args)
+        return parts._replace(total=Explode.apply(parts.total)) if number == 2 else parts
+
+    monkeypatch.setattr(Denoiser, "loss", loss)
+    with pytest.raises(SVFitError, match="the gradient's length is (nan|inf) at step 3"):
+        train(TrainConfig(**config))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_the_step_and_it_can_go_on(config, number, tmp_path):
+    def interrupt(step):
+        if step.step == 3:
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    result = train(TrainConfig(**config), on_step=interrupt)
+    assert result.stopped and 3 <= result.steps <= 4 and "--resume_from_checkpoint latest" in result.summary()
+    assert signal.getsignal(number) == before
+    assert events(config, "end")[0]["status"] == "stopped"
+    resumed = train(TrainConfig(**config, resume_from_checkpoint="latest"))
+    whole = train(TrainConfig(**{**config, "output_dir": str(tmp_path / "whole")}))
+    first, second = read_adapter(resumed.adapter_path).shifts, read_adapter(whole.adapter_path).shifts
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_second_interrupt_in_the_middle_of_a_step_keeps_the_last_good_state(config, monkeypatch):
+    original = Denoiser.loss
+
+    def loss(self, number, *args):
+        if number == 4:
+            raise KeyboardInterrupt
+        return original(self, number, *args)
+
+    monkeypatch.setattr(Denoiser, "loss", loss)
+    result = train(TrainConfig(**config))
+    assert result.stopped and result.steps == 4 and result.adapter_path.is_file()
+
+
+def test_training_in_a_thread_leaves_signals_alone(config):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(train(TrainConfig(**{**config, "max_train_steps": 1}))))
+    thread.start()
+    thread.join()
+    assert results[0].steps == 1
+
+
+def test_a_full_disk_costs_a_checkpoint_but_not_the_run(config, monkeypatch, caplog):
+    from svfit_dreambooth import checkpoints
+
+    original = checkpoints.write_atomically
+
+    def full(path, content):
+        if path.name == "step-000004.safetensors":
+            raise SVFitError(f"'{path}' can't be written (No space left on device): choose another place.")
+        return original(path, content)
+
+    monkeypatch.setattr(checkpoints, "write_atomically", full)
+    result = train(TrainConfig(**config))
+    assert result.steps == 8 and "no checkpoint of step 4" in caplog.text
+    names = [path.name for path in sorted((Path(config["output_dir"]) / "checkpoints").iterdir())]
+    assert names == ["step-000002.safetensors", "step-000006.safetensors", "step-000008.safetensors"]
+
+
+def test_photos_deleted_while_training_are_missing_from_the_sheet_alone(config, photo_folder, tmp_path):
+    folder = tmp_path / "photos"
+    shutil.copytree(photo_folder, folder)
+    options = {**config, "instance_data_dir": str(folder), "final_pictures": True, "num_inference_steps": 1}
+    result = train(TrainConfig(**options), on_step=lambda step: shutil.rmtree(folder, ignore_errors=True) and None)
+    assert result.showing.sheet.is_file()
+
+
+def test_running_out_of_memory_is_a_sentence(config, monkeypatch):
+    def loss(*args):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 999 bytes")
+
+    monkeypatch.setattr(Denoiser, "loss", loss)
+    with pytest.raises(SVFitError, match="out of memory: use --gradient_checkpointing") as error:
+        train(TrainConfig(**config))
+    assert "\n" not in str(error.value)
+
+
+def test_other_runtime_errors_are_not_disguised(config, monkeypatch):
+    def loss(*args):
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(Denoiser, "loss", loss)
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        train(TrainConfig(**config))
+
+
+def test_the_folder_is_locked_while_a_run_writes_into_it(config):
+    seen = []
+
+    def second(step):
+        seen.append(is_running(config["output_dir"]))
+        with pytest.raises(SVFitError, match="another run is writing into"):
+            train(TrainConfig(**config))
+        return True
+
+    train(TrainConfig(**config), on_step=second)
+    assert seen == [True] and not is_running(config["output_dir"])
+
+
+def test_a_second_run_moves_the_first_aside(config):
+    first = train(TrainConfig(**config))
+    content = first.adapter_path.read_bytes()
+    train(TrainConfig(**{**config, "seed": 1}))
+    assert (Path(config["output_dir"]) / "earlier" / "001" / "my-dog.safetensors").read_bytes() == content
+    assert first.adapter_path.read_bytes() != content
+
+
+def test_looks_on_the_way_keep_the_best_step(config, monkeypatch):
+    from svfit_dreambooth.validation import Measure
+
+    scores = {0: 9.0, 3: 0.2, 6: 0.7, 8: 0.5}
+    monkeypatch.setattr(Measure, "score", property(lambda self: scores[len(seen) - 1]))
+    seen = []
+    from svfit_dreambooth.validation import Watch
+
+    original = Watch.look
+
+    def look(self, step, fixed_loss):
+        seen.append(step)
+        scores[len(seen) - 1] = scores[step]
+        return original(self, step, fixed_loss)
+
+    monkeypatch.setattr(Watch, "look", look)
+    options = {**config, "validation_steps": 3, "num_inference_steps": 1, "validation_prompts": ["a dog", "a cat"]}
+    result = train(TrainConfig(**options))
+    assert seen == [0, 3, 6, 8] and result.kept_step == 6 and "kept: step 6" in result.summary()
+    saved = read_adapter(result.adapter_path)
+    assert saved.training["kept_step"] == 6
+    folder = Path(config["output_dir"])
+    assert len(list((folder / "validation").glob("*.png"))) == 4 and (folder / "curve.png").stat().st_size > 1000
+    assert [event["step"] for event in events(config, "measure")] == [0, 3, 6, 8]
+    last = train(TrainConfig(**{**options, "keep": "last"}))
+    assert last.kept_step == 8
+    different = read_adapter(last.adapter_path).shifts
+    assert any(not torch.equal(shift, saved.shifts[name]) for name, shift in different.items())
+
+
+def test_trackers_get_the_losses(config):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(TrainConfig(**config, report_to="tensorboard"))
+    (folder,) = {
+        path.parent
+        for path in (Path(config["output_dir"]) / "logs").rglob("events.out.*")
+        if path.parent.name == "svfit"
+    }
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 9))
+
+
+def test_an_unknown_tracker_is_a_sentence(config):
+    with pytest.raises(SVFitError, match="--report_to nonsense"):
+        train(TrainConfig(**config, report_to="nonsense"))

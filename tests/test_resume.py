@@ -1,0 +1,183 @@
+"""A run that was killed and goes on makes the adapter of one that was never interrupted, to the bit."""
+
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from svfit_dreambooth import TrainConfig, files, read_adapter, train
+from svfit_dreambooth.checkpoints import list_checkpoints
+from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.run_folder import is_running, read_progress
+
+
+@pytest.fixture(scope="module")
+def config(tiny_base, photo_folder):
+    return {
+        "pretrained_model_name_or_path": str(tiny_base),
+        "instance_data_dir": str(photo_folder),
+        "instance_prompt": "a photo of sks dog",
+        "max_train_steps": 12,
+        "train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "lr_warmup_steps": 3,
+        "train_text_encoder": True,
+        "resolution": 16,
+        "fixed_loss_examples": 1,
+        "checkpointing_steps": 3,
+        "checkpoints_total_limit": 2,
+        "validation_steps": 5,
+        "validation_prompts": ["a dog"],
+        "num_inference_steps": 1,
+        "final_pictures": False,
+        "save_dtype": "float32",
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    """The run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    return train(TrainConfig(**config, output_dir=str(folder)))
+
+
+def killed(config, folder, kill):
+    """Trains in a child process, in which `kill` arranges a SIGKILL; returns whether it came to that."""
+    child = os.fork()
+    if child == 0:
+        try:
+            on_step = kill(lambda: os.kill(os.getpid(), signal.SIGKILL))
+            train(TrainConfig(**config, output_dir=str(folder), resume_from_checkpoint="latest"), on_step=on_step)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+def at_step(number):
+    def kill(now):
+        return lambda step: now() if step.step == number else None
+
+    return kill
+
+
+def while_writing(name, nth, moment):
+    """Dies at the `nth` writing of a file whose name starts with `name`, before its bytes are complete or renamed."""
+
+    def kill(now):
+        count = 0
+        replace, fsync = os.replace, os.fsync
+
+        def dying_replace(source, target):
+            nonlocal count
+            if Path(target).name.startswith(name):
+                count += 1
+                if count == nth and moment == "before renaming":
+                    now()
+                replace(source, target)
+                if count == nth and moment == "after renaming":
+                    now()
+                return
+            replace(source, target)
+
+        files.os.replace = dying_replace
+        files.os.fsync = fsync
+        return None
+
+    return kill
+
+
+def assert_same_values(first, second):
+    """The same to the bit; the files themselves may list their metadata in another order."""
+    one, other = read_adapter(first), read_adapter(second)
+    assert one.metadata["payload_sha256"] == other.metadata["payload_sha256"] and one.training == other.training
+    assert all(torch.equal(one.shifts[name], other.shifts[name]) for name in other.shifts)
+
+
+def assert_same(config, folder, whole):
+    result = train(TrainConfig(**config, output_dir=str(folder), resume_from_checkpoint="latest"))
+    assert result.steps == whole.steps and result.kept_step == whole.kept_step
+    assert_same_values(result.adapter_path, whole.adapter_path)
+    ours, theirs = (
+        [(event["event"], event["step"], event.get("loss")) for event in read_progress(path)]
+        for path in (folder, whole.adapter_path.parent)
+    )
+    assert [event for event in ours if event[0] == "step"] == [event for event in theirs if event[0] == "step"]
+
+
+@pytest.mark.parametrize("number", [1, *random.Random(0).sample(range(2, 12), 4), 12])
+def test_killed_after_a_step(config, whole, tmp_path, number):
+    assert killed(config, tmp_path, at_step(number))
+    assert not is_running(tmp_path)  # its lock died with it
+    assert_same(config, tmp_path, whole)
+
+
+@pytest.mark.parametrize("moment", ["before renaming", "after renaming"])
+@pytest.mark.parametrize(("name", "nth"), [("step-", 1), ("step-", 3), ("my-dog.safetensors", 1)])
+def test_killed_while_writing(config, whole, tmp_path, name, nth, moment):
+    assert killed(config, tmp_path, while_writing(name, nth, moment))
+    assert_same(config, tmp_path, whole)
+
+
+def test_killed_again_and_again(config, whole, tmp_path):
+    for number in (2, 4, 5, 9):
+        assert killed(config, tmp_path, at_step(number))
+    assert_same(config, tmp_path, whole)
+
+
+def test_a_finished_run_is_left_as_it_is(config, whole):
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in [whole.adapter_path, *list_checkpoints(whole.adapter_path.parent / "checkpoints")]
+    }
+    content = whole.adapter_path.read_bytes()
+    again = train(TrainConfig(**config, output_dir=str(whole.adapter_path.parent), resume_from_checkpoint="latest"))
+    assert again.steps == whole.steps and again.kept_step == whole.kept_step and not again.stopped
+    assert whole.adapter_path.read_bytes() == content
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_only_the_newest_checkpoints_are_kept(whole):
+    names = [path.stem for path in list_checkpoints(whole.adapter_path.parent / "checkpoints")]
+    assert names == ["step-000009", "step-000012"]
+
+
+def test_a_named_checkpoint_resumes_into_another_folder(config, whole, tmp_path):
+    checkpoint = whole.adapter_path.parent / "checkpoints" / "step-000009.safetensors"
+    result = train(TrainConfig(**config, output_dir=str(tmp_path), resume_from_checkpoint=str(checkpoint)))
+    assert_same_values(result.adapter_path, whole.adapter_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"learning_rate": 0.01}, "was made with --learning_rate 0.05, not 0.01"),
+        ({"rank": "4"}, "was made with --rank full, not 4"),
+        ({"max_train_steps": 20}, "was made with --max_train_steps 12, not 20"),
+        ({"resume_from_checkpoint": "/no/such/file"}, "/no/such/file is no file"),
+    ],
+)
+def test_a_checkpoint_of_another_configuration_is_refused(config, whole, changes, sentence):
+    options = {**config, "output_dir": str(whole.adapter_path.parent), "resume_from_checkpoint": "latest", **changes}
+    with pytest.raises(SVFitError, match=sentence):
+        train(TrainConfig(**options))
+    assert whole.adapter_path.is_file()
+
+
+def test_checkpoints_of_other_photos_or_that_are_none_are_refused(config, whole, photo_folder, tmp_path):
+    fewer = tmp_path / "my dog"
+    fewer.mkdir()
+    for photo in sorted(photo_folder.glob("*.png"))[:2]:
+        (fewer / photo.name).write_bytes(photo.read_bytes())
+    options = {**config, "output_dir": str(whole.adapter_path.parent), "resume_from_checkpoint": "latest"}
+    with pytest.raises(SVFitError, match="belongs to other photos"):
+        train(TrainConfig(**{**options, "instance_data_dir": str(fewer)}))
+    with pytest.raises(SVFitError, match="is not a checkpoint"):
+        train(TrainConfig(**{**options, "resume_from_checkpoint": str(whole.adapter_path)}))
+    broken = tmp_path / "step-000001.safetensors"
+    broken.write_bytes(b"half a fi")
+    with pytest.raises(SVFitError, match="cannot be read"):
+        train(TrainConfig(**{**options, "resume_from_checkpoint": str(broken)}))
