@@ -28,7 +28,7 @@ from svfit_dreambooth import library
 from svfit_dreambooth.config import TrainConfig
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.locks import is_locked, locked
-from svfit_dreambooth.progress import read_events
+from svfit_dreambooth.run_folder import read_progress
 from svfit_dreambooth.workspace import Visitor, Workspace, file_name, photo_files
 
 COMMAND = Path(__file__).resolve().parent.parent / "train_dreambooth_svfit.py"
@@ -118,17 +118,20 @@ class Jobs:
         raise SVFitError("there is no such run any more: reload the page.")
 
     def state(self, job: Job) -> str:
-        """queued, running, stopping, finished, stopped, failed, or cut off (killed without a word)."""
+        """queued, running, stopping, finished, stopped, failed, or cut off (killed without a word), as of now."""
+        job = self._read(self.folder / job.id / "job.json") or job
         if self._alive(job):
             return "stopping" if job.stopping else "running"
         if job.asked > job.started:
             return "queued"
         if job.started == 0:
             return "stopped"
-        ended = [event for event in read_events(self.run_folder(job)) if event.get("event") in ("start", "end")]
-        if ended and ended[-1]["event"] == "end":
-            return str(ended[-1].get("status", "finished"))
-        return "failed" if self.complaint(job) else "cut off"
+        if self.complaint(job):
+            return "failed"
+        turns = [event for event in read_progress(self.run_folder(job)) if event["event"] in ("start", "end")]
+        if turns and turns[-1]["event"] == "end":
+            return str(turns[-1].get("status", "finished"))
+        return "stopped" if job.stopping else "cut off"
 
     def ahead(self, job: Job) -> int:
         """How many runs, of anybody, are before a queued one."""
@@ -251,11 +254,16 @@ class Jobs:
             changed.filed, changed.library_name = changed.started, name
 
     def _all(self) -> list[Job]:
-        jobs = []
-        for path in self.folder.glob("[0-9]*/job.json"):
-            with suppress(OSError, ValueError, TypeError):
-                jobs.append(Job(**json.loads(path.read_text(encoding="utf-8"))))
+        jobs = [job for path in self.folder.glob("[0-9]*/job.json") if (job := self._read(path)) is not None]
         return sorted(jobs, key=lambda job: (job.created, job.id), reverse=True)
+
+    @staticmethod
+    def _read(path: Path) -> Job | None:
+        """None where it was just removed, or is none of ours."""
+        try:
+            return Job(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
 
     def _alive(self, job: Job) -> bool:
         return is_locked(self.folder / job.id / ".process")

@@ -1,10 +1,10 @@
 """What a run says of itself while it runs: its events, summed up for whoever watches."""
 
-import json
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from svfit_dreambooth.run_folder import read_progress
 
 RECENT = 20  # steps from which the time that is left is told
 
@@ -32,19 +32,7 @@ class Progress:
         return None if self.seconds_a_step is None else self.seconds_a_step * max(self.of - self.step, 0)
 
 
-def read_events(folder: Path) -> list[dict[str, Any]]:
-    """The events in `folder`/progress.jsonl; a line that is not whole yet is left out."""
-    events = []
-    with suppress(OSError):
-        for line in (folder / "progress.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError):
-                event = json.loads(line)
-                if isinstance(event, dict):
-                    events.append(event)
-    return events
-
-
-def read_progress(folder: Path) -> Progress:
+def sum_up(folder: Path) -> Progress:
     """The events of a run, of which later ones replace those of the same step: a resumed run goes back a little."""
     state = Progress()
     losses: dict[int, float] = {}
@@ -52,7 +40,7 @@ def read_progress(folder: Path) -> Progress:
     subjects: dict[int, float] = {}
     pictures: dict[int, Path] = {}
     seconds: list[float] = []
-    for event in read_events(folder):
+    for event in read_progress(folder):
         kind, step = event.get("event"), int(event.get("step") or 0)
         if kind == "start":
             state.of, state.step = int(event.get("of") or 0), step

@@ -11,7 +11,7 @@ import gradio as gr
 
 from svfit_dreambooth.config import TOYBOX, TrainConfig
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.progress import read_progress
+from svfit_dreambooth.progress import sum_up
 from svfit_dreambooth.web_app import App, number, plainly
 from svfit_dreambooth.workspace import Visitor, add_photos, photo_files, photo_remarks, rotate_photo
 
@@ -127,7 +127,7 @@ class Draft:
     def _time(self, visitor: Visitor, options: dict[str, Any]) -> str:
         alike = ("pretrained_model_name_or_path", "preset", "resolution", "train_batch_size", "train_text_encoder")
         for job in self.app.jobs.listed(visitor):
-            state = read_progress(self.app.jobs.run_folder(job))
+            state = sum_up(self.app.jobs.run_folder(job))
             if state.seconds_a_step and all(job.options.get(name) == options.get(name) for name in alike):
                 steps = int(options.get("max_train_steps") or state.of)
                 return f"time: about {duration(steps * state.seconds_a_step)}, going by {job.name}"

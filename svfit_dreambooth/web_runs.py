@@ -8,7 +8,7 @@ import gradio as gr
 from svfit_dreambooth import library
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.jobs import Job, library_of
-from svfit_dreambooth.progress import Progress, read_progress
+from svfit_dreambooth.progress import Progress, sum_up
 from svfit_dreambooth.web_app import App, plainly
 from svfit_dreambooth.web_cards import curve
 from svfit_dreambooth.web_draft import Draft, duration
@@ -99,7 +99,7 @@ class Runs:
         states = {job.id: jobs.state(job) for job in listed}
         job = next((job for job in listed if job.id == id), listed[0] if listed else None)
         choices = [(f"{job.name} · {WORDS.get(states[job.id], states[job.id])}", job.id) for job in listed]
-        progress = read_progress(jobs.run_folder(job)) if job else Progress()
+        progress = sum_up(jobs.run_folder(job)) if job else Progress()
         state = states[job.id] if job else ""
         ahead = jobs.ahead(job) if job and state == "queued" else 0
         now = [
