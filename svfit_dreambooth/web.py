@@ -98,7 +98,7 @@ def build_page(
     """The page and what is behind it.  `adapters` are put into the library; `download`: hub ids may be fetched."""
     import gradio as gr
 
-    from svfit_dreambooth import library, web_generate, web_library, web_train
+    from svfit_dreambooth import library, web_api, web_generate, web_library, web_train
     from svfit_dreambooth.jobs import Jobs, library_of
     from svfit_dreambooth.studio import Bases, Studio
     from svfit_dreambooth.web_app import App
@@ -120,6 +120,7 @@ def build_page(
                 web_train.build(app, page, tabs, generate_tab)
             with gr.Tab("Adapters", id="adapters") as tab:
                 web_library.build(app, tabs, tab, generate_tab)
+        web_api.build(app)
     return page, app
 
 

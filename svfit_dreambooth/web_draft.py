@@ -19,11 +19,19 @@ SUBJECTS = Path(__file__).resolve().parent.parent / "toybox" / "subjects"
 BUNDLED = "bundled"  # file beside the photos: the toy whose photos, untouched, they are
 RESOLUTION = {TOYBOX: 64}  # pixels; other bases train at 512 or more
 NAMES = {field.name for field in dataclasses.fields(TrainConfig)}  # options that a run knows
-NUMBERS = ("max_train_steps", "learning_rate", "resolution", "train_batch_size", "seed")
+NUMBERS = (
+    "max_train_steps",
+    "learning_rate",
+    "resolution",
+    "train_batch_size",
+    "validation_steps",
+    "num_inference_steps",
+    "seed",
+)
 # what the form's advanced fields are called, in its order
 ADVANCED = (
-    "max_train_steps", "learning_rate", "rank", "resolution", "train_batch_size", "mixed_precision", "seed",
-    "train_text_encoder", "random_flip", "gradient_checkpointing", "with_prior_preservation",
+    "max_train_steps", "learning_rate", "rank", "resolution", "train_batch_size", "validation_steps",
+    "num_inference_steps", "seed", "mixed_precision", "train_text_encoder", "random_flip", "gradient_checkpointing", "with_prior_preservation",
 )  # fmt: skip
 
 
@@ -59,7 +67,8 @@ class Draft:
         visitor = self.app.visitor(request)
         rotate_photo(self._selected(visitor, selected))
         (visitor.photos / BUNDLED).unlink(missing_ok=True)
-        return (*self._shown(visitor)[:2], selected)
+        thumbs, text, _, buttons = self._shown(visitor)
+        return thumbs, text, selected, buttons
 
     @plainly
     def remove(self, selected: int | None, request: gr.Request) -> tuple[Any, ...]:
@@ -138,7 +147,7 @@ class Draft:
         thumbs = [(self.app.serve(path), f"photo {i}") for i, path in enumerate(paths, 1)]
         lines = photo_remarks(visitor.photos, RESOLUTION[TOYBOX])
         text = "" if not lines else f"**{lines[0]}**" + "".join(f"\n- {html.escape(line)}" for line in lines[1:])
-        return gr.Gallery(thumbs, visible=bool(paths)), text, None
+        return gr.Gallery(thumbs, visible=bool(paths)), text, None, gr.Row(visible=bool(paths))
 
     def _selected(self, visitor: Visitor, selected: int | None) -> Path:
         paths = photo_files(visitor.photos)

@@ -18,7 +18,7 @@ from svfit_dreambooth.workspace import Visitor
 
 ONCE, COMPARED, STRENGTHS = "just paint", "beside the base model", "strengths 0 to 1.5"
 FACTORS: dict[str, tuple[float, ...]] = {ONCE: (1.0,), COMPARED: (0.0, 1.0), STRENGTHS: STRIP}
-MAX_SEED = 2**31 - 1
+SEEDS = 1_000_000  # a new one is chosen among: few enough digits to be told to a friend
 IDLE = '<div class="status" role="status"></div>'
 UNSELECTED = '<div class="settings">Select a picture to see how it was made.</div>'
 
@@ -89,7 +89,7 @@ class Painting:
                     continue
                 gallery, names = keep, keep
                 if event.kind == "picture":
-                    path = self._keep(visitor, order, event.picture)
+                    path = keep_picture(visitor, order, event.picture)
                     text = pictures.caption(event.picture.settings, event.factor if mode != ONCE else 1.0)
                     if event.picture.filtered:
                         text = "blacked out by the content filter · " + text
@@ -131,7 +131,7 @@ class Painting:
             ],
             negative_prompt=(negative or "").strip(),
             num_images=int(count),
-            seed=random.randrange(MAX_SEED) if new_seed or seed is None else int(seed) % 2**63,
+            seed=random.randrange(SEEDS) if new_seed or seed is None else int(seed) % 2**63,
             num_inference_steps=int(steps),
             guidance_scale=number("guidance", guidance),
             width=_whole("width", width),
@@ -142,12 +142,6 @@ class Painting:
         if mode == STRENGTHS:
             order.num_images = 1
         return order, mode
-
-    def _keep(self, visitor: Visitor, order: Order, picture: Any) -> Path:
-        from svfit_dreambooth.generation import free_path, save_picture
-
-        stem = "-".join(path.stem for path, _ in order.adapters)[:80] or "base"
-        return save_picture(picture, free_path(visitor.pictures, stem))
 
     @plainly
     def stop(self, request: gr.Request) -> str:
@@ -248,6 +242,14 @@ class Painting:
             except (SVFitError, OSError):
                 items.append((self.app.serve(path), "") if path.is_file() else None)
         return [item for item in items if item is not None]
+
+
+def keep_picture(visitor: Visitor, order: Order, picture: Any) -> Path:
+    """Writes a picture beside the visitor's others."""
+    from svfit_dreambooth.generation import free_path, save_picture
+
+    stem = "-".join(path.stem for path, _ in order.adapters)[:80] or "base"
+    return save_picture(picture, free_path(visitor.pictures, stem))
 
 
 def _whole(name: str, text: str | None) -> int | None:

@@ -24,6 +24,7 @@ def theme() -> gr.themes.Base:
 
 CSS = """
 .gradio-container { max-width: 1320px !important; margin: 0 auto !important; }
+.gradio-container main, .gradio-container .wrap { width: 100%; }
 #title { margin: 2px 0 0; }
 #title h1 { font-size: 1.35rem; margin: 0; letter-spacing: -.01em; }
 #title p { margin: 2px 0 0; color: var(--body-text-color-subdued); }
@@ -31,17 +32,18 @@ CSS = """
 .warn { border-left: 3px solid #d97706; padding: 2px 0 2px 10px; }
 
 /* progress of a painting or a run: keeps its height, so that nothing jumps */
-.status { min-height: 46px; font-size: .92rem; color: var(--body-text-color-subdued); }
+.status { min-height: 40px; font-size: .92rem; color: var(--body-text-color-subdued); }
 .status .bar { height: 6px; border-radius: 3px; background: var(--border-color-primary); overflow: hidden; margin: 4px 0 6px; }
 .status .bar i { display: block; height: 100%; background: var(--primary-500); border-radius: 3px; transition: width .15s; }
 .status .head { display: flex; justify-content: space-between; gap: 12px; flex-wrap: wrap; }
 .status b { color: var(--body-text-color); font-weight: 600; }
 
 /* pictures: as many in a row as fit */
-.pictures .grid-container { grid-template-columns: repeat(auto-fill, minmax(132px, 1fr)) !important; }
-.pictures .caption-label { max-width: 100% !important; font-size: .75rem; }
+.pictures .grid-container { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)) !important; }
+.pictures .caption-label { max-width: 100% !important; font-size: .7rem; }
 .photos .grid-container { grid-template-columns: repeat(auto-fill, minmax(84px, 1fr)) !important; }
 .photos .grid-wrap, .photos .gallery-container, .photos { height: auto !important; min-height: 0 !important; max-height: 320px; }
+.bottom { align-items: flex-end; }
 .inset { padding: 8px 14px; }
 .settings { font-size: .86rem; color: var(--body-text-color-subdued); overflow-wrap: anywhere; min-height: 2.8em; }
 .settings b { color: var(--body-text-color); }

@@ -28,19 +28,19 @@ def build(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: GenerateTab) -
     with gr.Row():
         with gr.Column(scale=5, min_width=300):
             drop = gr.File(
-                label="Photos: drop 3 to 10 of one subject here", file_count="multiple", file_types=["image"],
-                height=150, elem_id="photos",
+                label="Photos: 3 to 10 of one subject", file_count="multiple", file_types=["image"],
+                height=170, elem_id="photos",
             )  # fmt: skip
             thumbs = gr.Gallery(
                 visible=False, show_label=False, elem_classes="photos", elem_id="thumbs", interactive=False,
                 allow_preview=False, object_fit="cover", columns=6, height="auto", buttons=[],
             )  # fmt: skip
             remarks = gr.Markdown(elem_classes="note", elem_id="photo-remarks")
-            with gr.Row(elem_classes="actions"):
+            with gr.Row(elem_classes="actions", visible=False) as photo_actions:
                 rotate = gr.Button("Rotate", size="sm", interactive=False)
                 remove = gr.Button("Remove", size="sm", interactive=False)
                 clear = gr.Button("Remove all", size="sm")
-            with gr.Row(equal_height=True):
+            with gr.Row(elem_classes="bottom"):
                 toy = gr.Dropdown(bundled_subjects(), value="dog_patch", label="No photos at hand?", min_width=120)
                 take = gr.Button("Take this toy's photos", size="sm", min_width=120, elem_id="take-toy")
             with gr.Group():
@@ -56,7 +56,7 @@ def build(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: GenerateTab) -
                         label="What it is", placeholder="dog", min_width=120, elem_id="kind",
                         info="A plain word for its kind: dog, mug, woman.",
                     )  # fmt: skip
-                shown_prompt = gr.Markdown(elem_classes=["note", "inset"])
+                shown_prompt = gr.Markdown(value=_say_prompt("sks", ""), elem_classes=["note", "inset"])
             base = gr.Dropdown(
                 [TOYBOX], value=TOYBOX, label="Base model", allow_custom_value=True, elem_id="train-base",
                 info="The model that learns. Type a hub id such as owner/name for another one: it is downloaded.",
@@ -86,7 +86,7 @@ def build(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: GenerateTab) -
             with gr.Accordion("Log", open=False):
                 log = gr.HTML()
     panel = [listed, seen, status, curve, sheet, log, stop, resume, try_it, download, forget]
-    shown = [thumbs, remarks, selected]
+    shown = [thumbs, remarks, selected, photo_actions]
     words = [word, kind, base, preset, *advanced]
 
     page.load(draft.show, None, shown, **PRIVATE)
@@ -120,6 +120,9 @@ def _advanced() -> list[Any]:
             resolution = _field("Resolution", "the base's", info="Pixels.")
             batch = _field("Batch", "the preset's", info="Pictures a step.")
             seed = _field("Seed", "0", info="Fixes all chance.")
+        with gr.Row():
+            every = _field("Pictures on the way", "as suits", info="Steps between them.", elem_id="train-every")
+            painting = _field("Their steps", "25", info="Denoising steps.", elem_id="train-painting")
         precision = gr.Radio(["no", "fp16", "bf16"], value="no", label="Mixed precision", info="fp16 or bf16 halve the memory on a GPU.")  # fmt: skip
         text = gr.Checkbox(False, label="Teach the text encoder too")
         flip = gr.Checkbox(False, label="Mirror photos at random; not for writing or faces")
@@ -128,7 +131,7 @@ def _advanced() -> list[Any]:
             False, label="Keep others of its kind apart (prior preservation): about twice as long",
             visible="with_prior_preservation" in NAMES,
         )  # fmt: skip
-    return [steps, rate, rank, resolution, batch, precision, seed, text, flip, checkpointing, prior]
+    return [steps, rate, rank, resolution, batch, every, painting, seed, precision, text, flip, checkpointing, prior]
 
 
 def _field(label: str, placeholder: str, **more: Any) -> gr.Textbox:
