@@ -7,13 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from svfit_dreambooth import __version__
 from svfit_dreambooth.adapter import read_adapter
-from svfit_dreambooth.base_model import BaseModel, check_base_model, open_base_model
+from svfit_dreambooth.base_model import (
+    BaseModel,
+    Pipeline,
+    cast_pipeline,
+    check_base_model,
+    decode_latents,
+    open_base_model,
+)
 from svfit_dreambooth.config import TOYBOX
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.pipeline import load_adapter, loaded_adapters, merge_adapters
@@ -78,7 +84,8 @@ def open_for_adapters(
             allow_other_base=allow_other_base,
             basis_cache_dir=basis_cache_dir,
         )
-    model.pipeline.to(device or default_device(), dtype)
+    cast_pipeline(model.pipeline, dtype)
+    model.pipeline.to(device or default_device())
     return model
 
 
@@ -171,18 +178,23 @@ def generate(
 
 
 def _paint(
-    pipeline: StableDiffusionPipeline, on_denoising_step: Callable[[int, int], bool | None] | None, **arguments: Any
+    pipeline: Pipeline, on_denoising_step: Callable[[int, int], bool | None] | None, **arguments: Any
 ) -> tuple[Image.Image, bool] | None:
     """The picture, and whether the content filter blacked it out; None: `on_denoising_step` stopped it."""
     stopped = False
 
-    def after_step(pipeline: StableDiffusionPipeline, step: int, timestep: int, tensors: dict[str, Any]) -> dict:
+    def after_step(pipeline: Pipeline, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
         nonlocal stopped
         if on_denoising_step is not None and on_denoising_step(step + 1, pipeline.num_timesteps):
             stopped = pipeline._interrupt = True  # the pipeline passes over the steps that are left
         return tensors
 
-    output = pipeline(**arguments, num_images_per_prompt=1, callback_on_step_end=after_step)
+    arguments |= {"num_images_per_prompt": 1, "callback_on_step_end": after_step}
+    unfiltered = getattr(pipeline, "safety_checker", None) is None
+    if pipeline.vae.dtype != pipeline.unet.dtype and unfiltered:  # see cast_pipeline
+        latents = pipeline(**arguments, output_type="latent").images
+        return None if stopped else (decode_latents(pipeline, latents)[0], False)
+    output = pipeline(**arguments)
     flags = getattr(output, "nsfw_content_detected", None)
     return None if stopped else (output.images[0], bool(flags and flags[0]))
 
