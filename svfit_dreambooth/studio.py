@@ -96,8 +96,9 @@ class Told:
 class Studio:
     """Holds at most one open base model."""
 
-    def __init__(self, bases: Bases):
+    def __init__(self, bases: Bases, dtype: str = "float32"):
         self.bases = bases
+        self.dtype = dtype  # in which the base works, by the names of generation.DTYPES
         self._lock = threading.Lock()
         self._model: Any = None
         self._opened: tuple[str, str] | None = None  # (name, options)
@@ -166,8 +167,8 @@ class Studio:
             self._lock.release()
 
     def _open(self, name: str, typed: bool, adapter: str | None, tell: Callable[[Told], None]) -> Any:
-        from svfit_dreambooth.base_model import open_base_model
-        from svfit_dreambooth.generation import default_device
+        from svfit_dreambooth.base_model import cast_pipeline, open_base_model
+        from svfit_dreambooth.generation import DTYPES, default_device
 
         try:
             place, options = self.bases.resolve(name, typed=typed)
@@ -191,6 +192,7 @@ class Studio:
                     raise SVFitError(f"{name} is not on this disk, and {why}: choose a base yourself.") from error
                 raise
             model.pipeline.to(default_device())
+            cast_pipeline(model.pipeline, DTYPES[self.dtype])
             self._model, self._opened = model, key
         return self._model
 

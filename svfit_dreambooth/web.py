@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--listen", nargs="?", const="0.0.0.0", metavar="ADDRESS", help="be reachable from other computers; default: from this one only")  # fmt: skip
     parser.add_argument("--share", action="store_true", help="be reachable from anywhere through a link of Gradio's")
     parser.add_argument("--auth", action="append", default=[], metavar="NAME:PASSWORD", help="ask for it; may be repeated")  # fmt: skip
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="in which pictures are painted")  # fmt: skip
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
     return parser
 
@@ -69,7 +70,7 @@ def serve_page(options: argparse.Namespace) -> None:
     from svfit_dreambooth.web_app import RememberBrowser
     from svfit_dreambooth.web_style import CSS, HEAD, theme
 
-    page, app = build_page(workspace, options.adapter, tuple(options.base), download=not public)
+    page, app = build_page(workspace, options.adapter, tuple(options.base), options.dtype, download=not public)
     app.jobs.start_queue()
     warming = threading.Timer(WARM_UP_AFTER, _warm_up)
     warming.daemon = True
@@ -93,7 +94,12 @@ def serve_page(options: argparse.Namespace) -> None:
 
 
 def build_page(
-    workspace: Workspace, adapters: Sequence[Path] = (), bases: tuple[str, ...] = (), *, download: bool = True
+    workspace: Workspace,
+    adapters: Sequence[Path] = (),
+    bases: tuple[str, ...] = (),
+    dtype: str = "float32",
+    *,
+    download: bool = True,
 ) -> tuple[Any, Any]:
     """The page and what is behind it.  `adapters` are put into the library; `download`: hub ids may be fetched."""
     import gradio as gr
@@ -106,7 +112,7 @@ def build_page(
     own = library_of(workspace, "")
     library.empty_trash(own)
     chosen = [_from_command_line(own, path) for path in adapters]
-    app = App(workspace, Studio(Bases(workspace.models, bases, download)), Jobs(workspace))
+    app = App(workspace, Studio(Bases(workspace.models, bases, download), dtype), Jobs(workspace))
     with gr.Blocks(title="SVFit DreamBooth", analytics_enabled=False, delete_cache=(3600, 7 * 24 * 3600)) as page:
         gr.HTML(
             "<h1>SVFit DreamBooth</h1><p>Teach an image model your dog, mug or toy from a few photos; "

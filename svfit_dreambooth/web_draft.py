@@ -3,7 +3,6 @@
 import dataclasses
 import html
 import re
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from svfit_dreambooth.web_app import App, number, plainly
 from svfit_dreambooth.workspace import Visitor, add_photos, photo_files, photo_remarks, rotate_photo
 
 SUBJECTS = Path(__file__).resolve().parent.parent / "toybox" / "subjects"
-BUNDLED = "bundled"  # file beside the photos: the toy whose photos, untouched, they are
+BUNDLED = ".bundled"  # file beside the photos: the toy whose photos, untouched, they are
 RESOLUTION = {TOYBOX: 64}  # pixels; other bases train at 512 or more
 NAMES = {field.name for field in dataclasses.fields(TrainConfig)}  # options that a run knows
 NUMBERS = (
@@ -124,21 +123,20 @@ class Draft:
 
     def estimate(self, visitor: Visitor, options: dict[str, Any]) -> list[str]:
         """What a run would take, in plain lines: memory, and time as far as earlier runs tell."""
-        lines = []
-        if find_spec("svfit_dreambooth.estimate") is not None:
-            from svfit_dreambooth.estimate import estimate_memory
-            from svfit_dreambooth.preparation import prepare
+        from svfit_dreambooth.estimate import estimate_memory
+        from svfit_dreambooth.preparation import prepare
 
-            photos = {"instance_data_dir": str(visitor.photos), "adapter_name": "estimate", "dry_run": True}
-            lines += estimate_memory(prepare(TrainConfig(**{**photos, **options}))).lines()
-        return [*lines, self._time(visitor, options)]
+        if not photo_files(visitor.photos):
+            raise SVFitError("there are no photos yet: add 3 to 10 of your subject.")
+        photos = {"instance_data_dir": str(visitor.photos), "adapter_name": "estimate", "dry_run": True}
+        run = prepare(TrainConfig(**{**photos, **options}))
+        return [*estimate_memory(run).lines(), self._time(visitor, options, run.config.max_train_steps)]
 
-    def _time(self, visitor: Visitor, options: dict[str, Any]) -> str:
+    def _time(self, visitor: Visitor, options: dict[str, Any], steps: int) -> str:
         alike = ("pretrained_model_name_or_path", "preset", "resolution", "train_batch_size", "train_text_encoder")
         for job in self.app.jobs.listed(visitor):
             state = sum_up(self.app.jobs.run_folder(job))
             if state.seconds_a_step and all(job.options.get(name) == options.get(name) for name in alike):
-                steps = int(options.get("max_train_steps") or state.of)
                 return f"time: about {duration(steps * state.seconds_a_step)}, going by {job.name}"
         return "time: told after the first steps, as no run like it has been made on this computer yet"
 

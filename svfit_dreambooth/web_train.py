@@ -1,13 +1,13 @@
 """The tab that trains: photos, words, settings, and the runs as they go."""
 
-from importlib.util import find_spec
 from typing import Any
 
 import gradio as gr
 
 from svfit_dreambooth.config import TOYBOX
+from svfit_dreambooth.presets import DEFAULT, preset_names
 from svfit_dreambooth.web_app import App
-from svfit_dreambooth.web_draft import NAMES, Draft, bundled_subjects
+from svfit_dreambooth.web_draft import Draft, bundled_subjects
 from svfit_dreambooth.web_generate import PRIVATE, GenerateTab
 from svfit_dreambooth.web_runs import NONE, Runs
 
@@ -61,10 +61,9 @@ def build(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: GenerateTab) -
                 [TOYBOX], value=TOYBOX, label="Base model", allow_custom_value=True, elem_id="train-base",
                 info="The model that learns. Type a hub id such as owner/name for another one: it is downloaded.",
             )  # fmt: skip
-            offered = _presets()
             preset = gr.Radio(
-                [(f"{name}: {PRESETS[name]}" if name in PRESETS else name, name) for name in offered],
-                value="balanced" if "balanced" in offered else None, label="Preset", visible=bool(offered),
+                [(f"{name}: {PRESETS[name]}" if name in PRESETS else name, name) for name in preset_names()],
+                value=DEFAULT, label="Preset",
                 elem_id="preset",
             )  # fmt: skip
             advanced = _advanced()
@@ -129,7 +128,6 @@ def _advanced() -> list[Any]:
         checkpointing = gr.Checkbox(False, label="Less memory, slower (gradient checkpointing)")
         prior = gr.Checkbox(
             False, label="Keep others of its kind apart (prior preservation): about twice as long",
-            visible="with_prior_preservation" in NAMES,
         )  # fmt: skip
     return [steps, rate, rank, resolution, batch, every, painting, seed, precision, text, flip, checkpointing, prior]
 
@@ -137,15 +135,6 @@ def _advanced() -> list[Any]:
 def _field(label: str, placeholder: str, **more: Any) -> gr.Textbox:
     """A number that may be left empty."""
     return gr.Textbox(label=label, placeholder=placeholder, max_lines=1, min_width=110, **more)
-
-
-def _presets() -> list[str]:
-    """The presets that a run knows."""
-    if "preset" not in NAMES or find_spec("svfit_dreambooth.presets") is None:
-        return []
-    from svfit_dreambooth.presets import preset_names
-
-    return preset_names()
 
 
 def _say_prompt(word: str, kind: str) -> str:
