@@ -153,6 +153,16 @@ class Studio:
                     return
 
     @contextmanager
+    def bare(self, path: Path) -> Iterator[Any]:
+        """The base that an adapter file names, without adapters, for nobody else meanwhile."""
+        from svfit_dreambooth.adapter import read_adapter
+
+        with self._lock:
+            model = self._open(read_adapter(path).base_model, False, path.stem, lambda event: None)
+            self._exchange(model, [], False)
+            yield model
+
+    @contextmanager
     def _turn(self, tell: Callable[[Told], None], cancelled: threading.Event) -> Iterator[bool]:
         """Waits until nobody else paints; False: cancelled meanwhile."""
         if not self._lock.acquire(blocking=False):
@@ -191,8 +201,8 @@ class Studio:
                     why = "what a file names is not downloaded unasked" if not typed else "downloads are off here"
                     raise SVFitError(f"{name} is not on this disk, and {why}: choose a base yourself.") from error
                 raise
-            model.pipeline.to(default_device())
             cast_pipeline(model.pipeline, DTYPES[self.dtype])
+            model.pipeline.to(default_device())
             self._model, self._opened = model, key
         return self._model
 

@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--listen", nargs="?", const="0.0.0.0", metavar="ADDRESS", help="be reachable from other computers; default: from this one only")  # fmt: skip
     parser.add_argument("--share", action="store_true", help="be reachable from anywhere through a link of Gradio's")
     parser.add_argument("--auth", action="append", default=[], metavar="NAME:PASSWORD", help="ask for it; may be repeated")  # fmt: skip
-    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="in which pictures are painted")  # fmt: skip
+    parser.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="in which pictures are painted")  # fmt: skip
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
     return parser
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from svfit_dreambooth import library
+from svfit_dreambooth import library, web_export
 from svfit_dreambooth.adapter import read_adapter, save_adapter
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web_app import App, plainly
@@ -93,6 +93,7 @@ class Shelf:
         return changed + 1
 
     def card_names(self, request: gr.Request) -> Any:
+        """For a dropdown."""
         return gr.Dropdown(library.names(self.app.visitor(request).library))
 
 
@@ -121,6 +122,7 @@ def build(app: App, tabs: gr.Tabs, tab: gr.Tab, generate_tab: GenerateTab) -> No
 
     load.upload(shelf.load_files, [load, changed], [changed, load], **PRIVATE)
     undo.click(shelf.undo, [deleted, changed], [changed, deleted, undo_row], **PRIVATE)
+    dropdowns: list[gr.Dropdown] = []
     if find_spec("svfit_dreambooth.combine") is not None:
         with gr.Accordion("Add several into one", open=False):
             gr.Markdown("One file that acts as several together, for subjects of the same base.", elem_classes="note")
@@ -130,8 +132,11 @@ def build(app: App, tabs: gr.Tabs, tab: gr.Tab, generate_tab: GenerateTab) -> No
                 sum_name = gr.Textbox(label="Name of the sum", placeholder="dog-and-mug")
             add = gr.Button("Add them", size="sm")
         add.click(shelf.combine, [parts, factors, sum_name, changed], changed, **PRIVATE)
+        dropdowns.append(parts)
+    dropdowns += [dropdown for dropdown in [web_export.build(app)] if dropdown is not None]
+    for dropdown in dropdowns:
         for trigger in (tab.select, changed.change):
-            trigger(shelf.card_names, None, parts, **PRIVATE)
+            trigger(shelf.card_names, None, dropdown, **PRIVATE)
 
 
 def _card(
