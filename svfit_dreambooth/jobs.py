@@ -146,19 +146,19 @@ class Jobs:
 
     def complaint(self, job: Job) -> str:
         """The sentence with which the command gave up, "" if there is none."""
-        with suppress(OSError):
-            for line in reversed(_tail(self.folder / job.id / "log.txt").splitlines()):
-                if line.startswith("error: "):
-                    return line.removeprefix("error: ")
-                if line.startswith("started "):
-                    break
+        for line in reversed(self.log(job).splitlines()):
+            if line.startswith("error: "):
+                return line.removeprefix("error: ")
+            if line.startswith("started "):
+                break
         return ""
 
     def log(self, job: Job) -> str:
         """The end of what the command printed."""
-        with suppress(OSError):
+        try:
             return _tail(self.folder / job.id / "log.txt")
-        return ""
+        except OSError:
+            return ""
 
     def stop(self, job: Job) -> None:
         """A running one saves what it has learnt and ends; a waiting one leaves the queue."""

@@ -139,7 +139,9 @@ class Runs:
             right = f"{ahead} run{'s' * (ahead != 1)} before it" if ahead else "starts in a moment"
         elif progress.of:
             right = f"step {progress.step} of {progress.of}"
-            if state == "running" and progress.seconds_left is not None:
+            if state == "running" and progress.step == progress.of:
+                right += " · measuring and painting the result"
+            elif state == "running" and progress.seconds_left is not None:
                 right += f" · about {duration(progress.seconds_left)} left"
         elif state == "running":
             right = "preparing photos and base model"

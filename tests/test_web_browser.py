@@ -197,9 +197,9 @@ def test_train_reload_restart_stop_resume_paint_download(server, visit, tmp_path
     open_tab(page, "Adapters")
     page.locator(".card h3", has_text="Bello").wait_for()
     (tmp_path / "evil.safetensors").write_bytes(b"\x80\x04\x95" + bytes(64))
-    page.locator("#import-file input[type=file], input[type=file][accept='.safetensors']").last.set_input_files(
-        tmp_path / "evil.safetensors"
-    )
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name="Import adapter files").click()
+    chooser.value.set_files(tmp_path / "evil.safetensors")
     page.locator(".toast-body", has_text="is a pickle (.pt, .bin, .ckpt)").wait_for()
     page.get_by_role("button", name="Delete", exact=True).last.click()
     page.get_by_text("Bello was deleted.").wait_for()
