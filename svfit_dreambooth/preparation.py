@@ -262,8 +262,11 @@ def _choose_subject(config: TrainConfig) -> None:
     if config.pretrained_model_name_or_path != TOYBOX:
         raise SVFitError("--instance_data_dir is missing: name the folder that holds the photos of your subject.")
     config.instance_data_dir = str(TOYBOX_SUBJECTS / TOYBOX_SUBJECT)
+    kind = TOYBOX_SUBJECT.partition("_")[0]
     if config.instance_prompt is None:
-        config.instance_prompt = f"a photo of sks {TOYBOX_SUBJECT.partition('_')[0]}"
+        config.instance_prompt = f"a photo of sks {kind}"
+    if config.with_prior_preservation and config.class_prompt is None:
+        config.class_prompt = f"a photo of a {kind}"
 
 
 def _choose_class(config: TrainConfig) -> None:
