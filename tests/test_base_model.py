@@ -47,6 +47,7 @@ def options(base, photos, output, **changes):
         "train_batch_size": 2,
         "resolution": 16,
         "fixed_loss_examples": 1,
+        "final_pictures": False,
         "learning_rate": 0.5,
         "text_encoder_lr": 0.5,
         **changes,
