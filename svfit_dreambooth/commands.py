@@ -4,12 +4,13 @@ Heavy imports happen inside the commands, so that --help answers at once.
 """
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from svfit_dreambooth.commands_files import add_file_commands
+from svfit_dreambooth.commands_inspect import add_inspect
 from svfit_dreambooth.errors import SVFitError
 
 
@@ -53,15 +54,20 @@ def _train(arguments: Sequence[str]) -> None:
 
     config = parse_config(arguments, prog="train_dreambooth_svfit.py")
     if config.dry_run:
+        from svfit_dreambooth.estimate import estimate_memory
         from svfit_dreambooth.preparation import prepare
 
         run = prepare(config)
         print(config_to_yaml(run.config))
-        print("\n".join(run.report()))
+        print("\n".join([*run.report(), *estimate_memory(run).lines()]))
         return
+    from accelerate import PartialState
+
     from svfit_dreambooth.training import train
 
-    print(train(config).summary())
+    result = train(config)
+    if PartialState().is_main_process:  # of several that share the run, one speaks
+        print(result.summary())
 
 
 def _dispatch(arguments: Sequence[str]) -> None:
@@ -76,7 +82,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m svfit_dreambooth", description="Generate with adapters, and look into them.")
+    parser = _Parser(
+        prog="python -m svfit_dreambooth", description="Generate with adapters, look into them, and share them."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
     generate = commands.add_parser("generate", help="paint pictures with adapters")
@@ -95,15 +103,12 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--allow_other_base", action="store_true", help="use adapters on a relative of their base")
     generate.set_defaults(run=_generate)
 
-    inspect = commands.add_parser("inspect", help="tell what an adapter file holds")
-    inspect.add_argument("adapter", type=Path)
-    inspect.add_argument("--json", action="store_true", help="print JSON")
-    inspect.set_defaults(run=_inspect)
-
     cache = commands.add_parser("cache", help="list or clear the decomposed bases on this disk")
     cache.add_argument("--clear", action="store_true", help="delete them; they are computed again when needed")
     cache.add_argument("--basis_cache_dir", type=Path, help="default: $SVFIT_CACHE or the user's cache folder")
     cache.set_defaults(run=_cache)
+    add_inspect(commands, _add_base)
+    add_file_commands(commands, _add_base)
     return parser
 
 
@@ -156,25 +161,6 @@ def _generate(options: argparse.Namespace) -> None:
         width=options.width,
         on_picture=save,
     )
-
-
-def _inspect(options: argparse.Namespace) -> None:
-    from svfit_dreambooth.adapter import describe_adapter, read_adapter
-
-    description = describe_adapter(read_adapter(options.adapter), options.adapter)
-    if options.json:
-        print(json.dumps(description, indent=2, ensure_ascii=False))
-        return
-    for key in ("title", "base_model", "instance_prompt", "class_prompt", "file_bytes"):
-        if description.get(key):
-            print(f"{key.replace('_', ' ')}: {description[key]}")
-    for key, value in description["training"].items():
-        print(f"  {key.replace('_', ' ')}: {value}")
-    print(f"{'':28}{'layers':>7}{'values':>9}{'ranks':>12}{'strength':>10}")
-    rows = {**description["components"], **description["blocks"], "total": description["total"]}
-    for name, row in rows.items():
-        ranks = f"{row['rank_min']}" + (f"-{row['rank_max']}" if row["rank_max"] != row["rank_min"] else "")
-        print(f"{name:28}{row['projections']:>7}{row['values']:>9,}{ranks:>12}{row['strength']:>10.4f}")
 
 
 def _cache(options: argparse.Namespace) -> None:

@@ -69,7 +69,7 @@ def open_for_adapters(
     elif not read:
         model = open_base_model(TOYBOX)
     else:
-        model = _named_base(read[0][0].base_model, Path(read[0][1]))
+        model = open_named_base(read[0][0].base_model, Path(read[0][1]))
     taken: set[str] = set()
     for adapter, path, strength in read:
         name = stem = Path(path).stem
@@ -89,7 +89,8 @@ def open_for_adapters(
     return model
 
 
-def _named_base(name: str, path: Path) -> BaseModel:
+def open_named_base(name: str, path: Path) -> BaseModel:
+    """The base that the adapter at `path` calls `name`: toybox, or a hub id that is on this disk; never downloaded."""
     hint = "name the base yourself with --pretrained_model_name_or_path"
     repository, _, revision = name.partition("@")
     if name != TOYBOX and "/" not in repository:

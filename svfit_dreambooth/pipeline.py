@@ -19,7 +19,7 @@ from svfit_dreambooth.adapter import Adapter, read_adapter
 from svfit_dreambooth.attention import (
     add_shifts,
     check_plain,
-    linear_layers,
+    matrix_layers,
     merged,
     patch_layers,
     remove_svfit,
@@ -29,6 +29,7 @@ from svfit_dreambooth.attention import (
 from svfit_dreambooth.base_model import pipeline_components
 from svfit_dreambooth.basis import model_basis, same_base
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.svfit import SVFitLayer, as_matrix
 
 logger = logging.getLogger(__name__)
 
@@ -180,17 +181,17 @@ def _base_weights(
     """The base's weights that the adapter changes: "<component>.<path>" -> (out, in)."""
     weights = {}
     for component, own in shifts.items():
-        found = linear_layers(components[component])
+        found = matrix_layers(components[component])
         for path, shift in own.items():
             layer = found[path][2] if path in found else None
-            if layer is None or len(shift) > min(layer.weight.shape):
+            if layer is None or len(shift) > min(as_matrix(layer.weight).shape):
                 raise SVFitError(
                     f"the adapter {name!r} was trained on {adapter.base_model}, whose {component} is built otherwise "
                     f"than this one ({path}): load it on that base."
                 )
             check_plain(f"{component}.{path}", layer)
-            unmerged = getattr(layer, "unmerged_weight", None)
-            weights[f"{component}.{path}"] = layer.weight.detach() if unmerged is None else unmerged
+            weight = layer.base_weight if isinstance(layer, SVFitLayer) else layer.weight.detach()
+            weights[f"{component}.{path}"] = as_matrix(weight)
     return weights
 
 

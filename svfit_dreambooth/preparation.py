@@ -37,7 +37,7 @@ from svfit_dreambooth.crops import Size, crop_photo, training_size
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.photos import Photo, find_photos, open_mask, open_photo, photo_report
 from svfit_dreambooth.presets import apply_preset
-from svfit_dreambooth.svfit import resolve_rank
+from svfit_dreambooth.svfit import as_matrix, resolve_rank
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Run:
     base: BaseModel
     adapter_name: str
     targets: dict[str, list[str]]  # component -> canonical layer names
-    weights: dict[str, Tensor]  # "<component>.<layer>" -> the base's weight (out, in)
+    weights: dict[str, Tensor]  # "<component>.<layer>" -> the base's weight as a matrix (out, in)
 
     @property
     def adapter_path(self) -> Path:
@@ -76,6 +76,11 @@ class Run:
         pixels = ", ".join(f"{width}x{height} ({count})" for (width, height), count in sorted(sizes.items()))
         lines.append(f"base: {self.base.name}, trained at {pixels} pixels")
         for component, names in self.targets.items():
+            if self.config.budget is not None:
+                total = sum(min(weight.shape) for weight in self.weights.values())
+                share = min(self.config.budget, total)
+                lines.append(f"{component}: {len(names)} layers, a budget of {share:,} of {total:,} values in all")
+                continue
             largest = [min(self.weights[f"{component}.{name}"].shape) for name in names]
             if self.config.energy is not None:
                 lines.append(f"{component}: {len(names)} layers, ranks by energy {self.config.energy}")
@@ -160,7 +165,7 @@ def prepare(config: TrainConfig) -> Run:
                 found[component] = _text_projections(base, component, module)
     targets = {component: list(layers) for component, layers in found.items()}
     weights = {
-        f"{component}.{name}": layer.weight.detach()
+        f"{component}.{name}": as_matrix(layer.weight.detach())
         for component, layers in found.items()
         for name, (_, _, layer) in layers.items()
     }
