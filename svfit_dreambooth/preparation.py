@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from diffusers.optimization import SchedulerType
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
@@ -198,7 +199,9 @@ def encode_examples(run: Run, device: torch.device) -> Examples:
     config = run.config
     prior = None
     if config.with_prior_preservation:
-        prior = _encode(run, make_class_pictures(run, device), str(config.class_prompt), device, of_class=True)
+        with PartialState().main_process_first():  # the others find them painted
+            pictures = make_class_pictures(run, device)
+        prior = _encode(run, pictures, str(config.class_prompt), device, of_class=True)
     examples = _encode(run, run.photos, str(config.instance_prompt), device)
     examples.prior = prior
     return examples
@@ -267,8 +270,11 @@ def _choose_subject(config: TrainConfig) -> None:
     if config.pretrained_model_name_or_path != TOYBOX:
         raise SVFitError("--instance_data_dir is missing: name the folder that holds the photos of your subject.")
     config.instance_data_dir = str(TOYBOX_SUBJECTS / TOYBOX_SUBJECT)
+    kind = TOYBOX_SUBJECT.partition("_")[0]
     if config.instance_prompt is None:
-        config.instance_prompt = f"a photo of sks {TOYBOX_SUBJECT.partition('_')[0]}"
+        config.instance_prompt = f"a photo of sks {kind}"
+    if config.with_prior_preservation and config.class_prompt is None:
+        config.class_prompt = f"a photo of a {kind}"
 
 
 def _choose_class(config: TrainConfig) -> None:
