@@ -95,6 +95,9 @@ class AdapterOptions:
         },
     )
     train_text_encoder: bool = _option(False, "Adapt the attention projections of the text encoder too.")
+    learned_word: str | None = _option(
+        None, 'Word of the instance prompt whose embedding is trained along, such as "sks"; None: no word.'
+    )
     init_adapter: str | None = _option(None, "Adapter file to continue from; None: start at the base.")
     adapter_name: str | None = _option(None, "Name of the adapter and its file; None: that of the photo folder.")
 
@@ -132,6 +135,7 @@ class OptimizationOptions:
     mixed_precision: Literal["no", "fp16", "bf16"] = _option("no", "Type of the frozen weights and the activations.")
     learning_rate: float = _option(None, "AdamW's step for the singular values, in their unit; None: the preset's.")
     text_encoder_lr: float = _option(2e-3, "The same for the text encoder, which needs far less.")
+    learned_word_lr: float = _option(1e-3, "The same for the numbers of the learned word's embedding.")
     lr_scheduler: str = _option("cosine", "Schedule of the learning rate, by diffusers' names.")
     lr_warmup_steps: int = _option(0, "Steps over which the learning rate grows to its value.")
     adam_beta1: float = _option(0.9, "AdamW's decay of the mean gradient.")
@@ -229,7 +233,7 @@ class TrainConfig(
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SVFitError(f"--{name} is {value}: it must be 1 or more.")
-        for name in ("learning_rate", "text_encoder_lr", "adam_epsilon", "max_grad_norm"):
+        for name in ("learning_rate", "text_encoder_lr", "learned_word_lr", "adam_epsilon", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise SVFitError(f"--{name} is {value}: it must be above 0.")

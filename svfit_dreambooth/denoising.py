@@ -148,7 +148,7 @@ class Denoiser:
         return weighted_mean(squares, weight.to(squares))
 
     def _encode(self, draws: list[Draw]) -> Tensor:
-        if self.config.train_text_encoder:
+        if self.config.train_text_encoder or self.config.learned_word:
             ids = torch.stack([draw.source.input_ids[draw.source.prompts[draw.index]] for draw in draws])
             return self.text_encoder(ids.to(self.device))[0]
         embeds = [draw.source.prompt_embeds[draw.source.prompts[draw.index]] for draw in draws]

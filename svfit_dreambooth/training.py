@@ -22,6 +22,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from svfit_dreambooth.adapter import Adapter, read_adapter, save_adapter
+from svfit_dreambooth.adapter_words import LearnedWord, word_key
 from svfit_dreambooth.attention import apply_svfit, get_shifts, remove_svfit, set_shifts
 from svfit_dreambooth.basis import fingerprint, model_basis, same_base
 from svfit_dreambooth.budget import choose_positions, narrowed, spread
@@ -31,6 +32,7 @@ from svfit_dreambooth.denoising import Denoiser
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.features import Features, open_features
 from svfit_dreambooth.files import write_atomically
+from svfit_dreambooth.learned_word import base_rows, learn_word, remove_words, word_pieces
 from svfit_dreambooth.loop import Loop, Step
 from svfit_dreambooth.preparation import Run, encode_examples, prepare
 from svfit_dreambooth.run_folder import lock_run, rewind_progress, set_aside
@@ -124,6 +126,7 @@ def _train(run: Run, accelerator: Accelerator, on_step: Callable[[Step], bool | 
         logger.info(line)
     accelerator.wait_for_everyone()
     examples = encode_examples(run, accelerator.device)
+    word_rows = _word_rows(run)  # in the stored precision: the networks are cast below
     positions = None
     if config.budget is not None:
         positions = choose_positions(run, examples, accelerator.device, WEIGHT_DTYPE[config.mixed_precision])
@@ -133,6 +136,9 @@ def _train(run: Run, accelerator: Accelerator, on_step: Callable[[Step], bool | 
     model = Denoiser(run, examples, *modules, accelerator.device, WEIGHT_DTYPE[config.mixed_precision])
     values = {f"{component}.{name}": shift for component in shifts for name, shift in shifts[component].items()}
     rates = {n: config.learning_rate if n.startswith("unet.") else config.text_encoder_lr for n in values}
+    words = _learn_words(run)
+    values |= words
+    rates |= dict.fromkeys(words, config.learned_word_lr)
     features = Features()
     if config.validation_steps and accelerator.is_main_process:
         features = open_features(run.base.name, config.dino_path, config.clip_path, accelerator.device)
@@ -140,7 +146,7 @@ def _train(run: Run, accelerator: Accelerator, on_step: Callable[[Step], bool | 
     loop = Loop(config, accelerator, model, [m for m in modules if m is not None], values, rates, identity, watch)
 
     accelerator.init_trackers("svfit", config={k: str(v) for k, v in dataclasses.asdict(config).items()})
-    count = sum(value.numel() for value in values.values())
+    count = sum(value.numel() for name, value in values.items() if name not in words)
     loss_before = model.fixed_loss()
     if resumed is None:
         loop.note("start", time=time.time(), step=0, of=config.max_train_steps, adapter_name=run.adapter_name,
@@ -171,12 +177,13 @@ def _train(run: Run, accelerator: Accelerator, on_step: Callable[[Step], bool | 
     adapter = Adapter(
         shifts=learnt if positions is None else spread(learnt, positions),
         base_model=run.base.name,
-        base_fingerprint=fingerprint(run.weights),
+        base_fingerprint=fingerprint(run.weights | word_rows),
         instance_prompt=config.instance_prompt,
         class_prompt=config.class_prompt,
         training=_training_record(run, loop.step, kept, loss_before, loss_after),
         title=run.adapter_name,
         architecture=run.base.architecture,
+        learned_words=_learned_words(run, words),
     )
     if accelerator.is_main_process:
         _save(adapter, run.adapter_path, config)
@@ -187,6 +194,7 @@ def _train(run: Run, accelerator: Accelerator, on_step: Callable[[Step], bool | 
         module = getattr(pipeline, component)
         remove_svfit(module)
         module.eval()
+    remove_words(pipeline.text_encoder.eval())
     if config.gradient_checkpointing:
         pipeline.unet.disable_gradient_checkpointing()
     result = TrainResult(
@@ -268,7 +276,7 @@ def _place(run: Run, accelerator: Accelerator) -> list[Any]:
         unet.enable_gradient_checkpointing()
     waiting = accelerator.device if config.validation_steps else "cpu"
     pipeline.vae.to(waiting)
-    if not config.train_text_encoder:
+    if not config.train_text_encoder and config.learned_word is None:
         text_encoder.to(waiting)
         return [accelerator.prepare(unet), text_encoder]
     text_encoder.to(accelerator.device, dtype).train()
@@ -344,7 +352,12 @@ def _patch(run: Run, positions: Mapping[str, Tensor] | None = None) -> dict[str,
     weights = run.weights
     initial = None if config.init_adapter is None else read_adapter(config.init_adapter)
     if initial is not None:
-        _check_initial(initial, weights, config.init_adapter)
+        for word in initial.learned_words:
+            if word.word != config.learned_word:
+                raise SVFitError(
+                    f"--init_adapter {config.init_adapter} learned a word: add --learned_word {word.word}."
+                )
+        _check_initial(initial, weights | _word_rows(run), config.init_adapter)
     bases = model_basis(
         weights,
         config.rank_value if positions is None else positions,
@@ -366,14 +379,43 @@ def _patch(run: Run, positions: Mapping[str, Tensor] | None = None) -> dict[str,
     return shifts
 
 
+def _learn_words(run: Run) -> dict[str, nn.Parameter]:
+    """Makes the run's word learnable, if it has one: tensor key of the adapter file -> delta (tokens, dim)."""
+    config, pipeline = run.config, run.base.pipeline
+    if config.learned_word is None:
+        return {}
+    delta = learn_word(pipeline.text_encoder, pipeline.tokenizer, config.learned_word)
+    for known in [] if config.init_adapter is None else read_adapter(config.init_adapter).learned_words:
+        delta.data.copy_(known.deltas["text_encoder"])
+    return {word_key("text_encoder", 0): delta}
+
+
+def _learned_words(run: Run, words: Mapping[str, Tensor]) -> list[LearnedWord]:
+    word, tokenizer = run.config.learned_word, run.base.pipeline.tokenizer
+    if word is None:
+        return []
+    tokens = tokenizer.convert_ids_to_tokens(list(word_pieces(tokenizer, word)))
+    return [LearnedWord(word, {"text_encoder": tokens}, {"text_encoder": words[word_key("text_encoder", 0)]})]
+
+
+def _word_rows(run: Run) -> dict[str, Tensor]:
+    """The base's embeddings of the run's word, which belong to the base's fingerprint."""
+    word, pipeline = run.config.learned_word, run.base.pipeline
+    if word is None:
+        return {}
+    pieces = word_pieces(pipeline.tokenizer, word)
+    return {word_key("text_encoder", 0): base_rows(pipeline.text_encoder, pieces)}
+
+
 def _check_initial(initial: Adapter, weights: dict[str, Tensor], path: str | None) -> None:
+    learned = {word_key(component, i) for i, word in enumerate(initial.learned_words) for component in word.deltas}
     missing = sorted(set(initial.shifts) - set(weights))
     if missing:
         raise SVFitError(
             f"--init_adapter {path} adapts {missing[0]}, which this run does not train: "
             "use the same --target_modules and --train_text_encoder as its run."
         )
-    own = {name: weights[name] for name in initial.shifts}
+    own = {name: weight for name, weight in weights.items() if name in initial.shifts or name in learned}
     if same_base(initial.base_fingerprint, own) == "different":
         raise SVFitError(f"--init_adapter {path} was trained on another base model, {initial.base_model}.")
 
