@@ -23,10 +23,13 @@ from safetensors.torch import save as serialize
 from svfit_dreambooth.adapter_checks import (
     FORMAT,
     FORMAT_VERSION,
+    INDEX_SUFFIX,
+    POSITION_DTYPES,
     SUFFIX,
     check_container,
     check_header_entry,
     check_kind,
+    check_positions,
     check_same_projections,
     file_sha256,
     json_object,
@@ -38,6 +41,7 @@ from svfit_dreambooth.errors import SVFitError
 
 MODELSPEC = {"sai_model_spec", "architecture", "implementation", "title", "date", "hash_sha256", "trigger_phrase"}
 OWN_METADATA = {f"modelspec.{name}" for name in MODELSPEC} | {"format", "format_version", "payload_sha256"}
+SPARSE_ENTRY_BYTES = 160  # what a second tensor costs in the header, about
 OWN_METADATA |= {"base_model", "base_fingerprint", "targets", "instance_prompt", "class_prompt", "training"}
 
 
@@ -45,7 +49,7 @@ OWN_METADATA |= {"base_model", "base_fingerprint", "targets", "instance_prompt",
 class Adapter:
     """What an adapter file holds."""
 
-    shifts: dict[str, torch.Tensor]  # canonical projection name, without ".shift" -> (rank,), float32
+    shifts: dict[str, torch.Tensor]  # canonical projection name, without ".shift" -> (rank,), float32, leading first
     base_model: str  # hub id (with "@revision"), "toybox", or a display name
     base_fingerprint: dict[str, Any]
     instance_prompt: str | None = None
@@ -57,8 +61,8 @@ class Adapter:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Projection name -> number of values."""
-        return {name: shift.numel() for name, shift in self.shifts.items()}
+        """Projection name -> number of values that its file holds."""
+        return {name: len(_compact(shift)[0]) for name, shift in self.shifts.items()}
 
     @property
     def components(self) -> list[str]:
@@ -76,7 +80,8 @@ class Adapter:
 def save_adapter(adapter: Adapter, path: str | Path, dtype: torch.dtype = torch.float16) -> Path:
     """Write `adapter` to `path`, all or nothing: a file already there stays whole until the new one is complete.
 
-    Missing parent folders are made.  Nothing of the author's disk is stored: a `base_model` that is an absolute path,
+    Missing parent folders are made.  A shift that is mostly zeros is written as the others and their positions, where
+    that is smaller; read again it ends at the last of them.  Nothing of the author's disk is stored: a `base_model` that is an absolute path,
     or has more than the one slash of a hub id, is reduced to its last component, and so are absolute paths among the
     values of `training`; keys of `training` that end in _dir, _path or _file are left out.
 
@@ -87,11 +92,17 @@ def save_adapter(adapter: Adapter, path: str | Path, dtype: torch.dtype = torch.
     path = Path(path)
     if path.is_dir():
         raise SVFitError(f"'{path}' is a folder: name a file in it, such as '{path / 'adapter.safetensors'}'.")
-    tensors = {name + SUFFIX: _stored(name, shift, dtype) for name, shift in adapter.shifts.items()}
+    tensors = {}
+    for name, shift in adapter.shifts.items():
+        values, positions = _compact(_stored(name, shift, dtype))
+        tensors[name + SUFFIX] = values
+        if positions is not None:
+            tensors[name + INDEX_SUFFIX] = positions
     if not tensors:
         raise SVFitError(f"The adapter for '{path}' holds no shifts: nothing was saved.")
     try:
-        content = serialize(tensors, _metadata(adapter, path, _payload_sha256(tensors)))
+        ranks = {name: tensors[name + SUFFIX].numel() for name in adapter.shifts}
+        content = serialize(tensors, _metadata(adapter, path, ranks, _payload_sha256(tensors)))
     except UnicodeEncodeError as error:
         raise SVFitError(f"The metadata holds text that isn't valid Unicode ({error.object!r}): correct it.") from None
     _write_atomically(path, content)
@@ -122,6 +133,15 @@ def _stored(name: str, shift: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return stored
 
 
+def _compact(shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The values of `shift` that a file holds, and their positions, ascending; None where it holds all in order."""
+    positions = shift.nonzero().flatten().to("cpu", torch.int16 if len(shift) <= 2**15 else torch.int32)
+    sparse = len(positions) * (2 + positions.element_size()) + SPARSE_ENTRY_BYTES  # bytes, in float16
+    if len(positions) == 0 or sparse >= 2 * len(shift):
+        return shift, None
+    return shift[positions.long()].contiguous(), positions
+
+
 def _payload_sha256(tensors: dict[str, torch.Tensor]) -> str:
     """SHA-256 of the bytes after the header; metadata lives in the header and doesn't move them."""
     content = serialize(tensors)
@@ -129,14 +149,14 @@ def _payload_sha256(tensors: dict[str, torch.Tensor]) -> str:
     return hashlib.sha256(content[8 + header_bytes :]).hexdigest()
 
 
-def _metadata(adapter: Adapter, path: Path, payload_sha256: str) -> dict[str, str]:
+def _metadata(adapter: Adapter, path: Path, ranks: dict[str, int], payload_sha256: str) -> dict[str, str]:
     metadata = {key: value for key, value in adapter.metadata.items() if key not in OWN_METADATA}
     metadata |= {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
         "base_model": _display_name(adapter.base_model),
         "base_fingerprint": _to_json("base_fingerprint", adapter.base_fingerprint),
-        "targets": _to_json("targets", adapter.ranks),
+        "targets": _to_json("targets", ranks),
         "training": _to_json("training", _without_paths(adapter.training)),
         "payload_sha256": payload_sha256,
         "modelspec.sai_model_spec": "1.0.1",
@@ -218,12 +238,20 @@ def read_adapter(path: str | Path) -> Adapter:
         keys, metadata = list(file.keys()), dict(file.metadata() or {})
         check_kind(path, keys, metadata)
         targets = read_targets(path, metadata)
-        check_same_projections(path, keys, targets)
+        indexed = check_same_projections(path, keys, targets)
         for name, rank in targets.items():
-            check_header_entry(path, name, rank, file.get_slice(name + SUFFIX))
+            check_header_entry(path, name + SUFFIX, rank, file.get_slice(name + SUFFIX))
+            if name in indexed:
+                check_header_entry(
+                    path, name + INDEX_SUFFIX, rank, file.get_slice(name + INDEX_SUFFIX), POSITION_DTYPES
+                )
         if file_sha256(path, payload_start) != required(path, metadata, "payload_sha256").lower():
             raise SVFitError(f"The values in '{path}' don't match its payload_sha256, so it is damaged: copy it again.")
         shifts = {name: file.get_tensor(name + SUFFIX).to(torch.float32, copy=True) for name in targets}
+        positions = {name: file.get_tensor(name + INDEX_SUFFIX).long() for name in indexed}
+    check_positions(path, positions)
+    for name, places in positions.items():
+        shifts[name] = torch.zeros(int(places[-1]) + 1).index_copy(0, places, shifts[name])
     for name, shift in shifts.items():
         if not torch.isfinite(shift).all():
             raise SVFitError(f"'{path}' holds NaN or infinity in '{name}{SUFFIX}': train the adapter again.")
@@ -253,7 +281,7 @@ def describe_adapter(adapter: Adapter, path: str | Path | None = None) -> dict[s
     by_block: dict[str, list[torch.Tensor]] = {}
     for name in sorted(adapter.shifts, key=_natural):
         by_component.setdefault(name.partition(".")[0], []).append(adapter.shifts[name])
-        by_block.setdefault(_block(name), []).append(adapter.shifts[name])
+        by_block.setdefault(block_name(name), []).append(adapter.shifts[name])
     description: dict[str, Any] = {
         "title": adapter.title,
         "base_model": adapter.base_model,
@@ -270,7 +298,7 @@ def describe_adapter(adapter: Adapter, path: str | Path | None = None) -> dict[s
 
 
 def _summary(shifts: list[torch.Tensor]) -> dict[str, int | float]:
-    ranks = [shift.numel() for shift in shifts] or [0]
+    ranks = [len(_compact(shift)[0]) for shift in shifts] or [0]
     squares = sum(shift.double().square().sum().item() for shift in shifts)
     return {
         "projections": len(shifts),
@@ -281,7 +309,7 @@ def _summary(shifts: list[torch.Tensor]) -> dict[str, int | float]:
     }
 
 
-def _block(name: str) -> str:
+def block_name(name: str) -> str:
     """'unet.down_blocks.0.attentions.1...' -> 'unet down_blocks.0'; a block without number keeps its plain name."""
     component, *parts = name.split(".")
     first_number = next((i for i, part in enumerate(parts) if part.isdecimal()), 0)

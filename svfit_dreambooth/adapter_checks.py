@@ -6,12 +6,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from svfit_dreambooth.errors import SVFitError
 
 FORMAT = "svfit"
 FORMAT_VERSION = 1
 SUFFIX = ".shift"
+INDEX_SUFFIX = ".index"
 DTYPES = ("F16", "F32", "BF16")  # safetensors' words for what a file may hold
+POSITION_DTYPES = ("I16", "I32")
+MAX_VALUES = 2**24  # up to the highest positions, all layers together: 64 MB in memory, ten times all of SDXL
 MAX_HEADER_BYTES = 16 * 2**20  # all of SDXL needs about 0.3 MB
 
 
@@ -116,27 +121,38 @@ def read_targets(path: Path, metadata: dict[str, str]) -> dict[str, int]:
     return targets
 
 
-def check_same_projections(path: Path, keys: list[str], targets: dict[str, int]) -> None:
-    """Refuse a file that holds less or more than its header lists."""
+def check_same_projections(path: Path, keys: list[str], targets: dict[str, int]) -> set[str]:
+    """Refuse a file that holds less or more than its header lists; return the projections that have an index."""
     expected = {name + SUFFIX for name in targets}
+    indices = {name + INDEX_SUFFIX for name in targets}
     if missing := sorted(expected - set(keys)):
         raise SVFitError(
             f"'{path}' lacks {len(missing)} of the {len(expected)} tensors its targets list, first '{missing[0]}': "
             "copy or download it again."
         )
-    if surplus := sorted(set(keys) - expected):
+    if surplus := sorted(set(keys) - expected - indices):
         raise SVFitError(
             f"'{path}' holds {len(surplus)} tensors that its targets don't list, first '{surplus[0]}': save it again."
         )
+    return {key.removesuffix(INDEX_SUFFIX) for key in indices & set(keys)}
 
 
-def check_header_entry(path: Path, name: str, rank: int, entry: Any) -> None:
+def check_header_entry(path: Path, key: str, rank: int, entry: Any, dtypes: tuple[str, ...] = DTYPES) -> None:
     """Refuse a tensor by the shape and type its header gives (`entry`: safe_open's get_slice)."""
     shape, dtype = list(entry.get_shape()), entry.get_dtype()
     if shape != [rank]:
-        raise SVFitError(f"'{name}{SUFFIX}' in '{path}' has shape {shape}, its targets say [{rank}]: save it again.")
-    if dtype not in DTYPES:
-        raise SVFitError(f"'{name}{SUFFIX}' in '{path}' is {dtype}, only {', '.join(DTYPES)} are read: save it again.")
+        raise SVFitError(f"'{key}' in '{path}' has shape {shape}, its targets say [{rank}]: save it again.")
+    if dtype not in dtypes:
+        raise SVFitError(f"'{key}' in '{path}' is {dtype}, only {', '.join(dtypes)} are read: save it again.")
+
+
+def check_positions(path: Path, positions: dict[str, Tensor]) -> None:
+    """Refuse positions (r,) of values that don't ascend from 0, and those for which no base is large enough."""
+    for name, places in positions.items():
+        if places[0] < 0 or (places[1:] <= places[:-1]).any():
+            raise SVFitError(f"'{name}{INDEX_SUFFIX}' in '{path}' doesn't ascend from 0: save it again.")
+    if (total := sum(int(places[-1]) + 1 for places in positions.values())) > MAX_VALUES:
+        raise SVFitError(f"'{path}' claims positions among {total} values, {MAX_VALUES} is the limit here.")
 
 
 def file_sha256(path: Path, start: int) -> str:

@@ -1,8 +1,9 @@
-"""Which projections of a model SVFit adapts, and putting its layers in and taking them out.
+"""Which layers of a model SVFit adapts, and putting its layers in and taking them out.
 
 A diffusers attention processor computes with the projections of its attention module: `to_q`, `to_k`, `to_v`
 and `to_out.0` of a UNet, `q_proj`, `k_proj`, `v_proj` and `out_proj` of a CLIP text encoder.  Replacing those
 projections patches every processor that may be installed, now or later, and leaves the rest of the model alone.
+They are the default; the feed-forward layers beside them, the convolutions, or everything may be adapted too.
 
 Names are those that published checkpoints use ("canonical"): without the wrappers that PEFT and torch.compile
 put around layers and modules, and with the `text_model.` level that some transformers versions have dropped.
@@ -10,17 +11,21 @@ put around layers and modules, and with the `text_model.` level that some transf
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.svfit import Rank, SVFitLinear, decompose
+from svfit_dreambooth.svfit import Rank, SVFitConv2d, SVFitLayer, SVFitLinear, as_matrix, decompose
 
 UNET_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_ENCODER_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+UNET_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
+TEXT_ENCODER_FEED_FORWARD = ("mlp.fc1", "mlp.fc2")
+Layer = nn.Linear | nn.Conv2d
+PLAIN_LAYERS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, nn.Conv2d, SVFitLinear, SVFitConv2d)
 
 
 def canonical_name(model: nn.Module, path: str) -> str:
@@ -32,8 +37,8 @@ def canonical_name(model: nn.Module, path: str) -> str:
     return name
 
 
-def linear_layers(model: nn.Module) -> dict[str, tuple[nn.Module, str, nn.Linear]]:
-    """Every linear layer of `model`: canonical name -> (parent module, attribute, layer).
+def matrix_layers(model: nn.Module) -> dict[str, tuple[nn.Module, str, Layer]]:
+    """Every linear layer and 2-D convolution of `model`: canonical name -> (parent module, attribute, layer).
 
     The layers of PEFT's own adapters are neighbours and not among them.  Raises SVFitError where attention
     projections are fused into copies of the weights, on which a patch would have no effect.
@@ -46,52 +51,69 @@ def linear_layers(model: nn.Module) -> dict[str, tuple[nn.Module, str, nn.Linear
         )
     layers = {}
     for path, layer in model.named_modules(remove_duplicate=False):
-        if isinstance(layer, nn.Linear) and ".lora_" not in path:
+        if isinstance(layer, nn.Linear | nn.Conv2d) and ".lora_" not in path:
             parent_path, _, attribute = path.rpartition(".")
             layers[canonical_name(model, path)] = (model.get_submodule(parent_path), attribute, layer)
     return layers
 
 
-def check_plain(name: str, layer: nn.Linear) -> None:
+def linear_layers(model: nn.Module) -> dict[str, tuple[nn.Module, str, nn.Linear]]:
+    """The linear ones among `matrix_layers`."""
+    return {name: found for name, found in matrix_layers(model).items() if isinstance(found[2], nn.Linear)}  # type: ignore[misc]
+
+
+def check_plain(name: str, layer: Layer) -> None:
     """Raises SVFitError for a quantised layer: its weight cannot be decomposed."""
-    if type(layer) not in (nn.Linear, SVFitLinear, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        raise SVFitError(f"{name} is a {type(layer).__name__}, not a plain linear layer: load the base unquantised.")
+    if type(layer) not in PLAIN_LAYERS:
+        kind = "convolution" if isinstance(layer, nn.Conv2d) else "linear layer"
+        raise SVFitError(f"{name} is a {type(layer).__name__}, not a plain {kind}: load the base unquantised.")
     if not layer.weight.is_floating_point():
         raise SVFitError(f"{name} holds {layer.weight.dtype} values: load the base in float32, float16 or bfloat16.")
 
 
 def find_projections(
     model: nn.Module, target_modules: Sequence[str] | None = None
-) -> dict[str, tuple[nn.Module, str, nn.Linear]]:
-    """The linear layers of `model` to adapt, as `linear_layers` gives them.
+) -> dict[str, tuple[nn.Module, str, Layer]]:
+    """The layers of `model` to adapt, as `matrix_layers` gives them.
 
-    `target_modules`: names or name endings such as "to_q" or "attn2.to_k"; None means every attention
-    projection where the model has attention modules of the two kinds above, else every `nn.Linear`; the word
-    "attention" stands for the former, "all-linear" for the latter.
-    Raises SVFitError for a target that matches nothing, and as `linear_layers` and `check_plain` do.
+    `target_modules`: any of
+        "attention"      every attention projection of the two kinds above
+        "feed-forward"   the two linear layers behind each attention, of UNet and text encoder
+        "conv"           every convolution
+        "all-linear"     every linear layer
+        "all"            every linear layer and convolution
+    and names or name endings such as "to_q" or "attn2.to_k".  None means "attention" where the model has any, else
+    "all-linear".
+    Raises SVFitError for a target that matches nothing, and as `matrix_layers` and `check_plain` do.
     """
-    linears = linear_layers(model)
-    attention = _attention_names(model, linears)
+    layers = matrix_layers(model)
+    linears = {name for name, (_, _, layer) in layers.items() if isinstance(layer, nn.Linear)}
+    attention = _attention_names(model, layers)
+    words = {
+        "attention": attention,
+        "feed-forward": _ending(linears, *UNET_FEED_FORWARD, *TEXT_ENCODER_FEED_FORWARD),
+        "conv": set(layers) - linears,
+        "all-linear": linears,
+        "all": set(layers),
+    }
     if target_modules is None:
-        chosen = attention or set(linears)
+        chosen = attention or linears
     else:
         if isinstance(target_modules, str):
             target_modules = [target_modules]
         chosen = set()
         for target in target_modules:
-            matched = {
-                "attention": attention,
-                "all-linear": set(linears),
-            }.get(target) or {name for name in linears if name == target or name.endswith("." + target)}
+            matched = words.get(target) or _ending(layers, target)
             if not matched:
                 raise SVFitError(
-                    f"target module {target!r} matches no linear layer of {type(_unwrapped(model)).__name__}: "
-                    f"use endings such as {', '.join(repr(t) for t in _known_endings(linears))}."
+                    f"target module {target!r} matches no linear layer or convolution of "
+                    f"{type(_unwrapped(model)).__name__}: use {', '.join(words)}, or endings such as "
+                    f"{', '.join(repr(t) for t in _known_endings(layers))}."
                 )
             chosen |= matched
     if not chosen:
         raise SVFitError(f"{type(_unwrapped(model)).__name__} has no linear layer to adapt.")
-    found = {name: linears[name] for name in linears if name in chosen}
+    found = {name: layers[name] for name in layers if name in chosen}
     for name, (_, _, layer) in found.items():
         check_plain(name, layer)
     return found
@@ -105,7 +127,7 @@ def apply_svfit(
     energy: float | None = None,
     basis: Mapping[str, tuple[Tensor, Tensor]] | None = None,
 ) -> dict[str, nn.Parameter]:
-    """Freezes `model` and replaces its targeted layers by `SVFitLinear`; returns the trainable shifts by name.
+    """Freezes `model` and replaces its targeted layers by SVFit layers; returns the trainable shifts by name.
 
     `rank`, `energy`: how many singular values to train in each layer, see `svfit.resolve_rank`.
     `target_modules`: see `find_projections`.  `basis`: name -> U (out, r), Vh (r, in) of every targeted layer, in
@@ -113,13 +135,13 @@ def apply_svfit(
     The model computes what it computed before, to the bit, until a shift changes.
     """
     found = find_projections(model, target_modules)
-    if any(isinstance(layer, SVFitLinear) for _, _, layer in found.values()):
+    if any(isinstance(layer, SVFitLayer) for _, _, layer in found.values()):
         raise SVFitError(f"{type(_unwrapped(model)).__name__} has SVFit layers already: call remove_svfit first.")
 
     if basis is None:
         bases = {}
         for name, (_, _, layer) in found.items():
-            U, _, Vh = decompose(layer.weight, rank, energy=energy)
+            U, _, Vh = decompose(as_matrix(layer.weight), rank, energy=energy)
             bases[name] = (U, Vh)
     else:
         missing = sorted(set(found) - set(basis))
@@ -130,17 +152,17 @@ def apply_svfit(
     return {name: layer.shift for name, layer in patch_layers(model, bases).items()}
 
 
-def patch_layers(model: nn.Module, bases: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, SVFitLinear]:
-    """Puts an `SVFitLinear` with the basis (U, Vh) in place of every layer that `bases` names canonically.
+def patch_layers(model: nn.Module, bases: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, SVFitLayer]:
+    """Puts an SVFit layer with the basis (U, Vh) in place of every layer that `bases` names canonically.
 
     A layer that was patched before is patched anew, with its shift at zero.
     """
-    found = linear_layers(model)
-    patched = {}
+    found = matrix_layers(model)
+    patched: dict[str, SVFitLayer] = {}
     for name, (U, Vh) in bases.items():
         parent, attribute, layer = found[name]
-        linear = layer.to_linear() if isinstance(layer, SVFitLinear) else layer
-        patched[name] = SVFitLinear(linear, U, Vh)
+        plain = layer.to_plain() if isinstance(layer, SVFitLayer) else layer
+        patched[name] = SVFitConv2d(plain, U, Vh) if isinstance(plain, nn.Conv2d) else SVFitLinear(plain, U, Vh)
         _replace(parent, attribute, patched[name])
     for module in model.modules():
         if hasattr(module, "fuse_projections"):
@@ -149,20 +171,20 @@ def patch_layers(model: nn.Module, bases: Mapping[str, tuple[Tensor, Tensor]]) -
 
 
 def remove_svfit(model: nn.Module) -> None:
-    """Puts plain linear layers back: the base again, to the bit."""
+    """Puts the plain layers back: the base again, to the bit."""
     for path, layer in list(model.named_modules()):
-        if isinstance(layer, SVFitLinear):
+        if isinstance(layer, SVFitLayer):
             parent_path, _, attribute = path.rpartition(".")
-            _replace(model.get_submodule(parent_path), attribute, layer.to_linear())
+            _replace(model.get_submodule(parent_path), attribute, layer.to_plain())
     for module in model.modules():
         if vars(module).get("fuse_projections") is _fusing_forbidden:
             del module.fuse_projections
 
 
-def svfit_layers(model: nn.Module) -> dict[str, SVFitLinear]:
+def svfit_layers(model: nn.Module) -> dict[str, SVFitLayer]:
     """The SVFit layers of `model` by canonical name."""
     return {
-        canonical_name(model, path): layer for path, layer in model.named_modules() if isinstance(layer, SVFitLinear)
+        canonical_name(model, path): layer for path, layer in model.named_modules() if isinstance(layer, SVFitLayer)
     }
 
 
@@ -246,21 +268,26 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
-def _attention_names(model: nn.Module, linears: Mapping[str, object]) -> set[str]:
+def _ending(names: Iterable[str], *endings: str) -> set[str]:
+    """Those of `names` that are, or end in, one of `endings`."""
+    return {name for name in names for ending in endings if name == ending or name.endswith("." + ending)}
+
+
+def _attention_names(model: nn.Module, layers: Mapping[str, object]) -> set[str]:
     names = set()
     for path, module in model.named_modules():
         for projections in (UNET_PROJECTIONS, TEXT_ENCODER_PROJECTIONS):
             if all(hasattr(module, projection.partition(".")[0]) for projection in projections):
                 prefix = canonical_name(model, f"{path}.x")[:-1]
-                names |= {prefix + projection for projection in projections} & set(linears)
+                names |= {prefix + projection for projection in projections} & set(layers)
     return names
 
 
-def _known_endings(linears: Mapping[str, object]) -> list[str]:
-    endings = [name.rpartition(".")[2] for name in linears]
+def _known_endings(layers: Mapping[str, object]) -> list[str]:
+    endings = [name.rpartition(".")[2] for name in layers]
     endings = [
         ".".join(name.split(".")[-2:]) if ending.isdigit() else ending
-        for name, ending in zip(linears, endings, strict=True)
+        for name, ending in zip(layers, endings, strict=True)
     ]
     return sorted(set(endings))[:12]
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.svfit import Rank, decompose, resolve_rank
+from svfit_dreambooth.svfit import Rank, as_matrix, decompose, resolve_rank
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +47,10 @@ def default_cache_dir() -> Path:
 def canonical_weight(weight: Tensor) -> Tensor:
     """The numbers that are hashed and decomposed: `weight` (out, in) rounded to float16, then bfloat16, on the CPU.
 
-    A weight with values beyond float16's range skips that step.
+    That of a convolution, (out, in, h, w), becomes a matrix (out, in * h * w).  A weight with values beyond float16's
+    range skips the first rounding.
     """
-    weight = weight.detach().cpu()
+    weight = as_matrix(weight.detach().cpu())
     rounded = weight.to(torch.float16)
     if torch.isinf(rounded).any():
         rounded = weight
@@ -130,10 +131,14 @@ class Directions:
         """U (out, rank), Vh (rank, in)."""
         return self.Ut[:rank].mT, self.Vh[:rank]
 
+    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """U (out, r), Vh (r, in) of the triplets at `positions` (r,)."""
+        return self.Ut[positions].mT, self.Vh[positions]
+
 
 def model_basis(
     weights: Mapping[str, Tensor],
-    rank: Rank | Mapping[str, int] = "full",
+    rank: Rank | Mapping[str, int] | Mapping[str, Tensor] = "full",
     *,
     energy: float | None = None,
     cache_dir: Path | None = None,
@@ -143,8 +148,8 @@ def model_basis(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """The leading directions of every weight: name -> U (out, r), Vh (r, in), float32, r chosen per layer.
 
-    `weights`: name -> (out, in).  `rank`, `energy`: see `svfit.resolve_rank`; a mapping gives every layer its
-    own.  What is missing in `cache_dir` (None: `default_cache_dir()`) is decomposed, with a progress bar, and
+    `weights`: name -> (out, in), or (out, in, h, w) of a convolution.  `rank`, `energy`: see `svfit.resolve_rank`; a mapping gives every layer its
+    own, and with tensors of positions (r,) not the leading directions but those.  What is missing in `cache_dir` (None: `default_cache_dir()`) is decomposed, with a progress bar, and
     put there.  A layer whose directions rounding decides is named in a warning.
     """
     folder = (cache_dir or default_cache_dir()) / "basis"
@@ -152,14 +157,14 @@ def model_basis(
     missing: dict[str, Path] = {}
     for name, weight in weights.items():
         path = folder / f"{weight_hash(weight)}.safetensors"
-        directions = _read(path, tuple(weight.shape)) if use_cache else None
+        directions = _read(path, tuple(as_matrix(weight).shape)) if use_cache else None
         if directions is None:
             missing[name] = path
         else:
             found[name] = directions
     for name in tqdm(missing, desc=description, unit="matrix", disable=not missing, leave=False):
         U, S, Vh = decompose(canonical_weight(weights[name]), driver=driver)
-        if is_ambiguous(S, tuple(weights[name].shape)):
+        if is_ambiguous(S, tuple(as_matrix(weights[name]).shape)):
             logger.warning(
                 "the singular values of %s coincide within rounding, so its directions are not unique: an adapter "
                 "trained on this copy of the base may act differently on another copy.",
@@ -171,7 +176,10 @@ def model_basis(
     chosen = {}
     for name in weights:
         own = rank[name] if isinstance(rank, Mapping) else rank
-        chosen[name] = found[name].leading(resolve_rank(found[name].S, own, energy))
+        if isinstance(own, Tensor):
+            chosen[name] = found[name].at(own)
+        else:
+            chosen[name] = found[name].leading(resolve_rank(found[name].S, own, energy))
     return chosen
 
 

@@ -187,6 +187,8 @@ def run_identity(run: Run) -> dict[str, Any]:
     digest = hashlib.sha256()
     for photo in run.photos:
         digest.update(photo.path.read_bytes() + (photo.caption or "").encode())
+        if photo.mask not in (None, photo.path):
+            digest.update(photo.mask.read_bytes())
     return {"photos": digest.hexdigest(), "base": fingerprint(run.weights), **options}
 
 

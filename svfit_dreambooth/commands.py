@@ -4,12 +4,14 @@ Heavy imports happen inside the commands, so that --help answers at once.
 """
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from svfit_dreambooth.commands_files import add_file_commands
+from svfit_dreambooth.commands_inspect import add_inspect
+from svfit_dreambooth.commands_push import add_push
 from svfit_dreambooth.errors import SVFitError
 
 
@@ -81,7 +83,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m svfit_dreambooth", description="Generate with adapters, and look into them.")
+    parser = _Parser(
+        prog="python -m svfit_dreambooth", description="Generate with adapters, look into them, and share them."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
     generate = commands.add_parser("generate", help="paint pictures with adapters")
@@ -100,15 +104,13 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--allow_other_base", action="store_true", help="use adapters on a relative of their base")
     generate.set_defaults(run=_generate)
 
-    inspect = commands.add_parser("inspect", help="tell what an adapter file holds")
-    inspect.add_argument("adapter", type=Path)
-    inspect.add_argument("--json", action="store_true", help="print JSON")
-    inspect.set_defaults(run=_inspect)
-
     cache = commands.add_parser("cache", help="list or clear the decomposed bases on this disk")
     cache.add_argument("--clear", action="store_true", help="delete them; they are computed again when needed")
     cache.add_argument("--basis_cache_dir", type=Path, help="default: $SVFIT_CACHE or the user's cache folder")
     cache.set_defaults(run=_cache)
+    add_inspect(commands, _add_base)
+    add_file_commands(commands, _add_base)
+    add_push(commands)
     return parser
 
 
@@ -161,25 +163,6 @@ def _generate(options: argparse.Namespace) -> None:
         width=options.width,
         on_picture=save,
     )
-
-
-def _inspect(options: argparse.Namespace) -> None:
-    from svfit_dreambooth.adapter import describe_adapter, read_adapter
-
-    description = describe_adapter(read_adapter(options.adapter), options.adapter)
-    if options.json:
-        print(json.dumps(description, indent=2, ensure_ascii=False))
-        return
-    for key in ("title", "base_model", "instance_prompt", "class_prompt", "file_bytes"):
-        if description.get(key):
-            print(f"{key.replace('_', ' ')}: {description[key]}")
-    for key, value in description["training"].items():
-        print(f"  {key.replace('_', ' ')}: {value}")
-    print(f"{'':28}{'layers':>7}{'values':>9}{'ranks':>12}{'strength':>10}")
-    rows = {**description["components"], **description["blocks"], "total": description["total"]}
-    for name, row in rows.items():
-        ranks = f"{row['rank_min']}" + (f"-{row['rank_max']}" if row["rank_max"] != row["rank_min"] else "")
-        print(f"{name:28}{row['projections']:>7}{row['values']:>9,}{ranks:>12}{row['strength']:>10.4f}")
 
 
 def _cache(options: argparse.Namespace) -> None:

@@ -84,9 +84,15 @@ class AdapterOptions:
     energy: float | None = _option(
         None, "Choose the rank of each layer by this share of its squared singular values, such as 0.99; None: rank."
     )
+    budget: int | None = _option(
+        None, "Train only so many singular values in all, those that help most by the photos' gradients; None: rank."
+    )
     target_modules: list[str] | None = field(
         default=None,
-        metadata={"help": "Endings of the UNet's layers to adapt, such as to_k to_v; None: all attention projections."},
+        metadata={
+            "help": 'Layers of the UNet to adapt: "attention", "feed-forward", "conv", "all", or endings of names such '
+            "as attn2.to_k; None: attention."
+        },
     )
     train_text_encoder: bool = _option(False, "Adapt the attention projections of the text encoder too.")
     init_adapter: str | None = _option(None, "Adapter file to continue from; None: start at the base.")
@@ -100,6 +106,12 @@ class AdapterOptions:
                 number = 0
             if number < 1:
                 raise SVFitError(f'--rank is {self.rank!r}: give a whole number of 1 or more, or "full".')
+        if self.budget is not None:
+            if self.budget < 1:
+                raise SVFitError(f"--budget is {self.budget}: it is a number of singular values, 1 or more.")
+            others = {"--rank": self.rank != "full", "--energy": self.energy, "--init_adapter": self.init_adapter}
+            for flag in (flag for flag, given in others.items() if given):
+                raise SVFitError(f"--budget chooses the singular values itself: leave {flag} out.")
 
     @property
     def rank_value(self) -> int | Literal["full"]:

@@ -22,6 +22,7 @@ from svfit_dreambooth.base_model import (
 )
 from svfit_dreambooth.config import TOYBOX
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.hub import find_adapter
 from svfit_dreambooth.pipeline import load_adapter, loaded_adapters, merge_adapters
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -63,13 +64,14 @@ def open_for_adapters(
     file says never starts a download.  `device`: None takes a GPU if there is one.  `base_options`: see
     `open_base_model`.  Raises SVFitError as `open_base_model` and `load_adapter` do.
     """
-    read = [(read_adapter(path), path, strength) for path, strength in adapters]
+    found = [(find_adapter(path), strength) for path, strength in adapters]
+    read = [(read_adapter(path), path, strength) for path, strength in found]
     if base is not None:
         model = open_base_model(base, **base_options)
     elif not read:
         model = open_base_model(TOYBOX)
     else:
-        model = _named_base(read[0][0].base_model, Path(read[0][1]))
+        model = open_named_base(read[0][0].base_model, Path(read[0][1]))
     taken: set[str] = set()
     for adapter, path, strength in read:
         name = stem = Path(path).stem
@@ -89,7 +91,8 @@ def open_for_adapters(
     return model
 
 
-def _named_base(name: str, path: Path) -> BaseModel:
+def open_named_base(name: str, path: Path) -> BaseModel:
+    """The base that the adapter at `path` calls `name`: toybox, or a hub id that is on this disk; never downloaded."""
     hint = "name the base yourself with --pretrained_model_name_or_path"
     repository, _, revision = name.partition("@")
     if name != TOYBOX and "/" not in repository:

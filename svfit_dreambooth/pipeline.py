@@ -19,7 +19,7 @@ from svfit_dreambooth.adapter import Adapter, read_adapter
 from svfit_dreambooth.attention import (
     add_shifts,
     check_plain,
-    linear_layers,
+    matrix_layers,
     merged,
     patch_layers,
     remove_svfit,
@@ -29,6 +29,8 @@ from svfit_dreambooth.attention import (
 from svfit_dreambooth.base_model import pipeline_components
 from svfit_dreambooth.basis import model_basis, same_base
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.hub import find_adapter
+from svfit_dreambooth.svfit import SVFitLayer, as_matrix
 
 logger = logging.getLogger(__name__)
 
@@ -50,16 +52,18 @@ def load_adapter(
     allow_other_base: bool = False,
     basis_cache_dir: str | Path | None = None,
 ) -> str:
-    """Loads an adapter file onto `pipeline` beside those already there; `pipeline(prompt)` then uses it.
+    """Loads an adapter onto `pipeline` beside those already there; `pipeline(prompt)` then uses it.
 
+    `adapter`: a file, or a repository on the Hugging Face Hub as "owner/name[@revision]", see `hub.find_adapter`.
     `scale`: its strength, 1 as trained.  `name`: how `set_adapters` and `unload_adapter` call it, by default the
     file's name without suffix; it is returned.  Offloaded pipelines stay offloaded.
     Raises SVFitError for a bad file, a name in use, and a pipeline that holds another base than the adapter was
     trained on, unless `allow_other_base` (for fine-tunes of the same family).
     """
     if not isinstance(adapter, Adapter):
-        name = name or Path(adapter).stem
-        adapter = read_adapter(adapter)
+        path = find_adapter(adapter)
+        name = name or path.stem
+        adapter = read_adapter(path)
     name = name or adapter.title or "adapter"
     components = pipeline_components(pipeline)
     if name in loaded_adapters(pipeline):
@@ -180,17 +184,17 @@ def _base_weights(
     """The base's weights that the adapter changes: "<component>.<path>" -> (out, in)."""
     weights = {}
     for component, own in shifts.items():
-        found = linear_layers(components[component])
+        found = matrix_layers(components[component])
         for path, shift in own.items():
             layer = found[path][2] if path in found else None
-            if layer is None or len(shift) > min(layer.weight.shape):
+            if layer is None or len(shift) > min(as_matrix(layer.weight).shape):
                 raise SVFitError(
                     f"the adapter {name!r} was trained on {adapter.base_model}, whose {component} is built otherwise "
                     f"than this one ({path}): load it on that base."
                 )
             check_plain(f"{component}.{path}", layer)
-            unmerged = getattr(layer, "unmerged_weight", None)
-            weights[f"{component}.{path}"] = layer.weight.detach() if unmerged is None else unmerged
+            weight = layer.base_weight if isinstance(layer, SVFitLayer) else layer.weight.detach()
+            weights[f"{component}.{path}"] = as_matrix(weight)
     return weights
 
 

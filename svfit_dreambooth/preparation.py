@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from diffusers.optimization import SchedulerType
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
@@ -37,7 +38,7 @@ from svfit_dreambooth.crops import Size, crop_photo, training_size
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.photos import Photo, find_photos, open_mask, open_photo, photo_report
 from svfit_dreambooth.presets import apply_preset
-from svfit_dreambooth.svfit import resolve_rank
+from svfit_dreambooth.svfit import as_matrix, resolve_rank
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class Run:
     base: BaseModel
     adapter_name: str
     targets: dict[str, list[str]]  # component -> canonical layer names
-    weights: dict[str, Tensor]  # "<component>.<layer>" -> the base's weight (out, in)
+    weights: dict[str, Tensor]  # "<component>.<layer>" -> the base's weight as a matrix (out, in)
 
     @property
     def adapter_path(self) -> Path:
@@ -76,6 +77,11 @@ class Run:
         pixels = ", ".join(f"{width}x{height} ({count})" for (width, height), count in sorted(sizes.items()))
         lines.append(f"base: {self.base.name}, trained at {pixels} pixels")
         for component, names in self.targets.items():
+            if self.config.budget is not None:
+                total = sum(min(weight.shape) for weight in self.weights.values())
+                share = min(self.config.budget, total)
+                lines.append(f"{component}: {len(names)} layers, a budget of {share:,} of {total:,} values in all")
+                continue
             largest = [min(self.weights[f"{component}.{name}"].shape) for name in names]
             if self.config.energy is not None:
                 lines.append(f"{component}: {len(names)} layers, ranks by energy {self.config.energy}")
@@ -160,7 +166,7 @@ def prepare(config: TrainConfig) -> Run:
                 found[component] = _text_projections(base, component, module)
     targets = {component: list(layers) for component, layers in found.items()}
     weights = {
-        f"{component}.{name}": layer.weight.detach()
+        f"{component}.{name}": as_matrix(layer.weight.detach())
         for component, layers in found.items()
         for name, (_, _, layer) in layers.items()
     }
@@ -193,7 +199,9 @@ def encode_examples(run: Run, device: torch.device) -> Examples:
     config = run.config
     prior = None
     if config.with_prior_preservation:
-        prior = _encode(run, make_class_pictures(run, device), str(config.class_prompt), device, of_class=True)
+        with PartialState().main_process_first():  # the others find them painted
+            pictures = make_class_pictures(run, device)
+        prior = _encode(run, pictures, str(config.class_prompt), device, of_class=True)
     examples = _encode(run, run.photos, str(config.instance_prompt), device)
     examples.prior = prior
     return examples
@@ -262,8 +270,11 @@ def _choose_subject(config: TrainConfig) -> None:
     if config.pretrained_model_name_or_path != TOYBOX:
         raise SVFitError("--instance_data_dir is missing: name the folder that holds the photos of your subject.")
     config.instance_data_dir = str(TOYBOX_SUBJECTS / TOYBOX_SUBJECT)
+    kind = TOYBOX_SUBJECT.partition("_")[0]
     if config.instance_prompt is None:
-        config.instance_prompt = f"a photo of sks {TOYBOX_SUBJECT.partition('_')[0]}"
+        config.instance_prompt = f"a photo of sks {kind}"
+    if config.with_prior_preservation and config.class_prompt is None:
+        config.class_prompt = f"a photo of a {kind}"
 
 
 def _choose_class(config: TrainConfig) -> None:

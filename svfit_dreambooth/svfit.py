@@ -1,9 +1,9 @@
-"""SVFit on one linear layer: train the singular values, freeze everything else.
+"""SVFit on one layer, linear or convolution: train the singular values, freeze everything else.
 
 Sun et al., "SVFit: Parameter-Efficient Fine-Tuning of Large Pre-Trained Models Using Singular Values",
 2024, arXiv:2409.05926.  The symbols are the paper's, spelled as `torch.linalg.svd` spells them:
 
-    W       (out, in)   the frozen weight of a linear layer
+    W       (out, in)   the frozen weight of a linear layer, or of a convolution as a matrix (out, in * h * w)
     U       (out, r)    its first r left singular vectors, frozen
     S       (r,)        its first r singular values, largest first
     Vh      (r, in)     its first r right singular vectors, already transposed, frozen
@@ -16,6 +16,9 @@ The paper's layer computes W' = U diag(S + shift) Vh + W_e.  Since W = U diag(S)
 
 and this second form is the one used here: W stays untouched, so an untrained layer computes what the base
 computes, to the bit, and taking the layer out again is exact.
+
+A convolution multiplies every patch of its input, flattened to (in * h * w,), by W: reshaped so, it is a linear
+layer whose tokens are places (as in SVDiff, Han et al., 2023, arXiv:2303.11305).
 """
 
 from __future__ import annotations
@@ -34,6 +37,11 @@ Rank = int | Literal["full"]
 # The Gram matrix squares the condition number.  Below this ratio of smallest to largest singular value its
 # eigenvectors keep fewer than about six digits in float64, and the plain SVD is used instead.
 GRAM_CONDITION = 1e-5
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """The weight of a linear layer (out, in) as it is, that of a convolution as (out, in / groups * h * w)."""
+    return weight.flatten(1)
 
 
 def resolve_rank(S: Tensor, rank: Rank = "full", energy: float | None = None) -> int:
@@ -102,6 +110,8 @@ def merged_is_cheaper(tokens: int, in_features: int, out_features: int, rank: in
     factored    x W^T + ((x Vh^T) * shift) U^T    tokens * rank * (in + out), twice when training
     merged      x (W + U diag(shift) Vh)^T        rank * out * in; training adds the gradient dY^T X of W',
                                                   tokens * out * in, and again rank * out * in
+
+    For a convolution a token is a place of its output, and `in_features` is in * h * w.
     """
     factored = tokens * rank * (in_features + out_features)
     merged = rank * out_features * in_features
@@ -110,63 +120,50 @@ def merged_is_cheaper(tokens: int, in_features: int, out_features: int, rank: in
     return merged < factored
 
 
-class SVFitLinear(nn.Linear):
-    """y = x (W + U diag(shift) Vh)^T + b, with only `shift` to be trained.
+class SVFitLayer(nn.Module):
+    """What `SVFitLinear` and `SVFitConv2d` share: y = f(x; W + U diag(shift) Vh), with only `shift` to be trained.
 
     `weight` and `bias` keep their names, so a checkpoint of the base loads into the patched model.  U and Vh
     are buffers that no state dict repeats: they follow from the weight.  `shift` is float32, or float64 under a
     float64 weight, and stays so through `.half()`, `.bfloat16()` and `.to(dtype)`: near 1, bfloat16 cannot hold
     a step of 1e-3.
 
-    `shift` may also be (batch, 1, r), a value of its own for every sample of a batch of sequences.
+    `shift` may also be (batch, 1, r), a value of its own for every sample of a batch.
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
     U: Tensor
     Vh: Tensor
 
-    def __init__(self, linear: nn.Linear, U: Tensor, Vh: Tensor) -> None:
-        """Takes over the parameters of `linear` (the same objects) with the basis U (out, r), Vh (r, in)."""
-        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
-        rank = U.shape[-1]
-        if U.shape != (self.out_features, rank) or Vh.shape != (rank, self.in_features):
+    def _take_over(self, layer: nn.Linear | nn.Conv2d, U: Tensor, Vh: Tensor) -> None:
+        """The parameters of `layer` (the same objects), the basis U (out, r), Vh (r, in) and a shift of zeros."""
+        rank, matrix = U.shape[-1], as_matrix(layer.weight)
+        if U.shape != (matrix.shape[0], rank) or Vh.shape != (rank, matrix.shape[1]):
             raise SVFitError(
                 f"a basis of shapes {tuple(U.shape)} and {tuple(Vh.shape)} does not fit a weight of shape "
-                f"{(self.out_features, self.in_features)}."
+                f"{tuple(matrix.shape)}."
             )
-        self.weight, self.bias = linear.weight, linear.bias
-        weight = linear.weight
+        self.weight, self.bias = layer.weight, layer.bias
+        weight = layer.weight
         self.register_buffer("U", U.to(weight.device, weight.dtype), persistent=False)
         self.register_buffer("Vh", Vh.to(weight.device, weight.dtype), persistent=False)
         self.shift = nn.Parameter(torch.zeros(rank, device=weight.device, dtype=_shift_dtype(weight.dtype)))
         self.unmerged_weight: Tensor | None = None
-        self.train(linear.training)
+        self.train(layer.training)
 
     @property
     def rank(self) -> int:
         return self.U.shape[1]
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., in) -> (..., out)"""
-        if self.unmerged_weight is not None:
-            return super().forward(input)
-        tokens = input.numel() // self.in_features
-        training = torch.is_grad_enabled() and self.shift.requires_grad
-        if self.shift.ndim == 1 and merged_is_cheaper(tokens, self.in_features, self.out_features, self.rank, training):
-            return self.forward_merged(input)
-        return self.forward_factored(input)
-
-    def forward_factored(self, input: Tensor) -> Tensor:
-        """(..., in) -> (..., out)"""
-        coefficients = F.linear(input, self.Vh) * self.shift  # (..., r)
-        return super().forward(input) + F.linear(coefficients.to(input.dtype), self.U)
-
-    def forward_merged(self, input: Tensor) -> Tensor:
-        """(..., in) -> (..., out)"""
-        return F.linear(input, self.weight + self.delta().to(self.weight.dtype), self.bias)
+    @property
+    def base_weight(self) -> Tensor:
+        """The base's own weight, also while merged."""
+        return self.weight.detach() if self.unmerged_weight is None else self.unmerged_weight
 
     def delta(self) -> Tensor:
-        """U diag(shift) Vh, (out, in): what the adapter adds to the weight."""
-        return (self.U * self.shift.to(self.U.dtype)) @ self.Vh
+        """U diag(shift) Vh in the shape of the weight: what the adapter adds to it."""
+        return ((self.U * self.shift.to(self.U.dtype)) @ self.Vh).view(self.weight.shape)
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -180,7 +177,7 @@ class SVFitLinear(nn.Linear):
         exact = torch.promote_types(self.weight.dtype, self.shift.dtype)
         delta = (self.U.to(exact) * self.shift) @ self.Vh.to(exact)  # (out, in)
         self.unmerged_weight = self.weight.detach().clone()
-        self.weight.copy_(self.weight.to(exact) + delta)
+        self.weight.copy_(self.weight.to(exact) + delta.view(self.weight.shape))
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -189,17 +186,20 @@ class SVFitLinear(nn.Linear):
             self.weight.copy_(self.unmerged_weight)
             self.unmerged_weight = None
 
-    def to_linear(self) -> nn.Linear:
-        """The plain layer again, with the same parameter objects and the base's own weight."""
+    def to_plain(self) -> nn.Module:
+        """The layer that was here before, with the same parameter objects and the base's own weight."""
         self.unmerge()
-        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        linear.weight, linear.bias = self.weight, self.bias
-        return linear.train(self.training)
+        plain = self._empty()
+        plain.weight, plain.bias = self.weight, self.bias
+        return plain.train(self.training)
+
+    def _empty(self) -> nn.Module:
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}"
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SVFitLinear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SVFitLayer:
         # Module.half() and Module.to(dtype) pass every parameter through `fn`; a float16 shift would already
         # have lost its small digits, so it is rebuilt from the values held before.
         shift, grad = self.shift.data, None if self.shift.grad is None else self.shift.grad.data
@@ -219,6 +219,94 @@ class SVFitLinear(nn.Linear):
         self.unmerge()
         state_dict.setdefault(prefix + "shift", self.shift.data)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class SVFitLinear(SVFitLayer, nn.Linear):
+    """y = x (W + U diag(shift) Vh)^T + b; see `SVFitLayer`."""
+
+    def __init__(self, linear: nn.Linear, U: Tensor, Vh: Tensor) -> None:
+        """Takes over the parameters of `linear` (the same objects) with the basis U (out, r), Vh (r, in)."""
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        self._take_over(linear, U, Vh)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in) -> (..., out)"""
+        if self.unmerged_weight is not None:
+            return nn.Linear.forward(self, input)
+        tokens = input.numel() // self.in_features
+        training = torch.is_grad_enabled() and self.shift.requires_grad
+        if self.shift.ndim == 1 and merged_is_cheaper(tokens, self.in_features, self.out_features, self.rank, training):
+            return self.forward_merged(input)
+        return self.forward_factored(input)
+
+    def forward_factored(self, input: Tensor) -> Tensor:
+        """(..., in) -> (..., out)"""
+        shift = self.shift
+        if shift.ndim == 3:  # one per sample: (batch, 1, r) to as many dimensions as the input has
+            shift = shift.reshape(-1, *(1 for _ in range(input.ndim - 2)), self.rank)
+        coefficients = F.linear(input, self.Vh) * shift  # (..., r)
+        return nn.Linear.forward(self, input) + F.linear(coefficients.to(input.dtype), self.U)
+
+    def forward_merged(self, input: Tensor) -> Tensor:
+        """(..., in) -> (..., out)"""
+        return F.linear(input, self.weight + self.delta().to(self.weight.dtype), self.bias)
+
+    def to_linear(self) -> nn.Module:
+        """`to_plain` by the name of what it gives."""
+        return self.to_plain()
+
+    def _empty(self) -> nn.Linear:
+        return nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+
+
+class SVFitConv2d(SVFitLayer, nn.Conv2d):
+    """y = conv(x, W + U diag(shift) Vh) + b, the matrices (out, in / groups * h * w); see `SVFitLayer`.
+
+    The factored route convolves with the r rows of Vh, then mixes the r channels by U, place by place.  It does not
+    exist where channels come in groups, each of which sees other inputs under the same Vh: there only the merged
+    route serves, and no shift per sample.
+    """
+
+    def __init__(self, conv: nn.Conv2d, U: Tensor, Vh: Tensor) -> None:
+        """Takes over the parameters of `conv` with the basis U (out, r), Vh (r, in / groups * h * w)."""
+        super().__init__(**_conv_options(conv))
+        self._take_over(conv, U, Vh)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(batch, in, height, width) -> (batch, out, height', width')"""
+        if self.unmerged_weight is not None:
+            return nn.Conv2d.forward(self, input)
+        if self.shift.ndim == 1:
+            places = input.numel() // input.shape[-3] // (self.stride[0] * self.stride[1])  # near enough at the borders
+            training = torch.is_grad_enabled() and self.shift.requires_grad
+            if self.groups > 1 or merged_is_cheaper(places, self.Vh.shape[1], self.out_channels, self.rank, training):
+                return self.forward_merged(input)
+        return self.forward_factored(input)
+
+    def forward_factored(self, input: Tensor) -> Tensor:
+        """(batch, in, height, width) -> (batch, out, height', width')"""
+        if self.groups > 1:
+            raise SVFitError(
+                f"a convolution of {self.groups} groups works only with one shift for all samples, "
+                f"not with one of shape {tuple(self.shift.shape)}."
+            )
+        kernels = self.Vh.view(self.rank, *self.weight.shape[1:])  # (r, in, h, w)
+        shift = self.shift.reshape(-1, self.rank, 1, 1) if self.shift.ndim == 3 else self.shift[:, None, None]
+        coefficients = self._conv_forward(input, kernels, None) * shift  # (batch, r, height', width')
+        mixed = F.conv2d(coefficients.to(input.dtype), self.U[:, :, None, None])  # (batch, out, height', width')
+        return nn.Conv2d.forward(self, input) + mixed
+
+    def forward_merged(self, input: Tensor) -> Tensor:
+        """(batch, in, height, width) -> (batch, out, height', width')"""
+        return self._conv_forward(input, self.weight + self.delta().to(self.weight.dtype), self.bias)
+
+    def _empty(self) -> nn.Conv2d:
+        return nn.Conv2d(**_conv_options(self))
+
+
+def _conv_options(conv: nn.Conv2d) -> dict[str, Any]:
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    return {name: getattr(conv, name) for name in names} | {"bias": conv.bias is not None, "device": "meta"}
 
 
 def _shift_dtype(weight_dtype: torch.dtype) -> torch.dtype:

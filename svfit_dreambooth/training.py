@@ -7,7 +7,7 @@ adapter, and several processes share the work of one.
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from svfit_dreambooth.adapter import Adapter, read_adapter, save_adapter
 from svfit_dreambooth.attention import apply_svfit, get_shifts, remove_svfit, set_shifts
 from svfit_dreambooth.base_model import pipeline_components
-from svfit_dreambooth.basis import model_basis, same_base
+from svfit_dreambooth.basis import fingerprint, model_basis, same_base
+from svfit_dreambooth.budget import choose_positions, narrowed, spread
 from svfit_dreambooth.checkpoints import TrainState, restore, resume_state, run_identity
 from svfit_dreambooth.config import TrainConfig, config_to_yaml
 from svfit_dreambooth.denoising import Denoiser
@@ -110,11 +111,16 @@ def _train(run: Run, accelerator: Accelerator, on_step: Callable[[Step], bool | 
         estimate = estimate_memory(run)
         for line in estimate.lines():
             logger.log(logging.INFO if estimate.fits else logging.WARNING, line)
-    accelerator.wait_for_everyone()
-    examples = encode_examples(run, accelerator.device)
-    shifts = _patch(run)
+    with accelerator.main_process_first():  # it paints class pictures, the others then find them
+        examples = encode_examples(run, accelerator.device)
+    dtype = WEIGHT_DTYPE[config.mixed_precision]
+    positions = None
+    if config.budget is not None:
+        positions = choose_positions(run, examples, accelerator.device, dtype)
+        run = narrowed(run, positions)
+    shifts = _patch(run, positions)
     networks = _place(run, accelerator)
-    model = Denoiser(run, examples, dtype=WEIGHT_DTYPE[config.mixed_precision], device=accelerator.device, **networks)
+    model = Denoiser(run, examples, dtype=dtype, device=accelerator.device, **networks)
     values = {f"{component}.{name}": shift for component in shifts for name, shift in shifts[component].items()}
     rates = {n: config.learning_rate if n.startswith("unet.") else config.text_encoder_lr for n in values}
     features = Features()
@@ -149,14 +155,15 @@ def _train(run: Run, accelerator: Accelerator, on_step: Callable[[Step], bool | 
         restore(TrainState(kept, loop.best.values), values, loop.raw_optimizer)
     loss_after = model.fixed_loss() if failure is None else None
 
+    learnt = {
+        f"{component}.{name}": shift
+        for component in shifts
+        for name, shift in get_shifts(getattr(pipeline, component)).items()
+    }
     adapter = Adapter(
-        shifts={
-            f"{component}.{name}": shift
-            for component in shifts
-            for name, shift in get_shifts(getattr(pipeline, component)).items()
-        },
+        shifts=learnt if positions is None else spread(learnt, positions),
         base_model=run.base.name,
-        base_fingerprint=identity["base"],
+        base_fingerprint=identity["base"] if positions is None else fingerprint(run.weights),
         instance_prompt=config.instance_prompt,
         class_prompt=config.class_prompt,
         training=_training_record(run, loop.step, kept, loss_before, loss_after),
@@ -279,17 +286,16 @@ def _save(adapter: Adapter, path: Path, config: TrainConfig) -> None:
         logger.warning("nothing was learnt, every shift in %s is zero: train longer or with a higher rate.", path)
 
 
-def _patch(run: Run) -> dict[str, dict[str, nn.Parameter]]:
-    """Puts SVFit layers in; returns the shifts by component and name."""
+def _patch(run: Run, positions: Mapping[str, Tensor] | None = None) -> dict[str, dict[str, nn.Parameter]]:
+    """Puts SVFit layers in; returns the shifts by component and name.  `positions`: see `choose_positions`."""
     config = run.config
     weights = run.weights
     initial = None if config.init_adapter is None else read_adapter(config.init_adapter)
     if initial is not None:
         _check_initial(initial, weights, config.init_adapter)
-    rank: Any = config.rank_value
     bases = model_basis(
         weights,
-        rank,
+        config.rank_value if positions is None else positions,
         energy=config.energy,
         cache_dir=None if config.basis_cache_dir is None else Path(config.basis_cache_dir),
     )
@@ -331,7 +337,7 @@ def _training_record(
         "photos": len(run.photos),
         "batch_size": config.train_batch_size * config.gradient_accumulation_steps,
     }
-    for name in ("resolution", "rank", "energy", "learning_rate", "lr_scheduler", "mixed_precision", "seed"):
+    for name in ("resolution", "rank", "energy", "budget", "learning_rate", "lr_scheduler", "mixed_precision", "seed"):
         record[name] = getattr(config, name)
     if config.train_text_encoder:
         record["text_encoder_lr"] = config.text_encoder_lr

@@ -1,0 +1,114 @@
+"""A budget of singular values for the whole model, given to those that help most.
+
+Before the first step the model is patched at full rank, and the loss of a few of the run's own examples is
+differentiated.  With g_i the gradient of the loss with respect to singular value i, at the base model, a first step
+of AdamW moves each value by the learning rate against the sign of its mean gradient, however large that is, and so
+lowers the loss by
+
+    score_i = rate * |mean of g_i over the examples|
+
+Averaging before taking the size, not after, leaves out values whose gradients are large but point elsewhere with
+every example.  The values with the highest scores share the budget, wherever they are: leading or not, many in one
+layer and none in another.  `benchmarks/budget.py` compares that with ranks chosen by layer and with one rank for all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from svfit_dreambooth.attention import apply_svfit, remove_svfit
+from svfit_dreambooth.basis import model_basis
+from svfit_dreambooth.denoising import Denoiser
+from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.preparation import Examples, Run
+
+SCORING_BATCHES = 16  # of the run's own size
+FLOAT16_LOSS_SCALE = 2.0**12  # keeps gradients within float16's range; a common factor changes no order
+
+
+def allocate(scores: Mapping[str, Tensor], budget: int) -> dict[str, Tensor]:
+    """The positions of the `budget` highest scores: name -> ascending positions, without layers that get none.
+
+    `scores`: "<component>.<layer>" -> (k,), what each of a layer's values promises.  Every component gets at least
+    one value; a budget beyond what there is takes all.
+    Raises SVFitError for a budget smaller than the number of components.
+    """
+    components = {name.partition(".")[0] for name in scores}
+    if budget < len(components):
+        raise SVFitError(f"a budget of {budget} singular values is too small: give {len(components)} or more.")
+    names = list(scores)
+    flat = torch.cat([scores[name].double().cpu() for name in names])
+    layer = torch.cat([torch.full((len(scores[name]),), i) for i, name in enumerate(names)])
+    position = torch.cat([torch.arange(len(scores[name])) for name in names])
+    for component in components:
+        own = torch.tensor([name.partition(".")[0] == component for name in names])[layer].nonzero()[:, 0]
+        flat[own[flat[own].argmax()]] = torch.inf
+    taken = torch.argsort(flat, descending=True, stable=True)[:budget]
+    chosen = {name: position[taken[layer[taken] == i]].sort().values for i, name in enumerate(names)}
+    return {name: positions for name, positions in chosen.items() if len(positions)}
+
+
+def choose_positions(run: Run, examples: Examples, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The singular values that `run.config.budget` pays for: "<component>.<layer>" -> positions, as `allocate`.
+
+    Follows from the run's options and the base alone.  Costs about as much as `SCORING_BATCHES` training steps at
+    full rank; moves the adapted models to `device`, in `dtype`, and leaves them unpatched and frozen.
+    Raises SVFitError where gradients are not finite, and as `allocate` does.
+    """
+    budget = run.config.budget
+    if budget is None:
+        raise SVFitError("there is no budget to share out: set --budget.")
+    return allocate(score_values(run, examples, device, dtype), budget)
+
+
+def score_values(run: Run, examples: Examples, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """rate * |mean gradient| of every singular value, at the base model: "<component>.<layer>" -> (k,), float32."""
+    config, pipeline = run.config, run.base.pipeline
+    cache_dir = None if config.basis_cache_dir is None else Path(config.basis_cache_dir)
+    bases = model_basis(run.weights, cache_dir=cache_dir)
+    shifts: dict[str, nn.Parameter] = {}
+    for component, names in run.targets.items():
+        module = getattr(pipeline, component)
+        own = apply_svfit(module, target_modules=names, basis={name: bases[f"{component}.{name}"] for name in names})
+        shifts |= {f"{component}.{name}": shift for name, shift in own.items()}
+        module.to(device, dtype).train()
+    if "text_encoder" not in run.targets:
+        pipeline.text_encoder.to(device)
+    denoiser = Denoiser(run, examples, pipeline.unet, pipeline.text_encoder, device, dtype)
+    scale = FLOAT16_LOSS_SCALE if dtype == torch.float16 else 1.0
+    try:
+        for number in tqdm(range(SCORING_BATCHES), desc="sharing out the budget", unit="batch", leave=False):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                loss = denoiser.loss(number, 0, 1).total
+            (loss * scale).backward()  # gradients add up
+    finally:
+        for component in run.targets:
+            remove_svfit(getattr(pipeline, component))
+    scores = {}
+    for name, shift in shifts.items():
+        rate = config.learning_rate if name.startswith("unet.") else config.text_encoder_lr
+        scores[name] = (rate * shift.grad.abs()).float().cpu()  # type: ignore[union-attr]
+        if not torch.isfinite(scores[name]).all():
+            raise SVFitError(f"the gradients of {name} are not finite: use --mixed_precision bf16 or no.")
+    return scores
+
+
+def narrowed(run: Run, positions: Mapping[str, Tensor]) -> Run:
+    """`run` with only the layers that `positions` names."""
+    targets = {
+        component: [name for name in names if f"{component}.{name}" in positions]
+        for component, names in run.targets.items()
+    }
+    return dataclasses.replace(run, targets=targets, weights={name: run.weights[name] for name in positions})
+
+
+def spread(shifts: Mapping[str, Tensor], positions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Shifts of chosen values as vectors of the leading ones: name -> (highest position + 1,), zero elsewhere."""
+    wide = {name: shift.new_zeros(int(positions[name][-1]) + 1) for name, shift in shifts.items()}
+    return {name: vector.index_copy(0, positions[name], shifts[name]) for name, vector in wide.items()}

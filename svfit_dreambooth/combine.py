@@ -1,0 +1,153 @@
+"""Arithmetic of adapters: all adapters of a base lie along the same directions, so their sum is a sum of vectors."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from torch import Tensor
+
+from svfit_dreambooth.adapter import Adapter
+from svfit_dreambooth.attention import add_shifts
+from svfit_dreambooth.basis import BF16_TOLERANCE, fingerprint, same_base
+from svfit_dreambooth.errors import SVFitError
+
+Method = Literal["add", "average", "interpolate"]
+
+
+def combined_weights(weights: Sequence[float], method: Method = "add", position: float | None = None) -> list[float]:
+    """The factor of each adapter's shifts, given the strengths that the user wrote.
+
+    "add": the strengths themselves; with one adapter, this scales it.  "average": strengths over their sum.
+    "interpolate": between exactly two, (1 - position) of the first and position of the second, each at its strength.
+    Raises SVFitError for what cannot be computed.
+    """
+    if not weights:
+        raise SVFitError("there is nothing to combine: name one or more adapters.")
+    if method == "average":
+        total = sum(weights)
+        if total == 0:
+            raise SVFitError("the strengths add up to 0, so there is no average: change one of them.")
+        return [weight / total for weight in weights]
+    if method == "interpolate":
+        if len(weights) != 2 or position is None:
+            raise SVFitError(f"interpolating needs two adapters and a position, not {len(weights)} adapters.")
+        return [(1 - position) * weights[0], position * weights[1]]
+    return list(weights)
+
+
+def combine_adapters(
+    adapters: Sequence[tuple[Adapter, float]],
+    method: Method = "add",
+    position: float | None = None,
+    *,
+    base_weights: Callable[[], Mapping[str, Tensor]] | None = None,
+) -> Adapter:
+    """One adapter that acts as the given ones, (adapter, strength) each, together; see `combined_weights`.
+
+    Layers and values that only some have count as zero in the others.  The header of the result says what it was
+    made of, under `combined_from`.  Adapters that change different layers of one component can only be told to be of
+    one base by its weights: `base_weights` is then called for them, "<component>.<module path>" -> (out, in).
+    Raises SVFitError for adapters of different bases, and where `base_weights` is needed and None.
+    """
+    factors = combined_weights([strength for _, strength in adapters], method, position)
+    first = adapters[0][0]
+    recorded = _shared_fingerprint([adapter for adapter, _ in adapters])
+    if recorded is None:
+        if base_weights is None:
+            raise SVFitError(
+                f"{_title(first)} and the others adapt different layers, so only the weights of the base can tell "
+                "whether it is theirs: name it with --pretrained_model_name_or_path."
+            )
+        recorded = _fingerprint_of_all([adapter for adapter, _ in adapters], base_weights())
+    shifts = add_shifts([(adapter.shifts, factor) for (adapter, _), factor in zip(adapters, factors, strict=True)])
+    parts = [_part(adapter, factor) for (adapter, _), factor in zip(adapters, factors, strict=True)]
+    prompts = _unique(adapter.instance_prompt for adapter, _ in adapters)
+    classes = _unique(adapter.class_prompt for adapter, _ in adapters)
+    metadata = {
+        "combined_from": json.dumps(parts, ensure_ascii=False),
+        "modelspec.merged_from": ", ".join(_unique(part["title"] for part in parts)),
+    }
+    licences = _unique(adapter.metadata.get("modelspec.license") for adapter, _ in adapters)
+    if licences:
+        metadata["modelspec.license"] = "; ".join(licences)
+    return Adapter(
+        shifts=shifts,
+        base_model=first.base_model,
+        base_fingerprint=recorded,
+        instance_prompt="; ".join(prompts) or None,
+        class_prompt="; ".join(classes) or None,
+        architecture=first.architecture,
+        metadata=metadata,
+    )
+
+
+def _part(adapter: Adapter, factor: float) -> dict[str, Any]:
+    """What the result remembers of one of its parts; of a part that was combined itself, its parts too."""
+    part: dict[str, Any] = {
+        "title": _title(adapter),
+        "factor": round(factor, 6),
+        "payload_sha256": adapter.metadata.get("payload_sha256"),
+        "instance_prompt": adapter.instance_prompt,
+    }
+    if "combined_from" in adapter.metadata:
+        try:
+            part["combined_from"] = json.loads(adapter.metadata["combined_from"])
+        except (ValueError, RecursionError):
+            part["combined_from"] = None  # a damaged remark is no reason to refuse the numbers
+    return part
+
+
+def _title(adapter: Adapter) -> str:
+    return adapter.title or "an adapter without title"
+
+
+def _unique(texts: Any) -> list[str]:
+    return list(dict.fromkeys(text for text in texts if text))
+
+
+def _shared_fingerprint(adapters: Sequence[Adapter]) -> dict[str, Any] | None:
+    """The fingerprint of the union, if the files alone tell that their base is one; None: they cannot tell.
+
+    Raises SVFitError where they tell that it is not.
+    """
+    shared: dict[str, Any] = {}
+    owner: dict[str, Adapter] = {}
+    for adapter in adapters:
+        for component in adapter.components:
+            mine = adapter.base_fingerprint.get(component)
+            if mine is None:
+                raise SVFitError(f"{_title(adapter)} says nothing of its base's {component}: train it again.")
+            if component not in shared:
+                shared[component], owner[component] = mine, adapter
+                continue
+            other = owner[component]
+            if set(other.component_shifts(component)) != set(adapter.component_shifts(component)):
+                return None
+            if shared[component]["sha256"] != mine["sha256"] and not _close(shared[component], mine):
+                raise SVFitError(
+                    f"{_title(adapter)} was trained on another base ({adapter.base_model}) than {_title(other)} "
+                    f"({other.base_model}): their directions differ, so they cannot be combined."
+                )
+    components = {name.partition(".")[0] for adapter in adapters for name in adapter.shifts}
+    names = {adapter.base_model for adapter in adapters}
+    if len(names) > 1 and len(components) == sum(len(adapter.components) for adapter in adapters):
+        return None  # no component in common to compare, and names that differ: let the weights decide
+    return shared
+
+
+def _close(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether two fingerprints' samples agree within bfloat16's rounding."""
+    a, b = first["sample"], second["sample"]
+    return len(a) == len(b) and all(
+        abs(x - y) <= BF16_TOLERANCE * max(abs(x), abs(y)) + 1e-6 for x, y in zip(a, b, strict=True)
+    )
+
+
+def _fingerprint_of_all(adapters: Sequence[Adapter], weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    names = {name for adapter in adapters for name in adapter.shifts}
+    for adapter in adapters:
+        missing = sorted(set(adapter.shifts) - set(weights))
+        own = {name: weights[name] for name in adapter.shifts if name in weights}
+        if missing or same_base(adapter.base_fingerprint, own) == "different":
+            raise SVFitError(f"{_title(adapter)} was trained on another base model, {adapter.base_model}.")
+    return fingerprint({name: weights[name] for name in names})

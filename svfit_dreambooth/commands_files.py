@@ -1,0 +1,155 @@
+"""The commands that deal with adapter files: export, import, combine, annotate.  They parse and print."""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from svfit_dreambooth.errors import SVFitError
+
+
+def add_file_commands(commands: Any, add_base: Callable[[argparse.ArgumentParser], None]) -> None:
+    """Adds them to `commands`, what `add_subparsers` returned; `add_base` adds the options that name a base model."""
+    export = commands.add_parser("export", help="turn an adapter into a LoRA or a merged model")
+    export.add_argument("adapter", metavar="PATH[:WEIGHT]")
+    export.add_argument("--format", choices=["kohya", "diffusers", "merged"], required=True)
+    export.add_argument("--output", type=Path, required=True, help="LoRA file, or folder of the merged model")
+    export.add_argument("--rank", type=int, help="keep so many directions a layer, the strongest; default: all")
+    export.add_argument("--error", type=float, help="keep as few as leave no layer off by more, such as 0.01")
+    export.add_argument("--dtype", choices=["float16", "float32"], default="float16")
+    export.add_argument("--allow_other_base", action="store_true", help="use the adapter on a relative of its base")
+    add_base(export)
+    export.set_defaults(run=_export)
+
+    importing = commands.add_parser("import", help="turn an SVDiff file (spectral_shifts.safetensors) into an adapter")
+    importing.add_argument("file", type=Path, help="the file, or the folder with it")
+    importing.add_argument("--output", type=Path, required=True, help="adapter file to write")
+    importing.add_argument("--partial", action="store_true", help="leave what does not fit, such as convolutions")
+    importing.add_argument("--instance_prompt", help='to remember, such as "a photo of sks dog"')
+    add_base(importing)
+    importing.set_defaults(run=_import)
+
+    combine = commands.add_parser("combine", help="add, average, scale or interpolate adapters of one base")
+    combine.add_argument("adapters", nargs="+", metavar="PATH[:WEIGHT]", help="one adapter is scaled, several added")
+    combine.add_argument("--output", type=Path, required=True, help="adapter file to write")
+    how = combine.add_mutually_exclusive_group()
+    how.add_argument("--average", action="store_true", help="divide by the sum of the weights")
+    how.add_argument("--interpolate", type=float, metavar="T", help="between two: 0 is the first, 1 the second")
+    combine.add_argument("--dtype", choices=["float16", "float32"], default="float16")
+    add_base(combine)
+    combine.set_defaults(run=_combine)
+
+    annotate = commands.add_parser("annotate", help="write author, licence, picture ... into an adapter file")
+    annotate.add_argument("adapter", type=Path)
+    for name in ("title", "author", "description", "license", "tags", "usage_hint"):
+        annotate.add_argument(f"--{name}", help="an empty text removes it" if name == "author" else None)
+    annotate.add_argument("--thumbnail", type=Path, metavar="PICTURE", help="a picture, stored as a small JPEG")
+    annotate.set_defaults(run=_annotate)
+
+
+def open_base(options: argparse.Namespace, named: str, path: Path) -> Any:
+    """The base that the user names, else the one that the adapter at `path` names, if it is on this disk."""
+    from svfit_dreambooth.base_model import open_base_model
+    from svfit_dreambooth.generation import open_named_base
+
+    if options.pretrained_model_name_or_path is None:
+        return open_named_base(named, path)
+    return open_base_model(
+        options.pretrained_model_name_or_path,
+        revision=options.revision,
+        variant=options.variant,
+        base_config=options.base_config,
+    )
+
+
+def _export(options: argparse.Namespace) -> None:
+    import torch
+
+    from svfit_dreambooth.adapter import read_adapter
+    from svfit_dreambooth.export import export_lora
+    from svfit_dreambooth.generation import split_strength
+    from svfit_dreambooth.lora_plan import size_text
+    from svfit_dreambooth.merged_model import export_merged, merged_bytes
+
+    path, scale = split_strength(options.adapter)
+    if options.format == "merged" and (options.rank is not None or options.error is not None):
+        raise SVFitError("--rank and --error shorten a LoRA, a merged model needs neither: leave them out.")
+    base = open_base(options, read_adapter(path).base_model, Path(path))
+    dtype = getattr(torch, options.dtype)
+    common = {
+        "scale": scale,
+        "dtype": dtype,
+        "allow_other_base": options.allow_other_base,
+        "basis_cache_dir": options.basis_cache_dir,
+    }
+    if options.format == "merged":
+        print(f"{size_text(merged_bytes(base, dtype))} as a model folder in {options.dtype}", flush=True)
+        print(export_merged(path, base, options.output, **common).summary())
+        return
+    exported = export_lora(
+        path,
+        base,
+        options.output,
+        options.format,
+        rank=options.rank,
+        error=options.error,
+        on_plan=lambda plan: print("\n".join(plan.lines()), flush=True),
+        **common,
+    )
+    print(exported.summary())
+
+
+def _import(options: argparse.Namespace) -> None:
+    from svfit_dreambooth.adapter import save_adapter
+    from svfit_dreambooth.svdiff import import_svdiff
+
+    if options.pretrained_model_name_or_path is None:
+        raise SVFitError("an SVDiff file does not say what it was trained on: add --pretrained_model_name_or_path.")
+    base = open_base(options, "", options.file)
+    result = import_svdiff(options.file, base, partial=options.partial, basis_cache_dir=options.basis_cache_dir)
+    result.adapter.instance_prompt = options.instance_prompt
+    path = save_adapter(result.adapter, options.output)
+    print("\n".join(result.lines()))
+    print(f"{path}: {path.stat().st_size:,} bytes")
+
+
+def _combine(options: argparse.Namespace) -> None:
+    import torch
+
+    from svfit_dreambooth.adapter import read_adapter, save_adapter
+    from svfit_dreambooth.attention import linear_layers
+    from svfit_dreambooth.base_model import pipeline_components
+    from svfit_dreambooth.combine import combine_adapters
+    from svfit_dreambooth.generation import split_strength
+
+    named = [split_strength(text) for text in options.adapters]
+    adapters = [(read_adapter(path), strength) for path, strength in named]
+    for (adapter, _), (path, _) in zip(adapters, named, strict=True):
+        adapter.title = adapter.title or Path(path).stem
+
+    def base_weights() -> dict[str, torch.Tensor]:
+        base = open_base(options, adapters[0][0].base_model, Path(named[0][0]))
+        return {
+            f"{component}.{name}": layer.weight
+            for component, model in pipeline_components(base.pipeline).items()
+            for name, (_, _, layer) in linear_layers(model).items()
+        }
+
+    method = "average" if options.average else "interpolate" if options.interpolate is not None else "add"
+    result = combine_adapters(adapters, method, options.interpolate, base_weights=base_weights)  # type: ignore[arg-type]
+    saved = save_adapter(result, options.output, getattr(torch, options.dtype))
+    for part in json.loads(result.metadata["combined_from"]):
+        print(f"{part['factor']:+.3g} x {part['title']}")
+    print(f"{saved}: {saved.stat().st_size:,} bytes")
+
+
+def _annotate(options: argparse.Namespace) -> None:
+    from svfit_dreambooth.metadata import TEXT_FIELDS, annotate_adapter
+    from svfit_dreambooth.photos import open_photo
+
+    picture = None if options.thumbnail is None else open_photo(options.thumbnail)
+    path = annotate_adapter(
+        options.adapter, thumbnail=picture, **{name: getattr(options, name) for name in TEXT_FIELDS}
+    )
+    print(f"{path}: {path.stat().st_size:,} bytes")

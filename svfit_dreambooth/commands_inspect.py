@@ -1,0 +1,161 @@
+"""`inspect`: what an adapter or LoRA file holds, in words, as JSON, or drawn."""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from svfit_dreambooth.commands_files import open_base
+from svfit_dreambooth.errors import SVFitError
+
+SHOWN = {  # header field -> how it is called
+    "modelspec.author": "author",
+    "modelspec.description": "description",
+    "modelspec.trigger_phrase": "trigger words",
+    "modelspec.usage_hint": "usage",
+    "modelspec.license": "licence",
+    "modelspec.tags": "tags",
+    "modelspec.architecture": "architecture",
+    "modelspec.resolution": "resolution",
+    "modelspec.merged_from": "made of",
+    "modelspec.date": "date",
+    "modelspec.hash_sha256": "hash",
+}
+
+
+def add_inspect(commands: Any, add_base: Callable[[argparse.ArgumentParser], None]) -> None:
+    """Adds it to `commands`, what `add_subparsers` returned; `add_base` adds the options that name a base model."""
+    inspect = commands.add_parser("inspect", help="tell what an adapter or LoRA file holds")
+    inspect.add_argument("adapter", type=Path)
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.add_argument("--plot", type=Path, metavar="PNG", help="draw which blocks changed, and how strongly")
+    inspect.add_argument("--layer", help="whose singular values --plot shows; default: the most changed layer")
+    inspect.add_argument("--picture", type=Path, help="what --plot takes apart; default: the adapter's thumbnail")
+    add_base(inspect)
+    inspect.set_defaults(run=_inspect)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from svfit_dreambooth.lora_file import is_lora
+
+    if is_lora(options.adapter):
+        if options.plot is not None:
+            raise SVFitError(f"{options.adapter} is a LoRA, --plot draws adapters: name the adapter that it came from.")
+        _inspect_lora(options)
+        return
+    from svfit_dreambooth.adapter import describe_adapter, read_adapter
+
+    adapter = read_adapter(options.adapter)
+    description = describe_adapter(adapter, options.adapter)
+    description["metadata"] = _presentable(adapter.metadata)
+    if options.plot is not None:
+        path = _plot(options, adapter)
+        if not options.json:
+            print(f"drawn: {path}")
+    if options.json:
+        print(json.dumps(description, indent=2, ensure_ascii=False))
+        return
+    for key in ("title", "base_model", "instance_prompt", "class_prompt", "file_bytes"):
+        if description.get(key):
+            print(f"{key.replace('_', ' ')}: {description[key]}")
+    _print_metadata(adapter.metadata)
+    if "modelspec.license" not in adapter.metadata:
+        from svfit_dreambooth.metadata import licence_note
+
+        print(f"licence: {licence_note(adapter)}")
+    for key, value in description["training"].items():
+        print(f"  {key.replace('_', ' ')}: {value}")
+    print(f"{'':28}{'layers':>7}{'values':>9}{'ranks':>12}{'strength':>10}")
+    rows = {**description["components"], **description["blocks"], "total": description["total"]}
+    for name, row in rows.items():
+        ranks = f"{row['rank_min']}" + (f"-{row['rank_max']}" if row["rank_max"] != row["rank_min"] else "")
+        print(f"{name:28}{row['projections']:>7}{row['values']:>9,}{ranks:>12}{row['strength']:>10.4f}")
+
+
+def _inspect_lora(options: argparse.Namespace) -> None:
+    from svfit_dreambooth.lora_file import describe_lora
+
+    description = describe_lora(options.adapter)
+    metadata = description["metadata"]
+    description["metadata"] = _presentable(metadata)
+    if options.json:
+        print(json.dumps(description, indent=2, ensure_ascii=False))
+        return
+    ranks = f"{description['rank_min']}"
+    if description["rank_max"] != description["rank_min"]:
+        ranks += f" to {description['rank_max']}"
+    print(f"a LoRA in {description['layout']} layout: {description['layers']} layers of rank {ranks}")
+    print(f"alpha: {', '.join(f'{alpha:g}' for alpha in description['alphas']) or 'none, so the rank'}")
+    print(f"file bytes: {description['file_bytes']}")
+    if metadata.get("modelspec.title"):
+        print(f"title: {metadata['modelspec.title']}")
+    _print_metadata(metadata)
+    for key in sorted(metadata):
+        if key.startswith("ss_") or key == "svfit_source":
+            print(f"  {key}: {metadata[key]}")
+
+
+def _print_metadata(metadata: dict[str, str]) -> None:
+    from svfit_dreambooth.metadata import read_thumbnail
+
+    for key, name in SHOWN.items():
+        if metadata.get(key):
+            print(f"{name}: {metadata[key]}")
+    thumbnail = read_thumbnail(metadata)
+    if thumbnail is not None:
+        print(f"thumbnail: {thumbnail.width}x{thumbnail.height} pixels")
+
+
+def _presentable(metadata: dict[str, str]) -> dict[str, str]:
+    """Without what the description says already, and with the picture's size in place of its bytes."""
+    skipped = {"targets", "training", "base_fingerprint", "base_model", "instance_prompt", "class_prompt"}
+    return {
+        key: f"{len(value)} bytes" if key == "modelspec.thumbnail" else value
+        for key, value in metadata.items()
+        if key not in skipped
+    }
+
+
+def _plot(options: argparse.Namespace, adapter: Any) -> Any:
+    from svfit_dreambooth.metadata import read_thumbnail
+    from svfit_dreambooth.photos import open_photo
+    from svfit_dreambooth.plots import plot_adapter, strongest_layer
+    from svfit_dreambooth.preparation import TOYBOX_SUBJECTS
+
+    layer = options.layer or strongest_layer(adapter)
+    if layer not in adapter.shifts:
+        raise SVFitError(
+            f"--layer {layer} is not among the layers of {options.adapter}, such as {min(adapter.shifts)}."
+        )
+    try:
+        spectrum = (layer, _singular_values(options, adapter, layer))
+    except SVFitError as error:
+        print(f"singular values are not drawn: {error}")
+        spectrum = None
+    picture = read_thumbnail(adapter.metadata)
+    bundled = sorted(TOYBOX_SUBJECTS.glob("*/*.png"))
+    if options.picture is not None:
+        picture = open_photo(options.picture)
+    elif picture is None and bundled:
+        picture = open_photo(bundled[0])
+    return plot_adapter(adapter, options.plot, spectrum=spectrum, picture=picture)
+
+
+def _singular_values(options: argparse.Namespace, adapter: Any, layer: str) -> Any:
+    """S of `layer` of the adapter's base; raises SVFitError where that is not at hand."""
+    from svfit_dreambooth.attention import linear_layers
+    from svfit_dreambooth.base_model import pipeline_components
+    from svfit_dreambooth.basis import canonical_weight, same_base
+    from svfit_dreambooth.svfit import decompose
+
+    base = open_base(options, adapter.base_model, options.adapter)
+    weights = {
+        f"{component}.{name}": found[2].weight.detach()
+        for component, model in pipeline_components(base.pipeline).items()
+        for name, found in linear_layers(model).items()
+    }
+    own = {name: weights[name] for name in adapter.shifts if name in weights}
+    if len(own) < len(adapter.shifts) or same_base(adapter.base_fingerprint, own) == "different":
+        raise SVFitError(f"the adapter was trained on {adapter.base_model}, and {base.name} is another base.")
+    return decompose(canonical_weight(weights[layer]))[1]

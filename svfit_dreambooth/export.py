@@ -1,0 +1,198 @@
+"""Adapters for other programs: as a LoRA, in kohya's or diffusers' layout.
+
+An adapter's change of a layer, U diag(shift) Vh, is a LoRA already: up = U diag(shift), down = Vh.  What is written is
+opened again, and compared with the adapter, before it gets its name.
+"""
+
+import hashlib
+import os
+import secrets
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from svfit_dreambooth.adapter import Adapter, read_adapter
+from svfit_dreambooth.attention import linear_layers, svfit_layers
+from svfit_dreambooth.base_model import BaseModel, pipeline_components
+from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.lora_file import lora_changes, pack_layer, peft_metadata
+from svfit_dreambooth.lora_names import Layout
+from svfit_dreambooth.lora_plan import LoraPlan, plan_lora, size_text
+from svfit_dreambooth.metadata import hashes, lora_metadata
+from svfit_dreambooth.pipeline import load_adapter, loaded_adapters, unload_adapter
+
+FILE_NAME = {"diffusers": "pytorch_lora_weights.safetensors"}  # the name that its loader looks for in a folder
+ROUNDING = {torch.float16: 2e-3, torch.float32: 1e-5}  # relative error of a layer's change that the type accounts for
+
+
+@dataclass
+class LoraExport:
+    """A LoRA file that was written and read back."""
+
+    path: Path
+    plan: LoraPlan
+    file_bytes: int
+    measured_error: float  # of the file's change against the adapter's, all layers together, relative
+    worst_error: float  # the largest of one layer's
+
+    def summary(self) -> str:
+        """In one line."""
+        return (
+            f"{self.path}: {size_text(self.file_bytes)}, read back and compared with the adapter: "
+            f"{self.measured_error:.2e} off in all, {self.worst_error:.2e} in the worst layer"
+        )
+
+
+def export_lora(
+    adapter_path: str | Path,
+    base: BaseModel,
+    output: str | Path,
+    layout: Layout = "kohya",
+    *,
+    scale: float = 1.0,
+    rank: int | None = None,
+    error: float | None = None,
+    dtype: torch.dtype = torch.float16,
+    allow_other_base: bool = False,
+    basis_cache_dir: str | Path | None = None,
+    on_plan: Callable[[LoraPlan], None] | None = None,
+) -> LoraExport:
+    """Writes the adapter at `adapter_path` as a LoRA for the layers of `base`, whose pipeline carries no adapter.
+
+    `output`: a .safetensors file, replaced if there is one, or a folder for it.  `scale`: strength, built in.
+    `rank`, `error`, `dtype`: see `plan_lora`.  `on_plan` is told what the file will hold and weigh before the work
+    starts.  The pipeline is afterwards as before.
+    Raises SVFitError for an adapter of another base (unless `allow_other_base`), values that do not fit, a place that
+    cannot be written, and a file that does not read back as the adapter; then nothing is left behind.
+    """
+    adapter = read_adapter(adapter_path)
+    pipeline = base.pipeline
+    if loaded_adapters(pipeline):
+        raise SVFitError("the pipeline carries adapters already: unload them before exporting.")
+    path = _output_file(Path(output), Path(adapter_path), layout)
+    shifts = {name: scale * shift for name, shift in adapter.shifts.items()}
+    shapes = layer_shapes(base, adapter)
+    plan = plan_lora(shifts, shapes, layout, rank=rank, error=error, dtype=dtype)
+    if on_plan is not None:
+        on_plan(plan)
+    name = load_adapter(
+        pipeline, adapter, scale, "export", allow_other_base=allow_other_base, basis_cache_dir=basis_cache_dir
+    )
+    try:
+        return _write(path, plan, base, adapter, scale)
+    finally:
+        unload_adapter(pipeline, name)
+
+
+def layer_shapes(base: BaseModel, adapter: Adapter) -> dict[str, tuple[int, int]]:
+    """Shape (out, in) of every weight of `base` that `adapter` changes, by the adapter's names."""
+    components = pipeline_components(base.pipeline)
+    shapes = {}
+    for component in adapter.components:
+        found = linear_layers(components[component]) if component in components else {}
+        for path, shift in adapter.component_shifts(component).items():
+            weight = found[path][2].weight if path in found else None
+            if weight is None or len(shift) > min(weight.shape):
+                raise SVFitError(
+                    f"the adapter was trained on {adapter.base_model}, which is built otherwise than {base.name} "
+                    f"({component}.{path}): give the base that it was trained on."
+                )
+            shapes[f"{component}.{path}"] = (weight.shape[0], weight.shape[1])
+    return shapes
+
+
+def sdxl_layers_per_block(base: BaseModel) -> int | None:
+    """`layers_per_block` of an SDXL's UNet, whose layers kohya files call by Stability's names; None for others."""
+    if getattr(base.pipeline, "text_encoder_2", None) is None:
+        return None
+    return int(base.pipeline.unet.config.layers_per_block)
+
+
+def _output_file(output: Path, adapter_path: Path, layout: Layout) -> Path:
+    if output.is_dir() or output.suffix != ".safetensors":
+        output = output / FILE_NAME.get(layout, f"{adapter_path.stem}.safetensors")
+    if output.exists() and output.samefile(adapter_path):
+        raise SVFitError(f"{output} is the adapter itself, which an export must not replace: choose another --output.")
+    return output
+
+
+def _directions(base: BaseModel) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Of the adapter that `base` carries: layer -> U (out, r), shift (r,), Vh (r, in)."""
+    return {
+        f"{component}.{name}": (layer.U, layer.shift.detach(), layer.Vh)
+        for component, model in pipeline_components(base.pipeline).items()
+        for name, layer in svfit_layers(model).items()
+    }
+
+
+def _write(path: Path, plan: LoraPlan, base: BaseModel, adapter: Adapter, scale: float) -> LoraExport:
+    sdxl = sdxl_layers_per_block(base)
+    directions = _directions(base)
+    alpha = float(max(plan.ranks.values()))
+    tensors: dict[str, Tensor] = {}
+    for name, kept in plan.kept.items():
+        U, shift, Vh = directions[name]
+        kept = kept.to(U.device)
+        tensors |= pack_layer(name, U[:, kept], shift[kept], Vh[kept], plan.layout, alpha, plan.dtype, sdxl)
+    tensors = {key: tensor.cpu() for key, tensor in tensors.items()}
+    metadata = lora_metadata(
+        adapter,
+        title=adapter.title or path.stem,
+        scale=scale,
+        ranks=plan.ranks,
+        alpha=alpha,
+        error=plan.total_error,
+        base=base,
+    )
+    metadata |= hashes(_payload_sha256(tensors))
+    if plan.layout == "diffusers":
+        metadata["lora_adapter_metadata"] = peft_metadata(plan.ranks)
+    temporary = path.parent / f".svfit-{secrets.token_hex(8)}.safetensors"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, temporary, metadata=metadata)
+        del tensors
+        total, worst = _compare(temporary, plan, directions, sdxl)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise SVFitError(f"'{path}' can't be written ({error}): choose another place.") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return LoraExport(path, plan, path.stat().st_size, total, worst)
+
+
+def _payload_sha256(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of the bytes that safetensors writes after the header: larger types first, then by name."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors, key=lambda key: (-tensors[key].element_size(), key)):
+        digest.update(tensors[key].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _compare(
+    path: Path, plan: LoraPlan, directions: dict[str, tuple[Tensor, Tensor, Tensor]], sdxl: int | None
+) -> tuple[float, float]:
+    """Relative error of the file's changes against the adapter's: of all layers together, and the worst layer's.
+
+    Raises SVFitError where it is more than was left out and what rounding accounts for.
+    """
+    squares = total = worst = 0.0
+    for name, change in lora_changes(path, plan.shapes, plan.layout, sdxl):
+        U, shift, Vh = (tensor.cpu().float() for tensor in directions[name])
+        exact = (U * shift) @ Vh  # (out, in)
+        norm, off = exact.double().norm().item(), (change - exact).double().norm().item()
+        allowed = plan.errors[name] + ROUNDING[plan.dtype]
+        if not off <= allowed * norm:
+            raise SVFitError(
+                f"the LoRA came out wrong and was not kept: the change of {name} is off by {off / norm:.2e} where "
+                f"{allowed:.2e} was planned; --dtype float32 may help."
+            )
+        squares, total, worst = squares + off**2, total + norm**2, max(worst, off / norm)
+    return (squares / total) ** 0.5, worst

@@ -1,0 +1,116 @@
+"""What a LoRA made of an adapter will hold, weigh and lose, known before it is computed.
+
+An adapter changes a layer by D = U diag(shift) Vh.  U and Vh are orthonormal, so |shift| are the singular values of
+D: the best LoRA of rank N keeps the N largest of them, and the relative error of what it drops is exactly
+sqrt(sum of dropped shift^2 / sum of all shift^2)  (Eckart and Young, in the Frobenius norm).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.lora_names import Layout
+
+BYTES = {torch.float16: 2, torch.float32: 4}
+
+
+@dataclass
+class LoraPlan:
+    """Which directions of which layers a LoRA keeps."""
+
+    layout: Layout
+    dtype: torch.dtype
+    kept: dict[str, Tensor]  # layer -> numbers of the directions kept, strongest first, (rank,)
+    shapes: dict[str, tuple[int, int]]  # layer -> (out, in)
+    errors: dict[str, float]  # layer -> relative error of its change, 0 where nothing is dropped
+    total_error: float  # relative error of the change of all layers together
+    full_bytes: int  # weights of the exact LoRA
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Layer -> rank."""
+        return {name: len(kept) for name, kept in self.kept.items()}
+
+    @property
+    def bytes(self) -> int:
+        """Size of the weights; the file's header adds some ten kilobytes."""
+        return sum(len(kept) * sum(self.shapes[name]) for name, kept in self.kept.items()) * BYTES[self.dtype]
+
+    def lines(self) -> list[str]:
+        """The plan in plain words, the size first."""
+        ranks = sorted(self.ranks.values())
+        spread = f"{ranks[0]}" if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
+        size = f"{size_text(self.bytes)} as a {self.layout} LoRA in {str(self.dtype)[6:]}"
+        lines = [f"{size}: {len(self.kept)} layers of rank {spread}"]
+        if self.total_error > 0:
+            worst = max(self.errors, key=lambda name: self.errors[name])
+            lines.append(
+                f"it leaves out {self.total_error:.2%} of the adapter's change, at most {self.errors[worst]:.2%} of a "
+                f"layer's ({worst}); the exact LoRA would weigh {size_text(self.full_bytes)}"
+            )
+        else:
+            lines.append("it holds the adapter's whole change")
+        return lines
+
+
+def size_text(size: int) -> str:
+    """Bytes for people."""
+    return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB"
+
+
+def plan_lora(
+    shifts: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, int]],
+    layout: Layout = "kohya",
+    *,
+    rank: int | None = None,
+    error: float | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> LoraPlan:
+    """Chooses what to keep of `shifts`, layer -> (r,), of weights of `shapes`, layer -> (out, in).
+
+    `rank`: at most so many directions a layer, the strongest; None: all.  `error`, in its place: as few as leave no
+    layer's change off by more than this share (0.01: one per cent).  Directions with a shift of zero, and layers with
+    no other, are never stored.  Raises SVFitError for values that make no sense and for shifts that are all zero.
+    """
+    if rank is not None and error is not None:
+        raise SVFitError("--rank and --error both choose what a LoRA keeps: give one of them.")
+    if rank is not None and rank < 1:
+        raise SVFitError(f"--rank {rank} keeps nothing: give a number of 1 or more.")
+    if error is not None and not 0 <= error < 1:
+        raise SVFitError(f"--error {error:g} is no share of the change: give a number from 0 to below 1, such as 0.01.")
+    if dtype not in BYTES:
+        raise SVFitError(f"a LoRA is saved as torch.float16 or torch.float32, not as {dtype}.")
+    kept, errors = {}, {}
+    dropped_energy = total_energy = 0.0
+    full_values = 0
+    for name, shift in shifts.items():
+        energies, order = shift.detach().cpu().double().square().sort(descending=True)  # (r,), (r,)
+        nonzero = int((energies > 0).sum())
+        if nonzero == 0:
+            continue
+        left = energies.sum() - energies.cumsum(0)  # (r,), what dropping all after each would lose
+        if error is not None:
+            enough = left <= error**2 * energies.sum()  # (r,)
+            count = min(int((~enough).sum()) + 1, nonzero)
+        else:
+            count = min(rank or nonzero, nonzero)
+        lost = float(energies[count:].sum())
+        kept[name] = order[:count]
+        errors[name] = (lost / float(energies.sum())) ** 0.5
+        dropped_energy, total_energy = dropped_energy + lost, total_energy + float(energies.sum())
+        full_values += nonzero * sum(shapes[name])
+    if not kept:
+        raise SVFitError("every shift of the adapter is zero, it changes nothing: there is nothing to export.")
+    return LoraPlan(
+        layout=layout,
+        dtype=dtype,
+        kept=kept,
+        shapes={name: (shapes[name][0], shapes[name][1]) for name in kept},
+        errors=errors,
+        total_error=(dropped_energy / total_energy) ** 0.5,
+        full_bytes=full_values * BYTES[dtype],
+    )

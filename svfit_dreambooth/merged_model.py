@@ -1,0 +1,179 @@
+"""An adapter merged into its base: a model folder of its own, for whatever loads diffusers models."""
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from svfit_dreambooth.adapter import read_adapter
+from svfit_dreambooth.attention import linear_layers, svfit_layers
+from svfit_dreambooth.base_model import BaseModel, open_base_model, pipeline_components
+from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.lora_plan import size_text
+from svfit_dreambooth.metadata import licence_note
+from svfit_dreambooth.pipeline import load_adapter, loaded_adapters, unload_adapter
+
+NOTE = "svfit.json"  # beside model_index.json: where the model comes from
+TYPE_NAME = {torch.float16: "float16", torch.float32: "float32"}
+
+
+@dataclass
+class MergedExport:
+    """A model folder that was written and opened again."""
+
+    path: Path
+    folder_bytes: int
+    worst_error: float  # largest relative error of a merged weight against W + change, from rounding to the type
+
+    def summary(self) -> str:
+        """In one line."""
+        return (
+            f"{self.path}: {size_text(self.folder_bytes)}, opened again and compared with base and adapter: "
+            f"{self.worst_error:.2e} off in the worst weight"
+        )
+
+
+def merged_bytes(base: BaseModel, dtype: torch.dtype) -> int:
+    """Size in bytes of the weights of `base` in `dtype`."""
+    modules = [part for part in base.pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    values = sum(tensor.numel() for module in modules for tensor in module.state_dict().values())
+    return values * torch.finfo(dtype).bits // 8
+
+
+def export_merged(
+    adapter_path: str | Path,
+    base: BaseModel,
+    output: str | Path,
+    *,
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.float16,
+    allow_other_base: bool = False,
+    basis_cache_dir: str | Path | None = None,
+) -> MergedExport:
+    """Writes `base` with the adapter at `adapter_path` merged in as a diffusers folder `output`, new or empty.
+
+    `scale`: the adapter's strength.  `dtype`: torch.float16 or torch.float32 of all weights.  The files that `base`
+    came from are left alone, but its pipeline in memory is merged and cast: open it anew for other work.
+    Raises SVFitError for an adapter of another base (unless `allow_other_base`), a place that cannot be written or
+    holds something, weights beyond float16, and a folder that does not read back right; then nothing is left behind.
+    """
+    if dtype not in TYPE_NAME:
+        raise SVFitError(f"a merged model is saved as torch.float16 or torch.float32, not as {dtype}.")
+    output, adapter, pipeline = Path(output), read_adapter(adapter_path), base.pipeline
+    if loaded_adapters(pipeline):
+        raise SVFitError("the pipeline carries adapters already: unload them before exporting.")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise SVFitError(f"{output} exists already: a merged model wants a new or empty folder.")
+    name = load_adapter(
+        pipeline, adapter, scale, "export", allow_other_base=allow_other_base, basis_cache_dir=basis_cache_dir
+    )
+    merged = _merged_weights(base)
+    unload_adapter(pipeline, name)
+    _put(base, merged)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):  # one by one: a pipeline would say that float16 does not run on a CPU
+            part.to("cpu", dtype)
+    _check_finite(base, dtype)
+    temporary = output.parent / f".svfit-{secrets.token_hex(8)}"
+    try:
+        temporary.mkdir(parents=True)
+        pipeline.save_pretrained(temporary, safe_serialization=True)
+        _open_in_float32_unless_told(temporary)
+        note = {
+            "base_model": adapter.base_model,
+            "adapter": adapter.title or Path(adapter_path).stem,
+            "payload_sha256": adapter.metadata.get("payload_sha256"),
+            "scale": scale,
+            "instance_prompt": adapter.instance_prompt,
+            "licence": licence_note(adapter),
+        }
+        (temporary / NOTE).write_text(json.dumps(note, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        worst = _compare(temporary, merged, base)
+        if output.exists():
+            output.rmdir()
+        os.replace(temporary, output)
+    except (OSError, SafetensorError) as error:
+        raise SVFitError(f"'{output}' can't be written ({error}): choose another place.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    return MergedExport(output, size, worst)
+
+
+def _merged_weights(base: BaseModel) -> dict[str, Tensor]:
+    """W + U diag(shift) Vh of every adapted layer, at least float32: "<component>.<path>" -> (out, in)."""
+    merged = {}
+    for component, model in pipeline_components(base.pipeline).items():
+        for path, layer in svfit_layers(model).items():
+            exact = torch.promote_types(layer.weight.dtype, torch.float32)
+            delta = (layer.U.to(exact) * layer.shift.detach()) @ layer.Vh.to(exact)  # (out, in)
+            merged[f"{component}.{path}"] = (layer.weight.detach().to(exact) + delta).cpu()
+    return merged
+
+
+@torch.no_grad()
+def _put(base: BaseModel, weights: Mapping[str, Tensor]) -> None:
+    found = _weights(base)
+    for name, weight in weights.items():
+        found[name].copy_(weight)
+
+
+def _weights(base: BaseModel) -> dict[str, Tensor]:
+    return {
+        f"{component}.{path}": layer.weight
+        for component, model in pipeline_components(base.pipeline).items()
+        for path, (_, _, layer) in linear_layers(model).items()
+    }
+
+
+def _open_in_float32_unless_told(folder: Path) -> None:
+    """Without a type named, diffusers opens its models in float32, and transformers in the type of their config.
+
+    A folder in float16 would then be a mixture that fails in the first product: their configs say float32 instead.
+    """
+    for file in folder.glob("*/config.json"):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        own = [key for key in ("dtype", "torch_dtype") if key in config]
+        if own:
+            config |= dict.fromkeys(own, "float32")
+            file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_finite(base: BaseModel, dtype: torch.dtype) -> None:
+    for component, part in base.pipeline.components.items():
+        for name, tensor in part.state_dict().items() if isinstance(part, torch.nn.Module) else ():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise SVFitError(
+                    f"{component}.{name} does not fit into {TYPE_NAME[dtype]}: export with --dtype float32."
+                )
+
+
+def _compare(folder: Path, merged: Mapping[str, Tensor], base: BaseModel) -> float:
+    """The largest relative error of a merged weight in `folder`; raises SVFitError where anything is not as it should.
+
+    Weights without an adapter must be those of `base`, to the bit.
+    """
+    again = open_base_model(str(folder))
+    worst = 0.0
+    dtype = base.pipeline.unet.dtype
+    found = _weights(again)
+    for name, weight in merged.items():
+        off = ((found[name].double() - weight.double()).norm() / weight.double().norm()).item()
+        worst = max(worst, off)
+        if not off <= torch.finfo(dtype).eps:
+            raise SVFitError(f"the merged model came out wrong and was not kept: {name} is off by {off:.2e}.")
+    for component, part in base.pipeline.components.items():
+        if not isinstance(part, torch.nn.Module):
+            continue
+        theirs = getattr(again.pipeline, component).state_dict()
+        for name, tensor in part.state_dict().items():
+            if name not in theirs or not torch.equal(theirs[name].to(tensor.dtype), tensor):
+                raise SVFitError(f"the merged model came out wrong and was not kept: {component}.{name} changed.")
+    return worst
