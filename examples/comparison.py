@@ -19,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from svfit_dreambooth import SVFitConfig
 
+torch.set_num_threads(1)  # the models are too small for more
+
 HEAD = "classifier"
 HEAD_RATES = (1e-2, 3e-2, 1e-1)
 SEEDS = (1, 2, 3, 4, 5)  # of batches and new parameters; the sweeps use seed 0

@@ -82,20 +82,18 @@ def check_base_model(name: str, base_config: str | None = None) -> None:
         return
     path = Path(name)
     if path.is_dir():
-        index = path / "model_index.json"
-        try:
-            kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
-        except (OSError, ValueError, KeyError, TypeError):
+        kind = _folder_kind(name)
+        if kind is None:
             raise SVFitError(
                 f"{name} is not a diffusers model folder, it has no readable model_index.json: "
                 f'give such a folder, a hub id, a .safetensors checkpoint, or "{TOYBOX}".'
-            ) from None
+            )
         _family(name, kind)
     elif path.is_file():
         if path.suffix != ".safetensors":
             raise SVFitError(f"{name} is not a .safetensors checkpoint: convert it, pickled files are never opened.")
-        if base_config is not None and not Path(base_config, "model_index.json").is_file():
-            raise SVFitError(f"--base_config {base_config} is not a folder with a model_index.json.")
+        if base_config is not None and _folder_kind(base_config) is None:
+            raise SVFitError(f"--base_config {base_config} is not a folder with a readable model_index.json.")
     elif not HUB_ID.fullmatch(name) or name.startswith("."):
         raise SVFitError(
             f"{name} is no base model: there is no such folder or file, and a hub id reads owner/name; "
@@ -126,6 +124,11 @@ def open_base_model(
     try:
         if path.is_file():
             family, prediction_type = _read_single_file(path)
+            if base_config is not None and _folder_kind(base_config) != family.__name__:
+                raise SVFitError(
+                    f"{name} is a checkpoint for {family.__name__}, but --base_config {base_config} describes a "
+                    f"{_folder_kind(base_config)}: give the configs of its own family."
+                )
             location["local_files_only"] = local_files_only or base_config is not None
             pipeline = family.from_single_file(
                 str(path), config=base_config, **location, **_load_options(family, content_filter)
@@ -158,6 +161,14 @@ def open_base_model(
     if revision is not None and not path.exists():
         display += f"@{revision}"
     return BaseModel(display or path.resolve().name, pipeline)
+
+
+def _folder_kind(folder: str) -> str | None:
+    """The class of the diffusers pipeline in `folder`; None if there is none."""
+    try:
+        return str(json.loads(Path(folder, "model_index.json").read_text(encoding="utf-8"))["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _family(name: str, kind: str) -> type[Pipeline]:

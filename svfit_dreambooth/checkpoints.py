@@ -39,6 +39,9 @@ INDIFFERENT_OPTIONS = (
     "checkpoints_total_limit",
     "final_pictures",
     "report_to",
+    "also",
+    "push_to_hub",
+    "hub_model_id",
     "keep",
     "adapter_name",
     "dry_run",
@@ -187,6 +190,8 @@ def run_identity(run: Run) -> dict[str, Any]:
     digest = hashlib.sha256()
     for photo in run.photos:
         digest.update(photo.path.read_bytes() + (photo.caption or "").encode())
+        if photo.mask not in (None, photo.path):
+            digest.update(photo.mask.read_bytes())
     return {"photos": digest.hexdigest(), "base": fingerprint(run.weights), **options}
 
 

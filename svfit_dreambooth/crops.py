@@ -7,6 +7,7 @@ matter.
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ class Crops:
     time_ids: Tensor  # (variants, 6): the photo's height and width, the window's top and left, its height and width
 
 
+@lru_cache
 def training_size(size: Size, resolution: int, multiple: int) -> Size:
     """The width and height at which to train on a photo of `size`, so that little of it is cut off.
 

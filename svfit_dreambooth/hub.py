@@ -197,7 +197,7 @@ def find_adapter(name: str | Path, api: HfApi | None = None) -> Path:
                 f"{file} in {repository} has {files[file] / 1e6:,.0f} MB: an SVFit adapter is far smaller, so this is "
                 "another kind of model."
             )
-        return Path(api.hf_hub_download(repository, file, revision=info.sha))
+        return Path(api.hf_hub_download(repository, file, revision=revision))
 
 
 def _cached(api: HfApi, repository: str, revision: str | None) -> Path:

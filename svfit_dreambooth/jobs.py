@@ -29,7 +29,7 @@ from svfit_dreambooth.config import TrainConfig
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.locks import is_locked, locked
 from svfit_dreambooth.run_folder import read_progress
-from svfit_dreambooth.workspace import Visitor, Workspace, file_name, photo_files
+from svfit_dreambooth.workspace import Visitor, Workspace, file_name, library_of, photo_files
 
 COMMAND = Path(__file__).resolve().parent.parent / "train_dreambooth_svfit.py"
 TICK = 1.0  # seconds between looks at the queue
@@ -279,11 +279,6 @@ class Jobs:
             temporary = folder / ".job.json.tmp"
             temporary.write_text(json.dumps(asdict(job)), encoding="utf-8")
             temporary.replace(folder / "job.json")
-
-
-def library_of(workspace: Workspace, owner: str) -> Path:
-    """Where the results of an owner's runs go."""
-    return Visitor(workspace, owner).library if owner else workspace.folder / "adapters"
 
 
 def _devices() -> list[str]:

@@ -149,7 +149,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _line(text: str) -> str:
     """`text` on one line, with what Markdown or HTML would act on made plain."""
     text = " ".join(text.split())
-    return text.replace("<", "&lt;").replace("[", "\\[")
+    return text.replace("<", "&lt;").replace("[", "\\[").replace("*", "\\*")
 
 
 def _code(text: str) -> str:

@@ -39,20 +39,24 @@ def sum_up(folder: Path) -> Progress:
     fixed: dict[int, float] = {}
     subjects: dict[int, float] = {}
     pictures: dict[int, Path] = {}
-    seconds: list[float] = []
+    seconds: list[float] = []  # that each step took
+    clock = 0.0
     for event in read_progress(folder):
         kind, step = event.get("event"), int(event.get("step") or 0)
         if kind == "start":
             state.of, state.step = int(event.get("of") or 0), step
             state.status = state.message = None
+            clock = 0.0
             for series in (losses, fixed, subjects, pictures):
                 for later in [known for known in series if known > step]:
                     del series[later]  # type: ignore[attr-defined]
         elif kind == "step":
             state.step, state.of = step, int(event.get("of") or state.of)
             _note(losses, step, event.get("loss"))
-            if event.get("seconds"):
-                seconds.append(float(event["seconds"]))
+            now = event.get("seconds")  # since the run was started or went on
+            if isinstance(now, int | float):
+                seconds.append(now - clock if now >= clock else now)
+                clock = now
         elif kind == "measure":
             _note(fixed, step, event.get("fixed_loss"))
             _note(subjects, step, event.get("subject"))

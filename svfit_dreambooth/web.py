@@ -105,9 +105,10 @@ def build_page(
     import gradio as gr
 
     from svfit_dreambooth import library, web_api, web_generate, web_library, web_train
-    from svfit_dreambooth.jobs import Jobs, library_of
+    from svfit_dreambooth.jobs import Jobs
     from svfit_dreambooth.studio import Bases, Studio
     from svfit_dreambooth.web_app import App
+    from svfit_dreambooth.workspace import library_of
 
     own = library_of(workspace, "")
     library.empty_trash(own)

@@ -26,6 +26,7 @@ class GenerateTab:
 def build(app: App, page: gr.Blocks, chosen: list[str]) -> GenerateTab:
     """`chosen`: adapters of the library that are selected when the page opens."""
     painting = Painting(app, chosen)
+    offered, value = painting.at_the_start()
     shown = gr.State([])  # names of the visitor's pictures in the gallery
     selected = gr.State(None)  # name of one of them
     filled = gr.State("")  # what was last written into the prompt for the person
@@ -37,7 +38,7 @@ def build(app: App, page: gr.Blocks, chosen: list[str]) -> GenerateTab:
                 info="Say the subject's own words; what else is in the picture is up to you. Ctrl+Enter paints.",
             )  # fmt: skip
             adapters = gr.Dropdown(
-                [], multiselect=True, label="Adapters", elem_id="adapters", **OPEN,
+                offered, value=value, multiselect=True, label="Adapters", elem_id="adapters", **OPEN,
                 info="The subjects that it knows. None: the base model alone.",
             )  # fmt: skip
 

@@ -14,7 +14,7 @@ from svfit_dreambooth import library, pictures
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.studio import AS_TRAINED, STRIP, Order, Told
 from svfit_dreambooth.web_app import App, number, plainly
-from svfit_dreambooth.workspace import Visitor
+from svfit_dreambooth.workspace import Visitor, library_of
 
 ONCE, COMPARED, STRENGTHS = "just paint", "beside the base model", "strengths 0 to 1.5"
 FACTORS: dict[str, tuple[float, ...]] = {ONCE: (1.0,), COMPARED: (0.0, 1.0), STRENGTHS: STRIP}
@@ -48,6 +48,14 @@ class Painting:
             words,
             words,
         )
+
+    def at_the_start(self) -> tuple[list[tuple[str, str]], list[str]]:
+        """Adapters offered and chosen while it is not known yet who asks."""
+        workspace = self.app.workspace
+        if not workspace.shared:
+            return [], []
+        choices = [(name, f"library/{name}") for name in library.names(library_of(workspace, ""))]
+        return choices, [f"library/{name}" for name in self.chosen]
 
     def words(self, visitor: Visitor, choices: list[str]) -> str:
         """The prompt of the first adapter that has one."""
@@ -134,8 +142,8 @@ class Painting:
             seed=random.randrange(SEEDS) if new_seed or seed is None else int(seed) % 2**63,
             num_inference_steps=int(steps),
             guidance_scale=number("guidance", guidance),
-            width=_whole("width", width),
-            height=_whole("height", height),
+            width=number("width", width),
+            height=number("height", height),
             factors=FACTORS[mode],
             allow_other_base=bool(relatives),
         )
@@ -252,11 +260,6 @@ def keep_picture(visitor: Visitor, order: Order, picture: Any) -> Path:
     return save_picture(picture, free_path(visitor.pictures, stem))
 
 
-def _whole(name: str, text: str | None) -> int | None:
-    value = number(name, text)
-    return None if value is None else int(value)
-
-
 def _work(app: App, order: Order, news: "queue.Queue[Any]", cancelled: threading.Event) -> None:
     """Paints in a thread of its own and puts what happens into `news`; None is the end."""
     try:
@@ -272,8 +275,8 @@ def _arranged(shown: list[tuple[float, str, str]], mode: str) -> list[tuple[floa
     if mode != COMPARED:
         return shown
     base, adapted = ([item for item in shown if item[0] == factor] for factor in FACTORS[COMPARED])
-    pairs = [pair for pair in zip(base, adapted, strict=False)]
-    return [item for pair in pairs for item in pair] + base[len(pairs) :]
+    pairs = [item for pair in zip(base, adapted, strict=False) for item in pair]
+    return pairs + base[len(adapted) :]
 
 
 def _status(text: str, share: float | None = None) -> str:

@@ -23,8 +23,11 @@ def theme() -> gr.themes.Base:
 
 
 CSS = """
-.gradio-container { max-width: 1320px !important; margin: 0 auto !important; }
-.gradio-container main, .gradio-container .wrap { width: 100%; }
+.gradio-container { width: 100%; max-width: 1320px !important; margin: 0 auto !important; }
+
+#gallery .empty { border: 0; }
+#gallery .empty::after { content: "Pictures appear here. Say what to paint and press Generate."; font-size: .9rem; margin-top: 10px; }
+#gallery .empty { flex-direction: column; display: flex; align-items: center; justify-content: center; }
 #title { margin: 2px 0 0; }
 #title h1 { font-size: 1.35rem; margin: 0; letter-spacing: -.01em; }
 #title p { margin: 2px 0 0; color: var(--body-text-color-subdued); }

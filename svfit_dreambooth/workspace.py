@@ -98,6 +98,11 @@ class Visitor:
         return "" if self.workspace.shared else self.word
 
 
+def library_of(workspace: Workspace, owner: str) -> Path:
+    """Where the results of an owner's runs go."""
+    return Visitor(workspace, owner).library if owner else workspace.folder / "adapters"
+
+
 def word_for(name: str) -> str:
     """The word of an account or of a client without cookies."""
     return hashlib.sha256(f"svfit visitor {name}".encode()).hexdigest()[:32]

@@ -40,6 +40,7 @@ def config(tiny_base, photo_folder, tmp_path):
         "resolution": 16,
         "num_inference_steps": 1,
         "fixed_loss_examples": 0,
+        "final_pictures": False,
     }
 
 

@@ -167,6 +167,7 @@ def test_a_run_with_both_repeats(tiny_base, photo_folder, tmp_path):
             train_batch_size=2,
             resolution=16,
             fixed_loss_examples=1,
+            final_pictures=False,
             snr_gamma=5.0,
             noise_offset=0.05,
         )
@@ -190,6 +191,7 @@ def test_a_run_on_masked_portraits_beside_a_square(tiny_base, tmp_path):
         output_dir=str(tmp_path / "out"),
         max_train_steps=3,
         resolution=16,
+        final_pictures=False,
     )
     result = train(config)
     assert "12x20 (2), 16x16 (1)" in "\n".join(result.run.report())

@@ -58,13 +58,13 @@ class Hub:
         names = [
             {"rfilename": str(path.relative_to(self.folder / repo_id)), "size": path.stat().st_size} for path in files
         ]
-        return ModelInfo(id=repo_id, private=self.private.get(repo_id, False), siblings=names, sha="0" * 40)
+        return ModelInfo(id=repo_id, private=self.private.get(repo_id, False), siblings=names)
 
     def upload_folder(self, repo_id, folder_path, commit_message):
         shutil.copytree(folder_path, self.folder / repo_id, dirs_exist_ok=True)
 
     def hf_hub_download(self, repo_id, filename, revision):
-        assert revision == "0" * 40  # the very state that was looked at
+        assert revision in (None, "main")
         return str(self.folder / repo_id / filename)
 
     def snapshot_download(self, repo_id, revision, allow_patterns, local_files_only):
@@ -229,6 +229,20 @@ def test_without_the_hub_the_last_download_serves(stub, run, caplog):
         find_adapter("somebody/cat")
     with pytest.raises(SVFitError, match="no route to the hub"):
         push_adapter(run, "somebody/my-dog")
+
+
+def test_the_real_client_offline(tmp_path, monkeypatch):
+    """Its cache as a download leaves it, and HF_HUB_OFFLINE=1, which conftest sets."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--somebody--dog"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    file = folder / "snapshots" / ("0" * 40) / "dog.safetensors"
+    file.touch()
+    assert find_adapter("somebody/dog") == file
+    with pytest.raises(SVFitError, match="somebody/cat is no file on this disk, and the repository of that name"):
+        find_adapter("somebody/cat")
 
 
 def test_files_on_this_disk_come_first_and_paths_are_no_ids(stub, tmp_path, monkeypatch):

@@ -363,13 +363,13 @@ def test_progress_of_a_resumed_run_reads_as_one(tmp_path):
     events = [
         {"event": "start", "step": 0, "of": 4},
         {"event": "step", "step": 1, "of": 4, "loss": 0.5, "seconds": 2.0},
-        {"event": "step", "step": 2, "of": 4, "loss": 0.4, "seconds": 2.0},
+        {"event": "step", "step": 2, "of": 4, "loss": 0.4, "seconds": 4.0},
         {"event": "pictures", "step": 2, "path": "../../etc/passwd"},
         {"event": "start", "step": 1, "of": 4, "resumed": True},
-        {"event": "step", "step": 2, "of": 4, "loss": 0.3, "seconds": 4.0},
+        {"event": "step", "step": 2, "of": 4, "loss": 0.3, "seconds": 2.0},
         {"event": "unheard of", "step": 2},
     ]
     (tmp_path / "progress.jsonl").write_text("\n".join(map(json.dumps, events)) + '\n{"event": "st')
     state = sum_up(tmp_path)
     assert state.losses == [(1, 0.5), (2, 0.3)] and (state.step, state.of) == (2, 4)
-    assert state.seconds_left == 4.0 and state.pictures == [] and state.status is None
+    assert state.seconds_a_step == 2.0 and state.seconds_left == 4.0 and state.pictures == [] and state.status is None
