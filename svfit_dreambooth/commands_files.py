@@ -25,7 +25,7 @@ def add_file_commands(commands: Any, add_base: Callable[[argparse.ArgumentParser
     importing = commands.add_parser("import", help="turn an SVDiff file (spectral_shifts.safetensors) into an adapter")
     importing.add_argument("file", type=Path, help="the file, or the folder with it")
     importing.add_argument("--output", type=Path, required=True, help="adapter file to write")
-    importing.add_argument("--partial", action="store_true", help="leave what does not fit, such as convolutions")
+    importing.add_argument("--partial", action="store_true", help="leave what does not fit, such as norms")
     importing.add_argument("--instance_prompt", help='to remember, such as "a photo of sks dog"')
     add_base(importing)
     importing.set_defaults(run=_import)
@@ -118,10 +118,11 @@ def _combine(options: argparse.Namespace) -> None:
     import torch
 
     from svfit_dreambooth.adapter import read_adapter, save_adapter
-    from svfit_dreambooth.attention import linear_layers
+    from svfit_dreambooth.attention import matrix_layers
     from svfit_dreambooth.base_model import pipeline_components
     from svfit_dreambooth.combine import combine_adapters
     from svfit_dreambooth.generation import split_strength
+    from svfit_dreambooth.svfit import as_matrix
 
     named = [split_strength(text) for text in options.adapters]
     adapters = [(read_adapter(path), strength) for path, strength in named]
@@ -131,9 +132,9 @@ def _combine(options: argparse.Namespace) -> None:
     def base_weights() -> dict[str, torch.Tensor]:
         base = open_base(options, adapters[0][0].base_model, Path(named[0][0]))
         return {
-            f"{component}.{name}": layer.weight
+            f"{component}.{name}": as_matrix(layer.weight)
             for component, model in pipeline_components(base.pipeline).items()
-            for name, (_, _, layer) in linear_layers(model).items()
+            for name, (_, _, layer) in matrix_layers(model).items()
         }
 
     method = "average" if options.average else "interpolate" if options.interpolate is not None else "add"

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from svfit_dreambooth.adapter import read_adapter
-from svfit_dreambooth.attention import linear_layers, svfit_layers
+from svfit_dreambooth.attention import matrix_layers, svfit_layers
 from svfit_dreambooth.base_model import BaseModel, open_base_model, pipeline_components
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.lora_plan import size_text
@@ -108,13 +108,13 @@ def export_merged(
 
 
 def _merged_weights(base: BaseModel) -> dict[str, Tensor]:
-    """W + U diag(shift) Vh of every adapted layer, at least float32: "<component>.<path>" -> (out, in)."""
+    """W + U diag(shift) Vh of every adapted layer, at least float32: as the weight is shaped."""
     merged = {}
     for component, model in pipeline_components(base.pipeline).items():
         for path, layer in svfit_layers(model).items():
             exact = torch.promote_types(layer.weight.dtype, torch.float32)
             delta = (layer.U.to(exact) * layer.shift.detach()) @ layer.Vh.to(exact)  # (out, in)
-            merged[f"{component}.{path}"] = (layer.weight.detach().to(exact) + delta).cpu()
+            merged[f"{component}.{path}"] = (layer.weight.detach().to(exact) + delta.view(layer.weight.shape)).cpu()
     return merged
 
 
@@ -129,7 +129,7 @@ def _weights(base: BaseModel) -> dict[str, Tensor]:
     return {
         f"{component}.{path}": layer.weight
         for component, model in pipeline_components(base.pipeline).items()
-        for path, (_, _, layer) in linear_layers(model).items()
+        for path, (_, _, layer) in matrix_layers(model).items()
     }
 
 

@@ -14,13 +14,14 @@ from test_pipeline import make_adapter, paint
 
 from svfit_dreambooth import export as export_room
 from svfit_dreambooth import load_adapter, save_adapter, unload_adapter
-from svfit_dreambooth.attention import linear_layers
+from svfit_dreambooth.attention import linear_layers, matrix_layers
 from svfit_dreambooth.base_model import BaseModel
 from svfit_dreambooth.basis import fingerprint
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.export import export_lora
 from svfit_dreambooth.lora_file import describe_lora, is_lora, lora_changes
 from svfit_dreambooth.lora_plan import plan_lora
+from svfit_dreambooth.svfit import as_matrix
 
 PIXEL = 1 / 255
 
@@ -69,16 +70,17 @@ def test_the_public_loader_paints_the_adapters_pictures(base, path, tmp_path, la
 
 
 @pytest.mark.parametrize("layout", ["kohya", "diffusers"])
-def test_every_linear_layer_has_a_name_that_the_loader_knows(base, tmp_path, layout):
+def test_every_layer_has_a_name_that_the_loader_knows(base, tmp_path, layout):
     adapter = make_adapter(base.pipeline)
     generator = torch.Generator().manual_seed(1)
     weights = {
-        f"{component}.{name}": layer.weight
+        f"{component}.{name}": as_matrix(layer.weight)
         for component in ("unet", "text_encoder")
-        for name, (_, _, layer) in linear_layers(getattr(base.pipeline, component)).items()
+        for name, (_, _, layer) in matrix_layers(getattr(base.pipeline, component)).items()
     }
     assert any("ff.net.0.proj" in name for name in weights) and any("time_emb" in name for name in weights)
-    adapter.shifts = {name: 0.3 * torch.randn(min(w.shape), generator=generator) for name, w in weights.items()}
+    assert {"unet.conv_in", "unet.conv_out", "unet.down_blocks.0.downsamplers.0.conv"} <= set(weights)
+    adapter.shifts = {name: 0.1 * torch.randn(min(w.shape), generator=generator) for name, w in weights.items()}
     adapter.base_fingerprint = fingerprint(weights)
     path = save_adapter(adapter, tmp_path / "all.safetensors")
     native = native_picture(base.pipeline, path)
