@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from svfit_dreambooth import remarks as remarks  # filters must be in place before diffusers is imported
+from svfit_dreambooth.peft_import import register_with_peft
 
 if TYPE_CHECKING:
     from svfit_dreambooth.adapter import Adapter, read_adapter, save_adapter
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from svfit_dreambooth.config import TrainConfig
     from svfit_dreambooth.errors import SVFitError
     from svfit_dreambooth.generation import generate
+    from svfit_dreambooth.peft_method import SVFitConfig, adapter_from_peft
     from svfit_dreambooth.pipeline import load_adapter, merge_adapters, set_adapters, unload_adapter
     from svfit_dreambooth.svfit import SVFitLinear, decompose
     from svfit_dreambooth.training import train
@@ -27,6 +29,8 @@ _HOME = {
     "TrainConfig": "config",
     "SVFitError": "errors",
     "generate": "generation",
+    "SVFitConfig": "peft_method",
+    "adapter_from_peft": "peft_method",
     "load_adapter": "pipeline",
     "merge_adapters": "pipeline",
     "set_adapters": "pipeline",
@@ -38,9 +42,11 @@ _HOME = {
 
 __all__ = [
     "Adapter",
+    "SVFitConfig",
     "SVFitError",
     "SVFitLinear",
     "TrainConfig",
+    "adapter_from_peft",
     "apply_svfit",
     "decompose",
     "generate",
@@ -63,3 +69,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME})
+
+
+register_with_peft()

@@ -37,12 +37,13 @@ from svfit_dreambooth.adapter_checks import (
     read_targets,
     required,
 )
+from svfit_dreambooth.adapter_words import HEADER_KEY, LearnedWord, read_words, word_key, word_metadata, word_tensors
 from svfit_dreambooth.errors import SVFitError
 
 MODELSPEC = {"sai_model_spec", "architecture", "implementation", "title", "date", "hash_sha256", "trigger_phrase"}
 OWN_METADATA = {f"modelspec.{name}" for name in MODELSPEC} | {"format", "format_version", "payload_sha256"}
 SPARSE_ENTRY_BYTES = 160  # what a second tensor costs in the header, about
-OWN_METADATA |= {"base_model", "base_fingerprint", "targets", "instance_prompt", "class_prompt", "training"}
+OWN_METADATA |= {"base_model", "base_fingerprint", "targets", "instance_prompt", "class_prompt", "training", HEADER_KEY}
 
 
 @dataclass
@@ -57,6 +58,7 @@ class Adapter:
     training: dict[str, Any] = field(default_factory=dict)  # the run's settings, for people to read
     title: str = ""  # empty: the file's name when saved
     architecture: str = "stable-diffusion"  # modelspec's word for the base, such as "stable-diffusion-v1"
+    learned_words: list[LearnedWord] = field(default_factory=list)
     metadata: dict[str, str] = field(default_factory=dict)  # header as read; keys this room doesn't own are saved again
 
     @property
@@ -67,7 +69,8 @@ class Adapter:
     @property
     def components(self) -> list[str]:
         """The model parts that are adapted, such as ["text_encoder", "unet"]."""
-        return sorted({name.partition(".")[0] for name in self.shifts})
+        learned = {component for word in self.learned_words for component in word.deltas}
+        return sorted({name.partition(".")[0] for name in self.shifts} | learned)
 
     def component_shifts(self, component: str) -> dict[str, torch.Tensor]:
         """The shifts of one model part: module path, without the component -> (rank,)."""
@@ -100,6 +103,7 @@ def save_adapter(adapter: Adapter, path: str | Path, dtype: torch.dtype = torch.
             tensors[name + INDEX_SUFFIX] = positions
     if not tensors:
         raise SVFitError(f"The adapter for '{path}' holds no shifts: nothing was saved.")
+    tensors |= word_tensors(adapter.learned_words, dtype)
     try:
         ranks = {name: tensors[name + SUFFIX].numel() for name in adapter.shifts}
         content = serialize(tensors, _metadata(adapter, path, ranks, _payload_sha256(tensors)))
@@ -166,6 +170,7 @@ def _metadata(adapter: Adapter, path: Path, ranks: dict[str, int], payload_sha25
         "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "modelspec.hash_sha256": "0x" + payload_sha256,
     }
+    metadata |= word_metadata(adapter.learned_words)
     if adapter.instance_prompt is not None:
         metadata |= {"instance_prompt": adapter.instance_prompt, "modelspec.trigger_phrase": adapter.instance_prompt}
     if adapter.class_prompt is not None:
@@ -238,7 +243,9 @@ def read_adapter(path: str | Path) -> Adapter:
         keys, metadata = list(file.keys()), dict(file.metadata() or {})
         check_kind(path, keys, metadata)
         targets = read_targets(path, metadata)
-        indexed = check_same_projections(path, keys, targets)
+        words = read_words(path, keys, metadata, file)
+        of_words = {word_key(component, i) for i, word in enumerate(words) for component in word.deltas}
+        indexed = check_same_projections(path, [key for key in keys if key not in of_words], targets)
         for name, rank in targets.items():
             check_header_entry(path, name + SUFFIX, rank, file.get_slice(name + SUFFIX))
             if name in indexed:
@@ -263,6 +270,7 @@ def read_adapter(path: str | Path) -> Adapter:
         class_prompt=metadata.get("class_prompt"),
         training=json_object(path, metadata, "training") if "training" in metadata else {},
         title=metadata.get("modelspec.title", ""),
+        learned_words=words,
         architecture=metadata.get("modelspec.architecture", Adapter.architecture).removesuffix(f"/{FORMAT}"),
         metadata=metadata,
     )
@@ -288,6 +296,7 @@ def describe_adapter(adapter: Adapter, path: str | Path | None = None) -> dict[s
         "instance_prompt": adapter.instance_prompt,
         "class_prompt": adapter.class_prompt,
         "training": dict(adapter.training),
+        "learned_words": [word.word for word in adapter.learned_words],
         "components": {name: _summary(shifts) for name, shifts in by_component.items()},
         "blocks": {name: _summary(shifts) for name, shifts in by_block.items()},
         "total": _summary(list(adapter.shifts.values())),

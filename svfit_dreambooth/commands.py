@@ -11,6 +11,7 @@ from pathlib import Path
 
 from svfit_dreambooth.commands_files import add_file_commands
 from svfit_dreambooth.commands_inspect import add_inspect
+from svfit_dreambooth.commands_push import add_push
 from svfit_dreambooth.errors import SVFitError
 
 
@@ -109,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     cache.set_defaults(run=_cache)
     add_inspect(commands, _add_base)
     add_file_commands(commands, _add_base)
+    add_push(commands)
     return parser
 
 

@@ -162,7 +162,7 @@ class Denoiser:
 
     def _encode(self, draws: list[Draw]) -> tuple[Tensor, Tensor | None]:
         rows = [(draw.source, draw.source.prompts[draw.index]) for draw in draws]
-        if self.config.train_text_encoder:
+        if self.config.train_text_encoder or self.config.learned_word:
             ids = [
                 torch.stack([source.input_ids[number][row] for source, row in rows]).to(self.device)
                 for number in range(len(self.text_encoders))

@@ -22,6 +22,7 @@ from svfit_dreambooth.base_model import (
 )
 from svfit_dreambooth.config import TOYBOX
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.hub import find_adapter
 from svfit_dreambooth.pipeline import load_adapter, loaded_adapters, merge_adapters
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -63,7 +64,8 @@ def open_for_adapters(
     file says never starts a download.  `device`: None takes a GPU if there is one.  `base_options`: see
     `open_base_model`.  Raises SVFitError as `open_base_model` and `load_adapter` do.
     """
-    read = [(read_adapter(path), path, strength) for path, strength in adapters]
+    found = [(find_adapter(path), strength) for path, strength in adapters]
+    read = [(read_adapter(path), path, strength) for path, strength in found]
     if base is not None:
         model = open_base_model(base, **base_options)
     elif not read:
@@ -124,12 +126,15 @@ def generate(
     height: int | None = None,
     width: int | None = None,
     on_picture: Callable[[Picture], None] | None = None,
+    on_denoising_step: Callable[[int, int], bool | None] | None = None,
 ) -> list[Picture]:
     """`num_images` pictures of every prompt with the adapters that `model` carries.
 
     Image i of each prompt starts from noise of the seed `seed + i`, drawn on the CPU, whatever the other pictures
     are.  `guidance_scale`: None takes the base's own; `height`, `width` in pixels: None takes the base's.
-    `on_picture` is told of every picture as soon as it is done.
+    `on_picture` is told of every picture as soon as it is done.  `on_denoising_step` is told, after each step of a
+    picture, how many are done, and of how many; a true value stops there: that picture is dropped, and those that
+    were done before are returned.
     """
     pipeline = model.pipeline
     factor = pipeline.vae_scale_factor
@@ -144,8 +149,9 @@ def generate(
     with merge_adapters(pipeline):
         for prompt in prompts:
             for i in range(num_images):
-                image, filtered = _paint(
+                painted = _paint(
                     pipeline,
+                    on_denoising_step,
                     prompt=prompt,
                     negative_prompt=negative_prompt,
                     generator=torch.Generator().manual_seed(seed + i),
@@ -154,6 +160,9 @@ def generate(
                     height=height,
                     width=width,
                 )
+                if painted is None:
+                    return pictures
+                image, filtered = painted
                 settings = {
                     "prompt": prompt,
                     "negative_prompt": negative_prompt or "",
@@ -171,14 +180,26 @@ def generate(
     return pictures
 
 
-def _paint(pipeline: Pipeline, **arguments: Any) -> tuple[Image.Image, bool]:
+def _paint(
+    pipeline: Pipeline, on_denoising_step: Callable[[int, int], bool | None] | None, **arguments: Any
+) -> tuple[Image.Image, bool] | None:
+    """The picture, and whether the content filter blacked it out; None: `on_denoising_step` stopped it."""
+    stopped = False
+
+    def after_step(pipeline: Pipeline, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
+        nonlocal stopped
+        if on_denoising_step is not None and on_denoising_step(step + 1, pipeline.num_timesteps):
+            stopped = pipeline._interrupt = True  # the pipeline passes over the steps that are left
+        return tensors
+
+    arguments |= {"num_images_per_prompt": 1, "callback_on_step_end": after_step}
     unfiltered = getattr(pipeline, "safety_checker", None) is None
     if pipeline.vae.dtype != pipeline.unet.dtype and unfiltered:  # see cast_pipeline
-        latents = pipeline(**arguments, num_images_per_prompt=1, output_type="latent").images
-        return decode_latents(pipeline, latents)[0], False
-    output = pipeline(**arguments, num_images_per_prompt=1)
+        latents = pipeline(**arguments, output_type="latent").images
+        return None if stopped else (decode_latents(pipeline, latents)[0], False)
+    output = pipeline(**arguments)
     flags = getattr(output, "nsfw_content_detected", None)
-    return output.images[0], bool(flags and flags[0])
+    return None if stopped else (output.images[0], bool(flags and flags[0]))
 
 
 def save_picture(picture: Picture, path: Path) -> Path:

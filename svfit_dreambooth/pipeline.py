@@ -8,7 +8,7 @@ shifts, each times its strength.
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate.hooks import AlignDevicesHook, SequentialHook
@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from svfit_dreambooth.adapter import Adapter, read_adapter
+from svfit_dreambooth.adapter_words import word_key
 from svfit_dreambooth.attention import (
     add_shifts,
     check_plain,
@@ -29,6 +30,17 @@ from svfit_dreambooth.attention import (
 from svfit_dreambooth.base_model import pipeline_components
 from svfit_dreambooth.basis import model_basis, same_base
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.hub import find_adapter
+from svfit_dreambooth.learned_word import (
+    Pieces,
+    base_rows,
+    install_words,
+    overlap,
+    remove_words,
+    tokenizer_of,
+    word_embedding,
+    word_pieces,
+)
 from svfit_dreambooth.svfit import SVFitLayer, as_matrix
 
 logger = logging.getLogger(__name__)
@@ -36,10 +48,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Loaded:
-    """One adapter on one component: its shifts by canonical name, without the component, and its strength."""
+    """One adapter on one component: its shifts by canonical name, without the component, its strength, its words."""
 
     shifts: dict[str, Tensor]
     scale: float
+    words: dict[Pieces, Tensor] = field(default_factory=dict)  # token ids of a learned word -> (tokens, dim)
 
 
 def load_adapter(
@@ -51,16 +64,18 @@ def load_adapter(
     allow_other_base: bool = False,
     basis_cache_dir: str | Path | None = None,
 ) -> str:
-    """Loads an adapter file onto `pipeline` beside those already there; `pipeline(prompt)` then uses it.
+    """Loads an adapter onto `pipeline` beside those already there; `pipeline(prompt)` then uses it.
 
+    `adapter`: a file, or a repository on the Hugging Face Hub as "owner/name[@revision]", see `hub.find_adapter`.
     `scale`: its strength, 1 as trained.  `name`: how `set_adapters` and `unload_adapter` call it, by default the
     file's name without suffix; it is returned.  Offloaded pipelines stay offloaded.
     Raises SVFitError for a bad file, a name in use, and a pipeline that holds another base than the adapter was
     trained on, unless `allow_other_base` (for fine-tunes of the same family).
     """
     if not isinstance(adapter, Adapter):
-        name = name or Path(adapter).stem
-        adapter = read_adapter(adapter)
+        path = find_adapter(adapter)
+        name = name or path.stem
+        adapter = read_adapter(path)
     name = name or adapter.title or "adapter"
     components = pipeline_components(pipeline)
     if name in loaded_adapters(pipeline):
@@ -70,15 +85,22 @@ def load_adapter(
         raise SVFitError(f"the adapter {name!r} changes {', '.join(sorted(missing))}, which this pipeline lacks.")
     shifts = {component: adapter.component_shifts(component) for component in adapter.components}
     with offloading_lifted(pipeline):
+        words = _learned_words(pipeline, components, name, adapter)
         weights = _base_weights(components, shifts, name, adapter)
+        for number, word in enumerate(adapter.learned_words):
+            for component in word.deltas:
+                pieces = word_pieces(tokenizer_of(pipeline, component), word.word)
+                weights[word_key(component, number)] = base_rows(components[component], pieces)
         _check_base(pipeline, adapter, name, weights, allow_other_base)
         for component, own in shifts.items():
             model = components[component]
-            if svfit_layers(model) and not _registry(model):
+            if (svfit_layers(model) or word_embedding(model)) and not _registry(model):
                 raise SVFitError(f"the {component} is being trained: finish with remove_svfit before loading adapters.")
             _widen(component, model, own, weights, basis_cache_dir)
         for component, own in shifts.items():
-            _registry(components[component])[name] = Loaded(own, float(scale))
+            _registry(components[component])[name] = Loaded(own, float(scale), words.get(component, {}))
+            if component in words:
+                install_words(components[component], tokenizer_of(pipeline, component))
             _refresh(components[component])
     return name
 
@@ -107,6 +129,7 @@ def unload_adapter(pipeline: DiffusionPipeline, name: str | None = None) -> None
                 _refresh(model)
             else:
                 remove_svfit(model)
+                remove_words(model)
 
 
 def loaded_adapters(pipeline: DiffusionPipeline) -> dict[str, float]:
@@ -195,6 +218,33 @@ def _base_weights(
     return weights
 
 
+def _learned_words(
+    pipeline: DiffusionPipeline, components: Mapping[str, nn.Module], name: str, adapter: Adapter
+) -> dict[str, dict[Pieces, Tensor]]:
+    """The adapter's words: component -> pieces -> (tokens, dim); a word can have only one meaning at a time."""
+    words: dict[str, dict[Pieces, Tensor]] = {}
+    for learned in adapter.learned_words:
+        for component, delta in learned.deltas.items():
+            tokenizer, model = tokenizer_of(pipeline, component), components[component]
+            pieces = word_pieces(tokenizer, learned.word)
+            embedding = model.get_input_embeddings()  # type: ignore[operator]
+            spelling = tokenizer.convert_ids_to_tokens(list(pieces))
+            if spelling != learned.tokens[component] or delta.shape[1] != embedding.embedding_dim:
+                raise SVFitError(
+                    f"the adapter {name!r} learned the word {learned.word!r} on {adapter.base_model}, and the "
+                    f"{component} of this pipeline reads it otherwise: load it on that base."
+                )
+            others = [(other, known) for other, loaded in _registry(model).items() for known in loaded.words]
+            for other, known in [*others, *((name, known) for known in words.get(component, {}))]:
+                if overlap(pieces, known):
+                    raise SVFitError(
+                        f"the adapters {other!r} and {name!r} both learned the word {learned.word!r}, which can mean "
+                        f"only one of them: unload {other!r}, or train one with another word."
+                    )
+            words.setdefault(component, {})[pieces] = delta
+    return words
+
+
 def _check_base(
     pipeline: DiffusionPipeline, adapter: Adapter, name: str, weights: Mapping[str, Tensor], allow_other_base: bool
 ) -> None:
@@ -238,4 +288,8 @@ def _widen(
 
 
 def _refresh(model: nn.Module) -> None:
-    set_shifts(model, add_shifts([(loaded.shifts, loaded.scale) for loaded in _registry(model).values()]))
+    registry = _registry(model).values()
+    set_shifts(model, add_shifts([(loaded.shifts, loaded.scale) for loaded in registry]))
+    embedding = word_embedding(model)
+    if embedding is not None:
+        embedding.put({pieces: loaded.scale * d for loaded in registry for pieces, d in loaded.words.items()})

@@ -36,6 +36,7 @@ from svfit_dreambooth.class_pictures import (
 from svfit_dreambooth.config import TOYBOX, TrainConfig
 from svfit_dreambooth.crops import Size, crop_photo, training_size
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.learned_word import check_word, word_pieces
 from svfit_dreambooth.photos import Photo, find_photos, open_mask, open_photo, photo_report
 from svfit_dreambooth.presets import apply_preset
 from svfit_dreambooth.svfit import as_matrix, resolve_rank
@@ -62,6 +63,12 @@ class Run:
     @property
     def adapter_path(self) -> Path:
         return Path(self.config.output_dir) / f"{self.adapter_name}.safetensors"
+
+    @property
+    def trained_components(self) -> list[str]:
+        """The networks that take part in the backward pass: those with targets, and the reader of a learned word."""
+        words = [] if self.config.learned_word is None else ["text_encoder"]
+        return list(dict.fromkeys([*self.targets, *words]))
 
     def training_size(self, photo: Photo) -> Size:
         """Width and height in pixels at which `photo` is trained on."""
@@ -90,6 +97,9 @@ class Run:
             capped = sum(isinstance(self.config.rank_value, int) and self.config.rank_value > size for size in largest)
             note = f", {capped} of them smaller than rank {self.config.rank}" if capped else ""
             lines.append(f"{component}: {len(names)} layers, {sum(ranks):,} singular values{note}")
+        if self.config.learned_word is not None:
+            pieces = word_pieces(self.base.pipeline.tokenizer, self.config.learned_word)
+            lines.append(f"learned word: {self.config.learned_word!r}, {len(pieces)} tokens")
         if self.config.with_prior_preservation:
             folder = Path(str(self.config.class_data_dir))
             lines.append(class_picture_report(usable_class_pictures(folder), self.config.num_class_images, folder))
@@ -156,6 +166,11 @@ def prepare(config: TrainConfig) -> Run:
             f"--resolution {config.resolution} is not a multiple of {factor}, the factor by which this base's "
             f"autoencoder shrinks pictures: use {max(1, round(config.resolution / factor)) * factor}."
         )
+    if config.learned_word is not None:
+        if getattr(base.pipeline, "text_encoder_2", None) is not None:
+            raise SVFitError("--learned_word works with one text encoder, and this base has two: leave it out.")
+        captions = dict.fromkeys(photo.caption or str(config.instance_prompt) for photo in photos)
+        check_word(base.pipeline.tokenizer, config.learned_word, list(captions))
     if config.with_prior_preservation:
         check_class_pictures(Path(str(config.class_data_dir)), str(config.class_prompt), base)
     config.guidance_scale = base.guidance_scale if config.guidance_scale is None else config.guidance_scale

@@ -7,9 +7,8 @@ adapter, and several processes share the work of one.
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
-from torch import Tensor, nn
 
-from svfit_dreambooth.adapter import Adapter, read_adapter, save_adapter
-from svfit_dreambooth.attention import apply_svfit, get_shifts, remove_svfit, set_shifts
+from svfit_dreambooth.adapter import Adapter
+from svfit_dreambooth.attention import get_shifts, remove_svfit
 from svfit_dreambooth.base_model import pipeline_components
-from svfit_dreambooth.basis import fingerprint, model_basis, same_base
+from svfit_dreambooth.basis import fingerprint
 from svfit_dreambooth.budget import choose_positions, narrowed, spread
 from svfit_dreambooth.checkpoints import TrainState, restore, resume_state, run_identity
 from svfit_dreambooth.config import TrainConfig, config_to_yaml
@@ -31,49 +29,19 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.estimate import estimate_memory
 from svfit_dreambooth.features import Features, open_features
 from svfit_dreambooth.files import write_atomically
+from svfit_dreambooth.hub import check_login
+from svfit_dreambooth.learned_word import remove_words
 from svfit_dreambooth.loop import Loop, Step, stop_signals
+from svfit_dreambooth.outcome import TrainResult, end_event, finish, publish, save_result, training_record
+from svfit_dreambooth.patching import learn_words, learned_words, patch_run, word_rows
 from svfit_dreambooth.preparation import Run, encode_examples, prepare
 from svfit_dreambooth.run_folder import lock_run, rewind_progress, set_aside
 from svfit_dreambooth.sheets import plot_run
-from svfit_dreambooth.showcase import Showing, show_result
 from svfit_dreambooth.validation import Watch
 
 logger = logging.getLogger(__name__)
 
 WEIGHT_DTYPE = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-@dataclass
-class TrainResult:
-    """What a run made."""
-
-    adapter_path: Path
-    steps: int
-    kept_step: int  # the step whose values the file holds
-    seconds: float  # of the loop alone
-    values: int  # singular values trained
-    file_bytes: int
-    loss_before: float | None  # on fixed noise and timesteps; None: not measured
-    loss_after: float | None
-    stopped: bool  # by on_step or Ctrl-C, before the last step
-    run: Run
-    showing: Showing | None = None  # the pictures at the end; None: not painted
-
-    def summary(self) -> str:
-        """The run in a few plain lines."""
-        lines = [
-            f"{self.steps} steps in {self.seconds:.0f} s" + (", stopped early" if self.stopped else ""),
-            f"{self.values:,} singular values trained, {self.file_bytes:,} bytes in {self.adapter_path}",
-        ]
-        if self.loss_before is not None and self.loss_after is not None:
-            lines.append(f"loss on fixed noise: {self.loss_before:.4f} before, {self.loss_after:.4f} after")
-        if self.kept_step != self.steps:
-            lines.append(f"kept: step {self.kept_step}, the best of those measured (--keep last for the last)")
-        if self.stopped:
-            lines.append("to go on: the same command with --resume_from_checkpoint latest")
-        if self.showing is not None:
-            lines.append(self.showing.summary())
-        return "\n".join(lines)
 
 
 def train(config: TrainConfig, on_step: Callable[[Step], bool | None] | None = None) -> TrainResult:
@@ -86,6 +54,8 @@ def train(config: TrainConfig, on_step: Callable[[Step], bool | None] | None = N
     accelerator = _accelerator(config)
     try:
         run = prepare(config)
+        if config.push_to_hub and accelerator.is_main_process:
+            check_login()  # now, not after the hours of training
         with lock_run(run.config.output_dir) if accelerator.is_main_process else nullcontext():
             return _train(run, accelerator, on_step)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -113,26 +83,37 @@ def _train(run: Run, accelerator: Accelerator, on_step: Callable[[Step], bool | 
             logger.log(logging.INFO if estimate.fits else logging.WARNING, line)
     with accelerator.main_process_first():  # it paints class pictures, the others then find them
         examples = encode_examples(run, accelerator.device)
+    base_word_rows = word_rows(run)  # in the stored precision: the networks are cast below
     dtype = WEIGHT_DTYPE[config.mixed_precision]
     positions = None
     if config.budget is not None:
         positions = choose_positions(run, examples, accelerator.device, dtype)
         run = narrowed(run, positions)
-    shifts = _patch(run, positions)
+    shifts = patch_run(run, positions)
     networks = _place(run, accelerator)
     model = Denoiser(run, examples, dtype=dtype, device=accelerator.device, **networks)
     values = {f"{component}.{name}": shift for component in shifts for name, shift in shifts[component].items()}
     rates = {n: config.learning_rate if n.startswith("unet.") else config.text_encoder_lr for n in values}
+    words = learn_words(run)
+    values |= words
+    rates |= dict.fromkeys(words, config.learned_word_lr)
     features = Features()
     if config.validation_steps and accelerator.is_main_process:
         features = open_features(run.base.name, config.dino_path, config.clip_path, accelerator.device)
     watch = Watch(run, features) if config.validation_steps else None
     loop = Loop(
-        config, accelerator, model, [networks[component] for component in run.targets], values, rates, identity, watch
+        config,
+        accelerator,
+        model,
+        [networks[component] for component in run.trained_components],
+        values,
+        rates,
+        identity,
+        watch,
     )
 
     accelerator.init_trackers("svfit", config={k: str(v) for k, v in dataclasses.asdict(config).items()})
-    count = sum(value.numel() for value in values.values())
+    count = sum(value.numel() for name, value in values.items() if name not in words)
     loss_before = model.fixed_loss()
     if resumed is None:
         loop.note("start", time=time.time(), step=0, of=config.max_train_steps, adapter_name=run.adapter_name,
@@ -163,15 +144,16 @@ def _train(run: Run, accelerator: Accelerator, on_step: Callable[[Step], bool | 
     adapter = Adapter(
         shifts=learnt if positions is None else spread(learnt, positions),
         base_model=run.base.name,
-        base_fingerprint=identity["base"] if positions is None else fingerprint(run.weights),
+        base_fingerprint=fingerprint(run.weights | base_word_rows),
         instance_prompt=config.instance_prompt,
         class_prompt=config.class_prompt,
-        training=_training_record(run, loop.step, kept, loss_before, loss_after),
+        training=training_record(run, loop.step, kept, loss_before, loss_after),
         title=run.adapter_name,
         architecture=run.base.architecture,
+        learned_words=learned_words(run, words),
     )
     if accelerator.is_main_process:
-        _save(adapter, run.adapter_path, config)
+        save_result(adapter, run.adapter_path, config)
         plot_run(folder, folder / "curve.png")
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -179,28 +161,23 @@ def _train(run: Run, accelerator: Accelerator, on_step: Callable[[Step], bool | 
         module = getattr(pipeline, component)
         remove_svfit(module)
         module.eval()
+    remove_words(pipeline.text_encoder.eval())
     if config.gradient_checkpointing:
         pipeline.unet.disable_gradient_checkpointing()
     result = TrainResult(
         run.adapter_path, loop.step, kept, seconds, count, run.adapter_path.stat().st_size, loss_before, loss_after,
         stopped, run,
     )  # fmt: skip
-    if config.final_pictures and not stopped and failure is None and accelerator.is_main_process:
-        pipeline.to("cpu")  # makes room for the base that users open
-        result.showing = show_result(run)
+    if not stopped and failure is None and accelerator.is_main_process:
+        finish(result)
     status = "failed" if failure is not None else "stopped" if stopped else "finished"
     loop.note("end", time=time.time(), status=status, message=None if failure is None else str(failure), step=loop.step,
-              kept_step=kept, adapter=run.adapter_path.name, **_shown(result.showing))  # fmt: skip
+              kept_step=kept, adapter=run.adapter_path.name, **end_event(result))  # fmt: skip
     if failure is not None:
         raise SVFitError(f"{failure} What was learnt until step {loop.step} is saved in {run.adapter_path}.")
+    if not stopped and accelerator.is_main_process:
+        publish(result)
     return result
-
-
-def _shown(showing: Showing | None) -> dict[str, Any]:
-    if showing is None:
-        return {"sheet": None, "figures": None}
-    figures = showing.figures and {name: vars(row) for name, row in showing.figures.items()}
-    return {"sheet": showing.sheet.name, "figures": figures}
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
@@ -247,7 +224,7 @@ def _place(run: Run, accelerator: Accelerator) -> dict[str, Any]:
     pipeline.vae.to(waiting)
     placed: dict[str, Any] = {}
     for component, module in pipeline_components(pipeline).items():
-        if component not in run.targets:
+        if component not in run.trained_components:
             placed[component] = module.to(waiting)
             continue
         module.to(accelerator.device, WEIGHT_DTYPE[config.mixed_precision]).train()
@@ -269,78 +246,3 @@ def _run_loop(loop: Loop, on_step: Callable[[Step], bool | None] | None) -> tupl
             return True, None
         except SVFitError as error:
             return False, error
-
-
-def _save(adapter: Adapter, path: Path, config: TrainConfig) -> None:
-    """Writes the adapter and opens it again; a file that holds the very same values already is left alone."""
-    dtype = getattr(torch, config.save_dtype)
-    if path.exists() and config.resume_from_checkpoint is not None:
-        with suppress(SVFitError):  # an unreadable file is replaced
-            present = read_adapter(path).shifts
-            if set(present) == set(adapter.shifts) and all(
-                torch.equal(present[name], shift.to(dtype).to(present[name])) for name, shift in adapter.shifts.items()
-            ):
-                return
-    save_adapter(adapter, path, dtype)
-    if not any(shift.any() for shift in read_adapter(path).shifts.values()):
-        logger.warning("nothing was learnt, every shift in %s is zero: train longer or with a higher rate.", path)
-
-
-def _patch(run: Run, positions: Mapping[str, Tensor] | None = None) -> dict[str, dict[str, nn.Parameter]]:
-    """Puts SVFit layers in; returns the shifts by component and name.  `positions`: see `choose_positions`."""
-    config = run.config
-    weights = run.weights
-    initial = None if config.init_adapter is None else read_adapter(config.init_adapter)
-    if initial is not None:
-        _check_initial(initial, weights, config.init_adapter)
-    bases = model_basis(
-        weights,
-        config.rank_value if positions is None else positions,
-        energy=config.energy,
-        cache_dir=None if config.basis_cache_dir is None else Path(config.basis_cache_dir),
-    )
-    shifts: dict[str, dict[str, nn.Parameter]] = {}
-    for component in run.targets:
-        module = getattr(run.base.pipeline, component)
-        own_bases = {name: bases[f"{component}.{name}"] for name in run.targets[component]}
-        shifts[component] = apply_svfit(module, target_modules=run.targets[component], basis=own_bases)
-        if initial is not None:
-            set_shifts(module, initial.component_shifts(component))
-    pipeline = run.base.pipeline
-    for frozen in (pipeline.vae, *pipeline_components(pipeline).values()):
-        frozen.requires_grad_(False)
-    for group in shifts.values():
-        for shift in group.values():
-            shift.requires_grad_(True)
-    return shifts
-
-
-def _check_initial(initial: Adapter, weights: dict[str, Tensor], path: str | None) -> None:
-    missing = sorted(set(initial.shifts) - set(weights))
-    if missing:
-        raise SVFitError(
-            f"--init_adapter {path} adapts {missing[0]}, which this run does not train: "
-            "use the same --target_modules and --train_text_encoder as its run."
-        )
-    own = {name: weights[name] for name in initial.shifts}
-    if same_base(initial.base_fingerprint, own) == "different":
-        raise SVFitError(f"--init_adapter {path} was trained on another base model, {initial.base_model}.")
-
-
-def _training_record(
-    run: Run, steps: int, kept: int, loss_before: float | None, loss_after: float | None
-) -> dict[str, Any]:
-    config = run.config
-    record: dict[str, Any] = {
-        "steps": steps,
-        **({"kept_step": kept} if kept != steps else {}),
-        "photos": len(run.photos),
-        "batch_size": config.train_batch_size * config.gradient_accumulation_steps,
-    }
-    for name in ("resolution", "rank", "energy", "budget", "learning_rate", "lr_scheduler", "mixed_precision", "seed"):
-        record[name] = getattr(config, name)
-    if config.train_text_encoder:
-        record["text_encoder_lr"] = config.text_encoder_lr
-    if loss_before is not None and loss_after is not None:
-        record["fixed_loss"] = [round(loss_before, 5), round(loss_after, 5)]
-    return record

@@ -64,6 +64,22 @@ def test_seeds_reproduce_and_count_up(tiny_base):
     assert (first.settings["seed"], second.settings["seed"]) == (5, 6)
 
 
+def test_denoising_steps_are_told_and_can_stop(tiny_base):
+    model = open_for_adapters([], str(tiny_base), device="cpu")
+    options = {"num_images": 3, "num_inference_steps": 4, "height": 16, "width": 16}
+    told = []
+
+    def stop_in_the_second_picture(step, of):
+        told.append((step, of))
+        return len(told) == 6
+
+    pictures = generate(model, ["a dog"], on_denoising_step=stop_in_the_second_picture, **options)
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4), (1, 4), (2, 4)]
+    (first, *others) = generate(model, ["a dog"], **options)
+    assert len(others) == 2 and len(pictures) == 1
+    assert np.array_equal(pixels(first.image), pixels(pictures[0].image))
+
+
 def test_adapter_in_a_fresh_process_gives_the_same_pictures(tiny_base, adapter_path, tmp_path):
     model = open_for_adapters([(adapter_path, 1.0)], str(tiny_base), device="cpu")
     options = {"num_inference_steps": 2, "height": 16, "width": 16, "guidance_scale": 2.0}

@@ -1,0 +1,94 @@
+"""A ComfyUI node that loads SVFit adapters as they are: copy this file into ComfyUI/custom_nodes.
+
+It needs this package in ComfyUI's Python, and takes adapters from the folders where ComfyUI looks for LoRAs.  The
+file's shifts become weight patches, W + strength * U diag(shift) Vh, along the directions of the loaded model, which
+are decomposed at the first use and cached on disk.  Stable Diffusion 1.x, 2.x and SDXL, in float32 or float16.
+
+Written from ComfyUI's published interface (model patches, the maps from LoRA names to weights) and tested against a
+stand-in of it, not in ComfyUI itself.
+"""
+
+import comfy.lora
+import folder_paths
+import torch
+
+from svfit_dreambooth.adapter import read_adapter
+from svfit_dreambooth.basis import model_basis, same_base
+from svfit_dreambooth.errors import SVFitError
+
+# How ComfyUI's maps call the parts of a model; the text encoder of a pipeline with one is "lora_te", with two "lora_te1"
+PREFIXES = {"unet": ("lora_unet",), "text_encoder": ("lora_te", "lora_te1"), "text_encoder_2": ("lora_te2",)}
+
+
+class SVFitLoader:
+    """Adds an adapter to a model and its text encoder; loaders may follow each other, strengths may differ."""
+
+    RETURN_TYPES = ("MODEL", "CLIP")
+    FUNCTION = "load"
+    CATEGORY = "loaders"
+    DESCRIPTION = "Loads an SVFit adapter: trained singular values of a base model, a few hundred kilobytes."
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        strength = ("FLOAT", {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.05})
+        return {
+            "required": {
+                "model": ("MODEL",),
+                "clip": ("CLIP",),
+                "adapter": (folder_paths.get_filename_list("loras"),),
+                "strength_model": strength,
+                "strength_clip": strength,
+            },
+            "optional": {"allow_other_base": ("BOOLEAN", {"default": False})},
+        }
+
+    def load(self, model, clip, adapter, strength_model, strength_clip, allow_other_base=False):
+        """Raises SVFitError for a file that is no whole adapter and for a model that is not its base."""
+        content = read_adapter(folder_paths.get_full_path("loras", adapter))
+        maps = {
+            "unet": comfy.lora.model_lora_keys_unet(model.model, {}),
+            "text_encoder": comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}),
+        }
+        keys = {name: _key(name, maps) for name in content.shifts}  # projection -> ComfyUI's name of its weight
+        missing = sorted(name for name, key in keys.items() if key is None)
+        if missing:
+            raise SVFitError(f"{adapter} was trained on {content.base_model}, and this model has no {missing[0]}.")
+        originals = {**model.get_key_patches(), **clip.patcher.get_key_patches()}
+        weights = {name: _weight(originals[key]) for name, key in keys.items()}  # (out, in), without any patches
+        if same_base(content.base_fingerprint, weights) == "different" and not allow_other_base:
+            raise SVFitError(
+                f"{adapter} was trained on {content.base_model}, and other weights are loaded: load that checkpoint, or "
+                "allow another base for a fine-tune of the same family."
+            )
+        patches = {"unet": {}, "text_encoder": {}}
+        for name, (U, Vh) in model_basis(weights, content.ranks).items():
+            delta = (U * content.shifts[name]) @ Vh  # (out, in)
+            half = weights[name].dtype != torch.float32
+            patches[_part(name)][keys[name]] = ("diff", (delta.half() if half else delta,))
+        model, clip = model.clone(), clip.clone()
+        model.add_patches(patches["unet"], strength_model)
+        clip.add_patches(patches["text_encoder"], strength_clip)
+        return model, clip
+
+
+def _part(name):
+    return "unet" if name.startswith("unet.") else "text_encoder"
+
+
+def _key(name, maps):
+    component, _, path = name.partition(".")
+    candidates = (f"{prefix}_{path.replace('.', '_')}" for prefix in PREFIXES[component])
+    return next((maps[_part(name)][key] for key in candidates if key in maps[_part(name)]), None)
+
+
+def _weight(entry):
+    """The original weight of an entry of `get_key_patches`: a tensor, or a tensor and how to decode it."""
+    original = entry[0]
+    if isinstance(original, tuple):
+        weight, decode = original
+        return decode(weight, inplace=False)
+    return original
+
+
+NODE_CLASS_MAPPINGS = {"SVFitLoader": SVFitLoader}
+NODE_DISPLAY_NAME_MAPPINGS = {"SVFitLoader": "Load SVFit adapter"}

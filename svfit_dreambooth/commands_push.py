@@ -1,0 +1,38 @@
+"""`python -m svfit_dreambooth push`: parses and prints."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_push(commands: Any) -> None:
+    """Adds the command to the subparsers `commands`."""
+    push = commands.add_parser("push", help="upload an adapter with a model card to the Hugging Face Hub")
+    push.add_argument("folder", type=Path, help="output folder of a run, or the adapter file in it")
+    push.add_argument("repository", nargs="?", help="OWNER/NAME; default: the adapter's name, under your account")
+    push.add_argument("--public", action="store_true", help="let everybody see it; default: only you")
+    push.add_argument("--no_pictures", action="store_true", help="keep the sheet with training photos at home")
+    push.add_argument("--license", help="the hub's word for the licence; default: that of the base where it is known")
+    push.add_argument("--dry_run", action="store_true", help="print the card and what would be sent, and send nothing")
+    push.set_defaults(run=_push)
+
+
+def _push(options: argparse.Namespace) -> None:
+    from svfit_dreambooth.hub import push_adapter
+
+    upload = push_adapter(
+        options.folder,
+        options.repository,
+        private=not options.public,
+        pictures=not options.no_pictures,
+        licence=options.license,
+        dry_run=options.dry_run,
+    )
+    if options.dry_run:
+        print(upload.card)
+    who = "only you" if upload.private else "everybody"
+    print(f"{upload.url or upload.repository}: {'would be' if options.dry_run else 'is'} seen by {who}")
+    for name, size in upload.files.items():
+        print(f"  {name}, {size / 1000:,.1f} kB")
+    if any(name.endswith(".png") for name in upload.files):
+        print("The picture shows some of the training photos; --no_pictures leaves it out.")

@@ -1,0 +1,299 @@
+"""A queue of training runs, each the training command in a process of its own, with a folder of its own.
+
+The folder is all there is: `job.json` (what was asked for), `job.yaml` (the options), `photos/`, `run/` (what the run
+writes, see run_folder.py), `log.txt`.  Whether a run is alive is told by a lock on `.process` that its process
+inherits and the system releases when it ends, however it ends; a lock per device lets one run at a time have it.  So
+the page may be closed and the server restarted: whoever looks at the folders knows as much as before.
+"""
+
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from svfit_dreambooth import library
+from svfit_dreambooth.config import TrainConfig
+from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.locks import is_locked, locked
+from svfit_dreambooth.run_folder import read_progress
+from svfit_dreambooth.workspace import Visitor, Workspace, file_name, library_of, photo_files
+
+COMMAND = Path(__file__).resolve().parent.parent / "train_dreambooth_svfit.py"
+TICK = 1.0  # seconds between looks at the queue
+MAX_QUEUED = 20  # runs of one owner that may wait
+
+
+@dataclass
+class Job:
+    """A run as it was asked for; how far it is stands in its folder."""
+
+    id: str
+    name: str  # of the adapter
+    owner: str  # "" on a computer's own page
+    base: str
+    instance_prompt: str
+    created: float  # unix seconds
+    asked: int = 1  # times that it was to start: once, and once more for every resuming
+    asked_at: float = 0.0
+    started: int = 0
+    stopping: bool = False
+    pid: int | None = None
+    filed: int = 0  # the start whose result is in the library
+    library_name: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class Jobs:
+    """The runs of a workspace.  `start_queue` lets a thread start them in turn; without it they only wait."""
+
+    def __init__(self, workspace: Workspace):
+        self.workspace = workspace
+        self.folder = workspace.jobs
+        self._children: list[subprocess.Popen[bytes]] = []
+        self._wake = threading.Event()
+
+    def start_queue(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        threading.Thread(target=self._serve_queue, name="training queue", daemon=True).start()
+
+    def submit(self, visitor: Visitor, name: str, options: dict[str, Any]) -> Job:
+        """A new run with the photos that the visitor has laid out, at the end of the queue.
+
+        `options`: those of TrainConfig, without the folder of the run, and of the photos unless others are to be taken.  Raises SVFitError for options that no run could use.
+        """
+        name = file_name(name, "name of the adapter")
+        photos = [] if "instance_data_dir" in options else photo_files(visitor.photos)
+        if not photos and "instance_data_dir" not in options:
+            raise SVFitError("there are no photos yet: add 3 to 10 of your subject.")
+        if not str(options.get("instance_prompt") or "").strip():
+            raise SVFitError('say what the photos show, such as "a photo of sks dog".')
+        waiting = [job for job in self.listed(visitor) if self.state(job) == "queued"]
+        if len(waiting) >= MAX_QUEUED:
+            raise SVFitError(f"{len(waiting)} runs are waiting already: let some finish first.")
+        now = time.time()
+        id = f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}-{secrets.token_hex(3)}"
+        folder = self.folder / id
+        options = {
+            "instance_data_dir": str(folder / "photos"),
+            **options,
+            "output_dir": str(folder / "run"),
+            "adapter_name": name,
+        }
+        TrainConfig(**options)  # refuses in a sentence
+        base = str(options["pretrained_model_name_or_path"])
+        job = Job(id, name, visitor.owner, base, options["instance_prompt"], now, asked_at=now, options=options)
+        temporary = self.folder / f".new-{id}"
+        (temporary / "photos").mkdir(parents=True)
+        (temporary / "run").mkdir()
+        for photo in photos:
+            shutil.copyfile(photo, temporary / "photos" / photo.name)
+        (temporary / "job.yaml").write_text(yaml.safe_dump(options, sort_keys=False, allow_unicode=True), "utf-8")
+        (temporary / "job.json").write_text(json.dumps(asdict(job)), encoding="utf-8")
+        temporary.rename(folder)
+        self._wake.set()
+        return job
+
+    def listed(self, visitor: Visitor) -> list[Job]:
+        """The visitor's runs, newest first."""
+        return [job for job in self._all() if job.owner == visitor.owner]
+
+    def find(self, visitor: Visitor, id: str) -> Job:
+        """One of the visitor's runs.  Raises SVFitError for any other word."""
+        for job in self.listed(visitor):
+            if job.id == id:
+                return job
+        raise SVFitError("there is no such run any more: reload the page.")
+
+    def state(self, job: Job) -> str:
+        """queued, running, stopping, finished, stopped, failed, or cut off (killed without a word), as of now."""
+        job = self._read(self.folder / job.id / "job.json") or job
+        if self._alive(job):
+            return "stopping" if job.stopping else "running"
+        if job.asked > job.started:
+            return "queued"
+        if job.started == 0:
+            return "stopped"
+        if self.complaint(job):
+            return "failed"
+        turns = [event for event in read_progress(self.run_folder(job)) if event["event"] in ("start", "end")]
+        if turns and turns[-1]["event"] == "end":
+            return str(turns[-1].get("status", "finished"))
+        return "stopped" if job.stopping else "cut off"
+
+    def ahead(self, job: Job) -> int:
+        """How many runs, of anybody, are before a queued one."""
+        return sum(
+            self._alive(other) or (other.asked > other.started and other.asked_at < job.asked_at)
+            for other in self._all()
+            if other.id != job.id
+        )
+
+    def run_folder(self, job: Job) -> Path:
+        return self.folder / job.id / "run"
+
+    def complaint(self, job: Job) -> str:
+        """The sentence with which the command gave up, "" if there is none."""
+        for line in reversed(self.log(job).splitlines()):
+            if line.startswith("error: "):
+                return line.removeprefix("error: ")
+            if line.startswith("started "):
+                break
+        return ""
+
+    def log(self, job: Job) -> str:
+        """The end of what the command printed."""
+        try:
+            return _tail(self.folder / job.id / "log.txt")
+        except OSError:
+            return ""
+
+    def stop(self, job: Job) -> None:
+        """A running one saves what it has learnt and ends; a waiting one leaves the queue."""
+        with self._changing(job.id) as now:
+            now.asked = now.started
+            if self._alive(now) and now.pid:
+                now.stopping = True
+                with suppress(ProcessLookupError):
+                    os.kill(now.pid, signal.SIGTERM)
+
+    def resume(self, job: Job) -> None:
+        """Puts a run that was stopped, failed or cut off at the end of the queue, to go on where it was."""
+        with self._changing(job.id) as now:
+            if self._alive(now) or now.asked > now.started:
+                raise SVFitError(f"{now.name} is running or waiting already.")
+            now.asked, now.asked_at, now.stopping = now.started + 1, time.time(), False
+        self._wake.set()
+
+    def remove(self, job: Job) -> None:
+        """Puts the folder of a run that is over aside; its adapter stays in the library."""
+        if self.state(job) in ("running", "stopping"):
+            raise SVFitError(f"{job.name} is running: stop it first.")
+        trash = self.folder / ".deleted"
+        trash.mkdir(exist_ok=True)
+        (self.folder / job.id).rename(trash / job.id)
+
+    # ------------------------------------------------------------ the queue
+
+    def tend(self) -> None:
+        """Starts what can start, and files the results of what has ended in the library."""
+        self._children = [child for child in self._children if child.poll() is None]
+        with locked(self.folder / ".queue") as held:
+            if held is None:
+                return  # another server on this folder is at it
+            jobs = self._all()
+            for job in jobs:
+                if job.filed < job.started and not self._alive(job):
+                    self._file(job)
+            for job in sorted(jobs, key=lambda job: job.asked_at):
+                if job.asked > job.started:
+                    self._start(job)
+
+    def _serve_queue(self) -> None:
+        while True:
+            try:
+                self.tend()
+            except (OSError, SVFitError, ValueError) as error:
+                print(f"warning: the queue of training runs: {error}", file=sys.stderr)
+            self._wake.wait(TICK)
+            self._wake.clear()
+
+    def _start(self, job: Job) -> None:
+        folder = self.folder / job.id
+        for device in _devices():
+            with locked(self.folder / f".device-{device}") as device_lock, locked(folder / ".process") as own_lock:
+                if device_lock is None or own_lock is None:
+                    continue
+                with open(folder / "log.txt", "ab") as log, self._changing(job.id) as now:
+                    if now.asked <= now.started:
+                        return  # stopped a moment ago
+                    command = [sys.executable, "-u", str(COMMAND), "--config", str(folder / "job.yaml")]
+                    if now.started:
+                        command += ["--resume_from_checkpoint", "latest"]
+                    log.write(f"started {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
+                    log.flush()
+                    child = subprocess.Popen(
+                        command,
+                        cwd=COMMAND.parent,
+                        env={**os.environ, "CUDA_VISIBLE_DEVICES": device} if device else None,
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,  # a Ctrl-C for the server is none for the run
+                        pass_fds=(device_lock, own_lock),  # locked until the process is gone
+                    )
+                    now.pid, now.started, now.stopping = child.pid, now.started + 1, False
+                self._children.append(child)
+                return
+
+    def _file(self, job: Job) -> None:
+        """The adapter that a run has left, into its owner's library."""
+        adapter = self.run_folder(job) / f"{job.name}.safetensors"
+        picture = self.run_folder(job) / f"{job.name}.png"
+        folder = library_of(self.workspace, job.owner)
+        name = job.library_name
+        if adapter.is_file():
+            shown = picture if picture.is_file() else None
+            if name is not None and name in library.names(folder):
+                library.replace(folder, name, adapter, shown)
+            else:
+                name = library.add(folder, adapter, shown)
+        with self._changing(job.id) as changed:
+            changed.filed, changed.library_name = changed.started, name
+
+    def _all(self) -> list[Job]:
+        jobs = [job for path in self.folder.glob("[0-9]*/job.json") if (job := self._read(path)) is not None]
+        return sorted(jobs, key=lambda job: (job.created, job.id), reverse=True)
+
+    @staticmethod
+    def _read(path: Path) -> Job | None:
+        """None where it was just removed, or is none of ours."""
+        try:
+            return Job(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def _alive(self, job: Job) -> bool:
+        return is_locked(self.folder / job.id / ".process")
+
+    @contextmanager
+    def _changing(self, id: str) -> Iterator[Job]:
+        """The job as it stands, written back afterwards; one at a time, across servers."""
+        folder = self.folder / id
+        with open(folder / ".change", "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            job = Job(**json.loads((folder / "job.json").read_text(encoding="utf-8")))
+            yield job
+            temporary = folder / ".job.json.tmp"
+            temporary.write_text(json.dumps(asdict(job)), encoding="utf-8")
+            temporary.replace(folder / "job.json")
+
+
+def _devices() -> list[str]:
+    """What runs are spread over: the numbers of several GPUs, or [""] for whatever there is."""
+    import torch
+
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(i) for i in range(count)]
+    return names[:count] if count > 1 else [""]
+
+
+def _tail(path: Path, size: int = 8000) -> str:
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - size))
+        text = file.read().decode("utf-8", errors="replace")
+    # a progress bar writes over its own line: only the last state of each is kept
+    return "\n".join(line.rpartition("\r")[2] or line.rpartition("\r")[0] for line in text.split("\n"))

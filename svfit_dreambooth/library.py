@@ -1,0 +1,195 @@
+"""A folder of adapter files: listed, renamed, imported, and deleted with a way back.
+
+An adapter `dog.safetensors` may have a picture `dog.png` beside it.  Names come from a person or a browser, so none
+is ever joined to a path: it is looked up among the files that are there.
+"""
+
+import json
+import os
+import secrets
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from svfit_dreambooth.adapter import Adapter, describe_adapter, read_adapter
+from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.workspace import MAX_ADAPTER_BYTES, file_name
+
+SUFFIX = ".safetensors"
+TRASH = ".deleted"
+KEPT_SECONDS = 30 * 24 * 3600  # for which a deleted adapter can come back
+
+
+@dataclass
+class Entry:
+    """One adapter of the library."""
+
+    name: str
+    path: Path
+    picture: Path | None
+    description: dict[str, Any]  # as describe_adapter tells it
+    date: float  # unix seconds
+
+    @property
+    def instance_prompt(self) -> str:
+        return self.description["instance_prompt"] or ""
+
+    @property
+    def base_model(self) -> str:
+        return self.description["base_model"]
+
+
+def names(folder: Path) -> list[str]:
+    """Names of the adapters in `folder`, newest first."""
+    paths = [path for path in folder.glob(f"*{SUFFIX}") if not path.name.startswith(".")]
+    return [path.stem for path in sorted(paths, key=lambda path: (-path.stat().st_mtime, path.name))]
+
+
+def find(folder: Path, name: str) -> Path:
+    """The file of the adapter `name`.  Raises SVFitError if there is none."""
+    if name not in names(folder):
+        raise SVFitError(f"there is no adapter called {name!r} in the library: reload the page.")
+    return folder / f"{name}{SUFFIX}"
+
+
+def entries(folder: Path) -> tuple[list[Entry], list[str]]:
+    """All adapters, newest first, and a sentence for each file that is none."""
+    found, broken = [], []
+    for name in names(folder):
+        try:
+            found.append(entry(folder, name))
+        except (SVFitError, OSError) as error:
+            broken.append(str(error).replace(f"{folder}{os.sep}", ""))
+    return found, broken
+
+
+def entry(folder: Path, name: str) -> Entry:
+    """The adapter `name`, read and checked."""
+    path = find(folder, name)
+    picture = folder / f"{name}.png"
+    stat = path.stat()
+    description = _describe(str(path), stat.st_mtime_ns, stat.st_size)
+    return Entry(name, path, picture if picture.is_file() else None, description, stat.st_mtime)
+
+
+_described: dict[tuple[str, int, int], dict[str, Any]] = {}
+
+
+def _describe(path: str, mtime: int, size: int) -> dict[str, Any]:
+    key = (path, mtime, size)
+    if key not in _described:
+        if len(_described) > 1000:
+            _described.clear()
+        _described[key] = describe_adapter(read_adapter(path), path)
+    return _described[key]
+
+
+def check_upload(upload: Path) -> Adapter:
+    """The adapter in an uploaded file.  Raises SVFitError, naming the file without its folder."""
+    if upload.stat().st_size > MAX_ADAPTER_BYTES:
+        raise SVFitError(f"{upload.name!r} is larger than {MAX_ADAPTER_BYTES >> 20} MB, which no adapter is.")
+    try:
+        return read_adapter(upload)
+    except SVFitError as error:
+        raise SVFitError(str(error).replace(str(upload), upload.name)) from None
+
+
+def add(folder: Path, source: Path, picture: Path | None = None, name: str | None = None) -> str:
+    """Copies an adapter file, checked, into the library; returns its name there: `name` or a free one like it."""
+    check_upload(source)
+    wanted = file_name(name or source.stem)
+    folder.mkdir(parents=True, exist_ok=True)
+    number, chosen = 1, wanted
+    while not _place(source, folder / f"{chosen}{SUFFIX}"):
+        number += 1
+        chosen = f"{wanted}-{number}"
+    if picture is not None:
+        set_picture(folder, chosen, picture)
+    return chosen
+
+
+def replace(folder: Path, name: str, source: Path, picture: Path | None = None) -> None:
+    """Puts a newer file in the place of the adapter `name`."""
+    check_upload(source)
+    path = find(folder, name)
+    temporary = folder / f".{secrets.token_hex(8)}.tmp"
+    shutil.copyfile(source, temporary)
+    temporary.replace(path)
+    if picture is not None:
+        set_picture(folder, name, picture)
+
+
+def set_picture(folder: Path, name: str, picture: Path) -> None:
+    """Copies `picture`, a PNG file, as the one that stands for the adapter `name`."""
+    find(folder, name)
+    temporary = folder / f".{secrets.token_hex(8)}.tmp"
+    shutil.copyfile(picture, temporary)
+    temporary.replace(folder / f"{name}.png")
+
+
+def _place(source: Path, target: Path) -> bool:
+    """A whole copy of `source` at `target`, unless something is there already (also in other letter case)."""
+    if target.name.casefold() in {path.name.casefold() for path in target.parent.iterdir()}:
+        return False
+    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    shutil.copyfile(source, temporary)
+    try:
+        os.link(temporary, target)  # never over a file that came meanwhile
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink()
+    return True
+
+
+def rename(folder: Path, name: str, new_name: str) -> str:
+    """Gives the adapter `name` another name; returns it as it is spelled now."""
+    find(folder, name)
+    new_name = file_name(new_name)
+    if new_name == name:
+        return name
+    taken = {other.casefold() for other in names(folder) if other != name}
+    if new_name.casefold() in taken:
+        raise SVFitError(f"there is an adapter called {new_name!r} already: choose another name.")
+    for suffix in (SUFFIX, ".png"):
+        if (old := folder / f"{name}{suffix}").is_file():
+            old.rename(folder / f"{new_name}{suffix}")
+    return new_name
+
+
+def delete(folder: Path, name: str) -> str:
+    """Takes the adapter out of the library; returns what `restore` needs to bring it back."""
+    path = find(folder, name)
+    token = f"{time.time_ns()}-{secrets.token_hex(4)}"
+    trash = folder / TRASH / token
+    trash.mkdir(parents=True)
+    for file in (path, folder / f"{name}.png"):
+        if file.is_file():
+            file.rename(trash / file.name)
+    (trash / "deleted.json").write_text(json.dumps({"name": name}), encoding="utf-8")
+    return token
+
+
+def restore(folder: Path, token: str) -> str:
+    """Brings back a deleted adapter; returns its name, a free one if its own was taken meanwhile."""
+    places = {path.name: path for path in (folder / TRASH).glob("*-*")}
+    if token not in places:
+        raise SVFitError("that adapter is gone for good: it was deleted too long ago, or brought back already.")
+    trash = places[token]
+    name = json.loads((trash / "deleted.json").read_text(encoding="utf-8"))["name"]
+    picture = trash / f"{name}.png"
+    path = trash / f"{name}{SUFFIX}"
+    date = path.stat().st_mtime
+    restored = add(folder, path, picture if picture.is_file() else None, name)
+    os.utime(folder / f"{restored}{SUFFIX}", (date, date))
+    shutil.rmtree(trash)
+    return restored
+
+
+def empty_trash(folder: Path) -> None:
+    """Removes for good what was deleted more than 30 days ago."""
+    for trash in (folder / TRASH).glob("*-*"):
+        if time.time() - trash.stat().st_mtime > KEPT_SECONDS:
+            shutil.rmtree(trash)

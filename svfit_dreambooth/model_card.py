@@ -1,0 +1,156 @@
+"""The page that introduces an adapter on the Hugging Face Hub, made from its file and its run."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from svfit_dreambooth.adapter import Adapter
+
+# The base's licence binds what is derived from it.  Known for these bases only: fine-tunes have their own.
+LICENCES = {
+    "toybox": "apache-2.0",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
+    "CompVis/stable-diffusion-v1-4": "creativeml-openrail-m",
+    "stabilityai/stable-diffusion-2-1": "openrail++",
+    "stabilityai/stable-diffusion-2-1-base": "openrail++",
+    "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
+}
+MEASURES = {
+    "subject": "likeness to the subject",
+    "prompt": "prompt followed",
+    "drift": "change of unrelated pictures",
+}
+
+
+def model_card(
+    adapter: Adapter,
+    *,
+    title: str,
+    file_name: str,
+    file_bytes: int,
+    repository: str,
+    pictures: Sequence[str] = (),
+    figures: Mapping[str, Mapping[str, float | None]] | None = None,
+    licence: str | None = None,
+) -> str:
+    """The text of README.md.
+
+    `pictures`: file names beside the card.  `figures`: row -> measure -> value, as the end of a run reports them.
+    `licence`: the hub's word for it; None takes that of the base where it is known.
+    """
+    base, _, revision = adapter.base_model.partition("@")
+    licence = licence or LICENCES.get(base)
+    on_hub = base.count("/") == 1
+    made = (
+        f"`{file_name}`, {file_bytes / 1000:,.0f} kB, is an adapter for {_base_link(base, revision, on_hub)}, made with "
+        f"SVFit DreamBooth: only {sum(adapter.ranks.values()):,} singular values of its weights were trained "
+        "([SVFit, Sun et al. 2024](https://arxiv.org/abs/2409.05926))."
+    )
+    front_matter = _front_matter(adapter, base if on_hub else None, licence, pictures)
+    parts = [front_matter, f"# {_line(title)}", made]
+    if adapter.instance_prompt:
+        parts.append(f"The words for its subject: {_code(adapter.instance_prompt)}")
+    parts += [f"![Pictures of {_line(title)}]({name})" for name in pictures]
+    parts += ["## Use", _usage(adapter, base, revision, on_hub, repository)]
+    parts += ["## Training", _settings(adapter)]
+    if figures:
+        parts += ["## Figures", _figures(figures)]
+    parts += ["## Licence and likeness", _licence(licence, base, on_hub), CONSENT]
+    return "\n\n".join(parts) + "\n"
+
+
+CONSENT = (
+    "If the subject is a person, this adapter is a likeness of that person: it may be shared and used only with that "
+    "person's consent.  Whoever finds their own likeness here without it can ask for removal under *Community*."
+)
+
+
+def _front_matter(adapter: Adapter, base: str | None, licence: str | None, pictures: Sequence[str]) -> str:
+    data: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
+    data["license"] = licence or "other"
+    if licence is None:
+        data["license_name"] = "that-of-the-base-model"
+    if base is not None:
+        data |= {"base_model": base, "base_model_relation": "adapter"}
+    data["tags"] = ["svfit", "dreambooth", "diffusers", "text-to-image"]
+    if adapter.instance_prompt:
+        data["instance_prompt"] = adapter.instance_prompt
+        if pictures:
+            data["widget"] = [{"text": adapter.instance_prompt, "output": {"url": pictures[0]}}]
+    return "---\n" + yaml.safe_dump(data, sort_keys=False, allow_unicode=True) + "---"
+
+
+def _base_link(base: str, revision: str, on_hub: bool) -> str:
+    at = f" at revision {_code(revision)}" if revision else ""
+    return (f"[{base}](https://huggingface.co/{base})" if on_hub else f"the base model {_code(base)}") + at
+
+
+def _usage(adapter: Adapter, base: str, revision: str, on_hub: bool, repository: str) -> str:
+    if base == "toybox":
+        opening = ["from svfit_dreambooth.base_model import open_base_model", "pipeline = open_base_model().pipeline"]
+    else:
+        where = base if on_hub else f"path/to/{base}"
+        at = f', revision="{revision}"' if revision else ""
+        opening = [
+            "from diffusers import DiffusionPipeline",
+            f'pipeline = DiffusionPipeline.from_pretrained("{where}"{at})',
+        ]
+    prompt = " ".join((adapter.instance_prompt or "a photo").split()) + " on the beach"
+    lines = [
+        opening[0],
+        "from svfit_dreambooth import load_adapter",
+        "",
+        opening[1],
+        f'load_adapter(pipeline, "{repository}")',
+        f"image = pipeline({json.dumps(prompt, ensure_ascii=False)}).images[0]",
+    ]
+    return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _settings(adapter: Adapter) -> str:
+    ranks = adapter.ranks.values()
+    rows = {
+        "trained values": f"{sum(ranks):,} in {len(ranks)} layers of {', '.join(adapter.components)}",
+        "singular values a layer": f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}",
+    }
+    rows |= {name.replace("_", " "): value for name, value in adapter.training.items() if value is not None}
+    return _table(["setting", "value"], [[name, str(value)] for name, value in rows.items()])
+
+
+def _figures(figures: Mapping[str, Mapping[str, float | None]]) -> str:
+    names = [name for name in MEASURES if any(_number(row.get(name)) for row in figures.values())]
+    rows = [[row, *(_number(values.get(name)) or "-" for name in names)] for row, values in figures.items()]
+    return _table(["", *(MEASURES[name] for name in names)], rows)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, int | float) and math.isfinite(value) else ""
+
+
+def _licence(licence: str | None, base: str, on_hub: bool) -> str:
+    if licence:
+        return (
+            f"Licence: `{licence}`, which is that of the base model."
+            if licence == LICENCES.get(base)
+            else (f"Licence: `{licence}`.  The licence of the base model holds beside it.")
+        )
+    where = f"[its page](https://huggingface.co/{base})" if on_hub else "the place where you got it"
+    return f"An adapter is derived from its base model and shares its licence: see {where}."
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(_line(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _line(text: str) -> str:
+    """`text` on one line, with what Markdown or HTML would act on made plain."""
+    text = " ".join(text.split())
+    return text.replace("<", "&lt;").replace("[", "\\[").replace("*", "\\*")
+
+
+def _code(text: str) -> str:
+    return "`" + " ".join(text.split()).replace("`", "'") + "`"

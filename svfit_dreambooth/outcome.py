@@ -1,0 +1,136 @@
+"""What a run leaves: the adapter file, and what is made from it."""
+
+import logging
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from svfit_dreambooth.adapter import Adapter, read_adapter, save_adapter
+from svfit_dreambooth.base_model import open_base_model
+from svfit_dreambooth.config import TrainConfig
+from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.export import export_lora
+from svfit_dreambooth.hub import push_adapter
+from svfit_dreambooth.preparation import Run
+from svfit_dreambooth.showcase import Showing, show_result
+
+logger = logging.getLogger(__name__)
+
+ALSO_RANK = 32  # of the LoRA that --also writes beside the adapter
+
+
+@dataclass
+class TrainResult:
+    """What a run made."""
+
+    adapter_path: Path
+    steps: int
+    kept_step: int  # the step whose values the file holds
+    seconds: float  # of the loop alone
+    values: int  # singular values trained
+    file_bytes: int
+    loss_before: float | None  # on fixed noise and timesteps; None: not measured
+    loss_after: float | None
+    stopped: bool  # by on_step or Ctrl-C, before the last step
+    run: Run
+    showing: Showing | None = None  # the pictures at the end; None: not painted
+    extras: list[str] = field(default_factory=list)  # what else was made, in plain lines
+
+    def summary(self) -> str:
+        """The run in a few plain lines."""
+        lines = [
+            f"{self.steps} steps in {self.seconds:.0f} s" + (", stopped early" if self.stopped else ""),
+            f"{self.values:,} singular values trained, {self.file_bytes:,} bytes in {self.adapter_path}",
+        ]
+        if self.loss_before is not None and self.loss_after is not None:
+            lines.append(f"loss on fixed noise: {self.loss_before:.4f} before, {self.loss_after:.4f} after")
+        if self.kept_step != self.steps:
+            lines.append(f"kept: step {self.kept_step}, the best of those measured (--keep last for the last)")
+        if self.stopped:
+            lines.append("to go on: the same command with --resume_from_checkpoint latest")
+        if self.showing is not None:
+            lines.append(self.showing.summary())
+        lines += self.extras
+        return "\n".join(lines)
+
+
+def save_result(adapter: Adapter, path: Path, config: TrainConfig) -> None:
+    """Writes the adapter and opens it again; a file that holds the very same already is left alone."""
+    fresh = path.with_name(f".{path.stem}.new.safetensors")
+    save_adapter(adapter, fresh, getattr(torch, config.save_dtype))
+    written = read_adapter(fresh)
+    if path.exists() and _same(path, written):
+        fresh.unlink()
+        return
+    os.replace(fresh, path)
+    if not any(shift.any() for shift in written.shifts.values()):
+        logger.warning("nothing was learnt, every shift in %s is zero: train longer or with a higher rate.", path)
+
+
+def _same(path: Path, written: Adapter) -> bool:
+    try:
+        present = read_adapter(path)
+    except SVFitError:
+        return False  # an unreadable file is replaced
+    hashes = [adapter.metadata["payload_sha256"] for adapter in (present, written)]
+    return hashes[0] == hashes[1] and present.training == written.training
+
+
+def training_record(
+    run: Run, steps: int, kept: int, loss_before: float | None, loss_after: float | None
+) -> dict[str, Any]:
+    """What the file says of its run."""
+    config = run.config
+    record: dict[str, Any] = {
+        "steps": steps,
+        **({"kept_step": kept} if kept != steps else {}),
+        "photos": len(run.photos),
+        "batch_size": config.train_batch_size * config.gradient_accumulation_steps,
+    }
+    for name in ("resolution", "rank", "energy", "budget", "learning_rate", "lr_scheduler", "mixed_precision", "seed"):
+        record[name] = getattr(config, name)
+    if config.train_text_encoder:
+        record["text_encoder_lr"] = config.text_encoder_lr
+    if loss_before is not None and loss_after is not None:
+        record["fixed_loss"] = [round(loss_before, 5), round(loss_after, 5)]
+    return record
+
+
+def finish(result: TrainResult) -> None:
+    """Makes from the saved file what the run was asked for besides: pictures, a LoRA."""
+    run, config = result.run, result.run.config
+    run.base.pipeline.to("cpu")  # makes room for the base that is opened from its files, as users open it
+    if config.final_pictures:
+        result.showing = show_result(run)
+    if config.also is not None:
+        base = open_base_model(
+            config.pretrained_model_name_or_path,
+            revision=config.revision,
+            variant=config.variant,
+            base_config=config.base_config,
+            content_filter=False,
+        )
+        path = run.adapter_path.with_name(f"{run.adapter_name}-{config.also}.safetensors")
+        export = export_lora(
+            run.adapter_path, base, path, config.also, rank=ALSO_RANK, basis_cache_dir=config.basis_cache_dir
+        )
+        result.extras.append(f"LoRA: {export.summary()}")
+
+
+def publish(result: TrainResult) -> None:
+    """Uploads the run if it was asked for; after its end is noted, so that the card has the figures."""
+    if result.run.config.push_to_hub:
+        upload = push_adapter(result.adapter_path, result.run.config.hub_model_id)
+        result.extras.append(f"uploaded: {upload.url}")
+
+
+def end_event(result: TrainResult) -> dict[str, Any]:
+    """What progress.jsonl says of the pictures and figures at the end."""
+    showing = result.showing
+    if showing is None:
+        return {"sheet": None, "figures": None}
+    figures = showing.figures and {name: vars(row) for name, row in showing.figures.items()}
+    return {"sheet": showing.sheet.name, "figures": figures}

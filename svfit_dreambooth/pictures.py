@@ -1,0 +1,89 @@
+"""The pictures of one visitor: a folder of PNG files that tell how they were made."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from svfit_dreambooth.errors import SVFitError
+
+EARLIER = 60  # that are shown of those painted before
+MAX_TEXT = 100_000  # characters of settings in a file
+
+
+def earlier(folder: Path, most: int = EARLIER) -> list[str]:
+    """File names, newest first."""
+    paths = [path for path in folder.glob("*.png") if not path.name.startswith(".")]
+    return [path.name for path in sorted(paths, key=lambda path: (-path.stat().st_mtime_ns, path.name))[:most]]
+
+
+def find(folder: Path, name: Any) -> Path:
+    """The file called `name`.  Raises SVFitError if the folder has none."""
+    if not isinstance(name, str) or name not in {path.name for path in folder.glob("*.png")}:
+        raise SVFitError("that picture is not there any more: select another one.")
+    return folder / name
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a PNG of ours, each of the kind it must have.  Raises SVFitError for any other file."""
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            picture.load()  # text may stand after the pixels
+            text = getattr(picture, "text", {}).get("svfit")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise SVFitError(f"{path.name} is not a readable PNG file ({error}): choose a picture made here.") from None
+    try:
+        settings = json.loads(text) if text and len(text) <= MAX_TEXT else None
+    except (ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise SVFitError(f"{path.name} holds no settings: choose a picture made here, as it was downloaded.")
+    read: dict[str, Any] = {}
+    for name, kinds in (
+        ("prompt", str),
+        ("negative_prompt", str),
+        ("base_model", str),
+        ("seed", int),
+        ("num_inference_steps", int),
+        ("width", int),
+        ("height", int),
+        ("guidance_scale", int | float),
+    ):
+        value = settings.get(name)
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise SVFitError(f"{path.name} has no usable {name.replace('_', ' ')}: choose a picture made here.")
+        read[name] = value
+    strengths = settings.get("adapters")
+    read["adapters"] = {
+        str(name): float(strength)
+        for name, strength in (strengths.items() if isinstance(strengths, dict) else ())
+        if isinstance(strength, int | float)
+    }
+    return read
+
+
+def caption(settings: dict[str, Any], factor: float = 1.0) -> str:
+    """What stands under a picture."""
+    if not settings["adapters"]:
+        return f"seed {settings['seed']}"
+    if factor == 0:
+        return f"base · seed {settings['seed']}"
+    strengths = ", ".join(f"{name} {strength:g}" for name, strength in settings["adapters"].items())
+    return f"{strengths} · seed {settings['seed']}"
+
+
+def describe(settings: dict[str, Any]) -> list[tuple[str, str]]:
+    """Settings as (name, value) for people."""
+    lines = [("prompt", settings["prompt"])]
+    if settings["negative_prompt"]:
+        lines.append(("without", settings["negative_prompt"]))
+    strengths = ", ".join(f"{name} at {strength:g}" for name, strength in settings["adapters"].items())
+    return lines + [
+        ("adapters", strengths or "none"),
+        ("base", settings["base_model"]),
+        ("seed", str(settings["seed"])),
+        ("steps", str(settings["num_inference_steps"])),
+        ("guidance", f"{settings['guidance_scale']:g}"),
+        ("size", f"{settings['width']} × {settings['height']}"),
+    ]

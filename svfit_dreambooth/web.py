@@ -1,0 +1,148 @@
+"""The page: its three tabs wired together, and the command that serves it."""
+
+import argparse
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.workspace import Workspace, default_data_dir
+
+PORT = 7860
+ADDRESS = "127.0.0.1"
+WARM_UP_AFTER = 4.0  # seconds, so that the page opens first
+MAX_UPLOAD = "64mb"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python app.py`: returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        serve_page(options)
+    except SVFitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; runs go on in their own processes.", file=sys.stderr)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="app.py", description="A page to train, generate and share adapters.")
+    parser.add_argument("--adapter", action="append", default=[], type=Path, metavar="FILE", help="open with it loaded; may be repeated")  # fmt: skip
+    parser.add_argument("--base", action="append", default=[], metavar="BASE", help="offer a folder, file or hub id as base model; may be repeated")  # fmt: skip
+    parser.add_argument("--data_dir", type=Path, help="folder of runs, adapters and pictures; default: $SVFIT_HOME or the user's data folder")  # fmt: skip
+    parser.add_argument("--port", type=int, help=f"default: {PORT} or the next free one")
+    parser.add_argument("--listen", nargs="?", const="0.0.0.0", metavar="ADDRESS", help="be reachable from other computers; default: from this one only")  # fmt: skip
+    parser.add_argument("--share", action="store_true", help="be reachable from anywhere through a link of Gradio's")
+    parser.add_argument("--auth", action="append", default=[], metavar="NAME:PASSWORD", help="ask for it; may be repeated")  # fmt: skip
+    parser.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="in which pictures are painted")  # fmt: skip
+    parser.add_argument("--open", action="store_true", help="open the page in a browser")
+    return parser
+
+
+def serve_page(options: argparse.Namespace) -> None:
+    """Serves the page until it is interrupted."""
+    accounts = [tuple(account.partition(":")[::2]) for account in options.auth]
+    if any(not name or not password for name, password in accounts):
+        raise SVFitError("--auth reads NAME:PASSWORD, and both must be there.")
+    public = bool(options.share or options.listen)
+    if public and not accounts:
+        print(
+            "warning: anyone who reaches this page can use this computer to train and paint: add --auth NAME:PASSWORD.",
+            file=sys.stderr,
+        )
+    folder = (options.data_dir or default_data_dir()).expanduser().resolve()
+    workspace = Workspace(folder, shared=not public and not accounts)
+    try:
+        for place in (workspace.models, workspace.jobs, workspace.served):
+            place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SVFitError(f"{folder} cannot be written ({error.strerror}): choose another --data_dir.") from error
+    # Gradio keeps uploads and serves files here and nowhere else; set before it is imported
+    os.environ["GRADIO_TEMP_DIR"] = str(workspace.served)
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    from starlette.middleware import Middleware
+
+    from svfit_dreambooth.web_app import RememberBrowser
+    from svfit_dreambooth.web_style import CSS, HEAD, theme
+
+    page, app = build_page(workspace, options.adapter, tuple(options.base), options.dtype, download=not public)
+    app.jobs.start_queue()
+    warming = threading.Timer(WARM_UP_AFTER, _warm_up)
+    warming.daemon = True
+    warming.start()
+    page.launch(
+        server_name=options.listen or ADDRESS,
+        server_port=options.port,
+        share=options.share,
+        auth=accounts or None,
+        inbrowser=options.open,
+        allowed_paths=[],
+        max_file_size=MAX_UPLOAD,
+        ssr_mode=False,
+        footer_links=["api"],
+        app_kwargs={"middleware": [Middleware(RememberBrowser)]},
+        theme=theme(),
+        css=CSS,
+        head=HEAD,
+        show_error=False,
+    )
+
+
+def build_page(
+    workspace: Workspace,
+    adapters: Sequence[Path] = (),
+    bases: tuple[str, ...] = (),
+    dtype: str = "float32",
+    *,
+    download: bool = True,
+) -> tuple[Any, Any]:
+    """The page and what is behind it.  `adapters` are put into the library; `download`: hub ids may be fetched."""
+    import gradio as gr
+
+    from svfit_dreambooth import library, web_api, web_generate, web_library, web_train
+    from svfit_dreambooth.jobs import Jobs
+    from svfit_dreambooth.studio import Bases, Studio
+    from svfit_dreambooth.web_app import App
+    from svfit_dreambooth.workspace import library_of
+
+    own = library_of(workspace, "")
+    library.empty_trash(own)
+    chosen = [_from_command_line(own, path) for path in adapters]
+    app = App(workspace, Studio(Bases(workspace.models, bases, download), dtype), Jobs(workspace))
+    with gr.Blocks(title="SVFit DreamBooth", analytics_enabled=False, delete_cache=(3600, 7 * 24 * 3600)) as page:
+        gr.HTML(
+            "<h1>SVFit DreamBooth</h1><p>Teach an image model your dog, mug or toy from a few photos; "
+            "paint it anywhere; pass on a file of a few hundred kilobytes.</p>",
+            elem_id="title",
+        )
+        with gr.Tabs() as tabs:
+            with gr.Tab("Generate", id="generate"):
+                generate_tab = web_generate.build(app, page, chosen)
+            with gr.Tab("Train", id="train"):
+                web_train.build(app, page, tabs, generate_tab)
+            with gr.Tab("Adapters", id="adapters") as tab:
+                web_library.build(app, tabs, tab, generate_tab)
+        web_api.build(app)
+    return page, app
+
+
+def _from_command_line(folder: Path, path: Path) -> str:
+    """The name in the library of the adapter file `path`, which is copied there unless it is there already."""
+    from svfit_dreambooth import library
+    from svfit_dreambooth.adapter import read_adapter
+
+    read_adapter(path)
+    for name in library.names(folder):
+        if library.find(folder, name).read_bytes() == path.read_bytes():
+            return name
+    return library.add(folder, path)
+
+
+def _warm_up() -> None:
+    """The libraries that painting needs, imported while the page is being looked at."""
+    import svfit_dreambooth.generation  # noqa: F401

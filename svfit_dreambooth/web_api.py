@@ -1,0 +1,161 @@
+"""The page's functions for programs: endpoints with names that stay, for gradio_client and plain HTTP (docs/web.md)."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from svfit_dreambooth import library, pictures
+from svfit_dreambooth.config import TOYBOX
+from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.progress import sum_up
+from svfit_dreambooth.studio import AS_TRAINED, Order, Told
+from svfit_dreambooth.web_app import App, plainly
+from svfit_dreambooth.web_draft import ADVANCED, Draft
+from svfit_dreambooth.web_painting import keep_picture
+from svfit_dreambooth.workspace import add_photos, photo_files
+
+
+class Endpoints:
+    """One method an endpoint; its first lines are the documentation that clients see."""
+
+    def __init__(self, app: App):
+        self.app = app
+        self.draft = Draft(app)
+
+    @plainly
+    def generate(
+        self, prompt: str, adapters: dict[str, float] | None, base: str, negative_prompt: str, num_images: float,
+        seed: float, num_inference_steps: float, guidance_scale: float | None, width: float | None,
+        height: float | None, request: gr.Request,
+    ) -> list[tuple[str, str]]:  # fmt: skip
+        """Paints; adapters: {"name in the library": strength}. Returns PNG files with their captions."""
+        visitor = self.app.visitor(request)
+        if not isinstance(adapters or {}, dict):
+            raise SVFitError('adapters reads {"dog": 0.8}: names in the library, with their strengths.')
+        order = Order(
+            prompt=prompt,
+            base=base or AS_TRAINED,
+            adapters=[(library.find(visitor.library, name), float(s)) for name, s in (adapters or {}).items()],
+            negative_prompt=negative_prompt or "",
+            num_images=int(num_images),
+            seed=int(seed),
+            num_inference_steps=int(num_inference_steps),
+            guidance_scale=guidance_scale or None,
+            width=int(width) if width else None,
+            height=int(height) if height else None,
+        )
+        made: list[tuple[str, str]] = []
+
+        def tell(event: Told) -> None:
+            if event.kind == "picture":
+                path = keep_picture(visitor, order, event.picture)
+                made.append((self.app.serve(path), pictures.caption(event.picture.settings)))
+
+        self.app.studio.paint(order, tell, threading.Event())
+        return made
+
+    @plainly
+    def list_adapters(self, request: gr.Request) -> list[dict[str, Any]]:
+        """The adapters of the library: name, words, base, bytes."""
+        found, _ = library.entries(self.app.visitor(request).library)
+        return [
+            {
+                "name": entry.name,
+                "instance_prompt": entry.instance_prompt,
+                "base_model": entry.base_model,
+                "bytes": entry.description["file_bytes"],
+            }
+            for entry in found
+        ]
+
+    @plainly
+    def import_adapter(self, file: str, request: gr.Request) -> str:
+        """Puts an adapter file into the library; returns its name there."""
+        return library.add(self.app.visitor(request).library, Path(file))
+
+    @plainly
+    def download_adapter(self, name: str, request: gr.Request) -> str:
+        """The file of an adapter of the library."""
+        return self.app.serve(library.find(self.app.visitor(request).library, name))
+
+    @plainly
+    def train(
+        self, photos: list[str], name: str, word: str, kind: str, base: str, preset: str, steps: float | None,
+        request: gr.Request,
+    ) -> str:  # fmt: skip
+        """Queues a run on the given photos; returns its id. steps: empty takes the preset's."""
+        visitor = self.app.visitor(request)
+        for path in photo_files(visitor.photos):
+            path.unlink()
+        if refused := add_photos(visitor.photos, [Path(photo) for photo in photos or []]):
+            raise SVFitError(" ".join(refused))
+        advanced = dict.fromkeys(ADVANCED) | {"max_train_steps": str(int(steps)) if steps else None}
+        options = self.draft.options(visitor, word, kind, base, preset or None, *advanced.values())
+        return self.app.jobs.submit(visitor, name, options).id
+
+    @plainly
+    def run_state(self, id: str, request: gr.Request) -> dict[str, Any]:
+        """How a run is: state, step, of, loss, message, adapter (its name in the library once it is there)."""
+        job = self.app.jobs.find(self.app.visitor(request), id)
+        progress = sum_up(self.app.jobs.run_folder(job))
+        return {
+            "state": self.app.jobs.state(job),
+            "step": progress.step,
+            "of": progress.of,
+            "loss": progress.losses[-1][1] if progress.losses else None,
+            "message": progress.message or self.app.jobs.complaint(job) or None,
+            "adapter": job.library_name,
+        }
+
+    @plainly
+    def stop_run(self, id: str, request: gr.Request) -> str:
+        """Stops a run, which saves what it has learnt; returns its state."""
+        job = self.app.jobs.find(self.app.visitor(request), id)
+        self.app.jobs.stop(job)
+        return self.app.jobs.state(job)
+
+    @plainly
+    def resume_run(self, id: str, request: gr.Request) -> str:
+        """Lets a run that was stopped or cut off go on; returns its state."""
+        job = self.app.jobs.find(self.app.visitor(request), id)
+        self.app.jobs.resume(job)
+        return self.app.jobs.state(job)
+
+
+def build(app: App) -> None:
+    """The endpoints, on fields that are not shown: clients learn names, types and defaults from them."""
+    ends = Endpoints(app)
+    with gr.Group(visible=False):
+        go = gr.Button()
+        name, id = gr.Textbox(label="name"), gr.Textbox(label="id")
+        word, kind = gr.Textbox("sks", label="word"), gr.Textbox(label="kind")
+        file = gr.File(label="file", file_types=[".safetensors"])
+        photos = gr.File(label="photos", file_count="multiple", file_types=["image"])
+        preset, steps = gr.Textbox("balanced", label="preset"), gr.Number(None, label="steps")
+        paint = [
+            gr.Textbox(label="prompt"),
+            gr.JSON({}, label="adapters"),
+            gr.Textbox(AS_TRAINED, label="base"),
+            gr.Textbox("", label="negative_prompt"),
+            gr.Number(1, label="num_images"),
+            gr.Number(0, label="seed"),
+            gr.Number(25, label="num_inference_steps"),
+            gr.Number(None, label="guidance_scale"),
+            gr.Number(None, label="width"),
+            gr.Number(None, label="height"),
+        ]
+        base = gr.Textbox(TOYBOX, label="base")
+        gallery, text, json, download = gr.Gallery(), gr.Textbox(), gr.JSON(), gr.File()
+    for endpoint, inputs, output in (
+        (ends.generate, paint, gallery),
+        (ends.list_adapters, [], json),
+        (ends.import_adapter, [file], text),
+        (ends.download_adapter, [name], download),
+        (ends.train, [photos, name, word, kind, base, preset, steps], text),
+        (ends.run_state, [id], json),
+        (ends.stop_run, [id], text),
+        (ends.resume_run, [id], text),
+    ):
+        go.click(endpoint, inputs, output, api_name=endpoint.__name__, api_description=endpoint.__doc__)

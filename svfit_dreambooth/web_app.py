@@ -1,0 +1,141 @@
+"""What all tabs of the page share: who asks, what is at hand, and how a mistake is told."""
+
+import functools
+import html
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from http.cookies import CookieError, SimpleCookie
+from pathlib import Path
+from secrets import token_hex
+from typing import Any
+
+import gradio as gr
+
+from svfit_dreambooth import library
+from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.jobs import Jobs
+from svfit_dreambooth.studio import Studio
+from svfit_dreambooth.workspace import WORD, Visitor, Workspace, serve, word_for
+
+COOKIE = "svfit_visitor"
+YEAR = 365 * 24 * 3600  # seconds
+
+
+@dataclass
+class App:
+    """What the handlers of a page work with."""
+
+    workspace: Workspace
+    studio: Studio
+    jobs: Jobs
+
+    def visitor(self, request: gr.Request) -> Visitor:
+        """Who asks: an account where there are passwords, else a browser by its cookie, else one client's session."""
+        if request.username:
+            return self.workspace.visitor(word_for(f"account {request.username}"))
+        word = dict(request.cookies or {}).get(COOKIE) or ""
+        if WORD.fullmatch(word):
+            return self.workspace.visitor(word)
+        return self.workspace.visitor(word_for(f"session {request.session_hash}"))
+
+    def serve(self, path: Path, name: str | None = None) -> str:
+        return serve(self.workspace, path, name)
+
+    def url(self, path: Path) -> str:
+        """Where a browser finds `path`; relative, so that it holds behind a proxy too."""
+        return "gradio_api/file=" + self.serve(path)
+
+    def adapter_choices(self, visitor: Visitor) -> list[tuple[str, str]]:
+        """(what a person reads, what the page sends) for every adapter that the visitor may paint with."""
+        own = [(name, f"library/{name}") for name in library.names(visitor.library)]
+        return own + [(f"{name} (uploaded)", f"upload/{name}") for name in library.names(visitor.uploads)]
+
+    def adapter_file(self, visitor: Visitor, choice: str) -> Path:
+        """The file that a choice stands for.  Raises SVFitError for any that was not offered."""
+        kind, _, name = choice.partition("/")
+        return library.find(visitor.uploads if kind == "upload" else visitor.library, name)
+
+
+class RememberBrowser:
+    """ASGI middleware that gives every browser a random word in a cookie that scripts cannot read."""
+
+    def __init__(self, app: Any):
+        self.app = app
+
+    async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or self._word(scope):
+            await self.app(scope, receive, send)
+            return
+        cookie = f"{COOKIE}={token_hex(16)}; Path=/; Max-Age={YEAR}; HttpOnly; SameSite=Lax"
+
+        async def send_with_cookie(message: dict) -> None:
+            if message["type"] == "http.response.start" and scope["path"] in ("/", ""):
+                message = {**message, "headers": [*message.get("headers", []), (b"set-cookie", cookie.encode())]}
+            await send(message)
+
+        await self.app(scope, receive, send_with_cookie)
+
+    @staticmethod
+    def _word(scope: dict) -> str | None:
+        for name, value in scope["headers"]:
+            if name == b"cookie":
+                try:
+                    cookie = SimpleCookie(value.decode("latin-1")).get(COOKIE)
+                except CookieError:
+                    continue
+                if cookie is not None and WORD.fullmatch(cookie.value):
+                    return cookie.value
+        return None
+
+
+def told(error: Exception) -> gr.Error:
+    """A mistake as a toast in plain words; what a file or a person wrote is shown as text, never as markup."""
+    return gr.Error(html.escape(str(error)), duration=12, print_exception=False, title="That did not work")
+
+
+def plainly(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """`handler`, with SVFitError as a toast."""
+    if inspect.isgeneratorfunction(handler):
+
+        @functools.wraps(handler)
+        def generator(*args: Any, **kwargs: Any) -> Any:
+            try:
+                yield from handler(*args, **kwargs)
+            except SVFitError as error:
+                raise told(error) from None
+
+        return generator
+
+    @functools.wraps(handler)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return handler(*args, **kwargs)
+        except SVFitError as error:
+            raise told(error) from None
+
+    return function
+
+
+def number(name: str, text: str | None) -> int | float | None:
+    """What a field of the form holds; None where it was left empty.  Raises SVFitError for anything but a number."""
+    text = (text or "").strip()
+    try:
+        value = float(text) if text else None
+    except ValueError:
+        value = math.nan
+    if value is None:
+        return None
+    if not math.isfinite(value):
+        raise SVFitError(f"{name.replace('_', ' ')} is {text!r}: write a number, or leave it empty.")
+    return int(value) if value == int(value) and name != "learning_rate" else value
+
+
+def size_text(size: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "bytes" or size >= 10 else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"

@@ -1,0 +1,180 @@
+"""What a visitor lays out for the next run: photos, words, settings; and what it would take."""
+
+import dataclasses
+import html
+import re
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from svfit_dreambooth.config import TOYBOX, TrainConfig
+from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.progress import sum_up
+from svfit_dreambooth.web_app import App, number, plainly
+from svfit_dreambooth.workspace import Visitor, add_photos, photo_files, photo_remarks, rotate_photo
+
+SUBJECTS = Path(__file__).resolve().parent.parent / "toybox" / "subjects"
+BUNDLED = ".bundled"  # file beside the photos: the toy whose photos, untouched, they are
+RESOLUTION = {TOYBOX: 64}  # pixels; other bases train at 512 or more
+NAMES = {field.name for field in dataclasses.fields(TrainConfig)}  # options that a run knows
+NUMBERS = (
+    "max_train_steps",
+    "learning_rate",
+    "resolution",
+    "train_batch_size",
+    "validation_steps",
+    "num_inference_steps",
+    "seed",
+)
+# what the form's advanced fields are called, in its order
+ADVANCED = (
+    "max_train_steps", "learning_rate", "rank", "resolution", "train_batch_size", "validation_steps",
+    "num_inference_steps", "seed", "mixed_precision", "train_text_encoder", "random_flip", "gradient_checkpointing", "with_prior_preservation",
+)  # fmt: skip
+
+
+class Draft:
+    """The handlers; the photos are in the visitor's folder, the rest is in the form."""
+
+    def __init__(self, app: App):
+        self.app = app
+
+    @plainly
+    def add(self, files: list[str] | None, request: gr.Request) -> tuple[Any, ...]:
+        """The drop zone, emptied; then thumbnails, remarks and the selected photo."""
+        visitor = self.app.visitor(request)
+        remarks = add_photos(visitor.photos, [Path(file) for file in files or []])
+        (visitor.photos / BUNDLED).unlink(missing_ok=True)
+        for sentence in remarks:
+            gr.Warning(html.escape(sentence), duration=12)
+        return (None, *self._shown(visitor))
+
+    @plainly
+    def take_bundled(self, subject: str | None, request: gr.Request) -> tuple[Any, ...]:
+        """The photos of a bundled toy, in place of what was there; then the words that suit it."""
+        visitor = self.app.visitor(request)
+        if subject not in bundled_subjects():
+            raise SVFitError("choose one of the toys.")
+        self._clear(visitor)
+        add_photos(visitor.photos, sorted((SUBJECTS / subject).glob("*.png")))
+        (visitor.photos / BUNDLED).write_text(subject, encoding="utf-8")
+        return (*self._shown(visitor), subject, "sks", subject.partition("_")[0], TOYBOX)
+
+    @plainly
+    def rotate(self, selected: int | None, request: gr.Request) -> tuple[Any, ...]:
+        visitor = self.app.visitor(request)
+        rotate_photo(self._selected(visitor, selected))
+        (visitor.photos / BUNDLED).unlink(missing_ok=True)
+        thumbs, text, _, buttons = self._shown(visitor)
+        return thumbs, text, selected, buttons
+
+    @plainly
+    def remove(self, selected: int | None, request: gr.Request) -> tuple[Any, ...]:
+        visitor = self.app.visitor(request)
+        self._selected(visitor, selected).unlink()
+        (visitor.photos / BUNDLED).unlink(missing_ok=True)
+        return self._shown(visitor)
+
+    @plainly
+    def clear(self, request: gr.Request) -> tuple[Any, ...]:
+        visitor = self.app.visitor(request)
+        self._clear(visitor)
+        return self._shown(visitor)
+
+    @plainly
+    def show(self, request: gr.Request) -> tuple[Any, ...]:
+        """Thumbnails, remarks, and that none is selected."""
+        return self._shown(self.app.visitor(request))
+
+    @staticmethod
+    def select(event: gr.SelectData) -> tuple[Any, ...]:
+        """The number of the photo that was clicked, and what can be done with it."""
+        return event.index, gr.Button(interactive=True), gr.Button(interactive=True)
+
+    @staticmethod
+    def prompt_for(word: str, kind: str) -> str:
+        """The prompt of the photos."""
+        return " ".join(f"a photo of {word} {kind}".split())
+
+    def options(self, visitor: Visitor, word: str, kind: str, base: str, preset: str | None, *advanced: Any) -> dict:
+        """The form as options of a run; what is left empty is left to the run.  Raises SVFitError for bad words."""
+        for text, what in ((word, "word that means your subject"), (kind, "kind of thing that it is")):
+            if not (text or "").strip():
+                raise SVFitError(f"the {what} is missing: sks and dog, for example.")
+            if len(text) > 60:
+                raise SVFitError(f"the {what} is {len(text)} characters long: one to three words are enough.")
+        place, opening = self.app.studio.bases.resolve(base or TOYBOX, typed=True)
+        options: dict[str, Any] = {
+            "pretrained_model_name_or_path": place,
+            "revision": opening.get("revision"),
+            "instance_prompt": self.prompt_for(word, kind),
+            "class_prompt": " ".join(f"a photo of a {kind}".split()),
+            "preset": preset,
+        }
+        for name, value in zip(ADVANCED, advanced, strict=True):
+            options[name] = number(name, value) if name in NUMBERS else value
+        if not options["with_prior_preservation"]:
+            del options["class_prompt"]
+        subject = self._bundled(visitor)
+        if subject is not None and place == TOYBOX:
+            options["instance_data_dir"] = str(SUBJECTS / subject)  # so that the run's judge knows the toy
+        return {name: value for name, value in options.items() if name in NAMES and value not in (None, "", False)}
+
+    def estimate(self, visitor: Visitor, options: dict[str, Any]) -> list[str]:
+        """What a run would take, in plain lines: memory, and time as far as earlier runs tell."""
+        from svfit_dreambooth.estimate import estimate_memory
+        from svfit_dreambooth.preparation import prepare
+
+        if not photo_files(visitor.photos):
+            raise SVFitError("there are no photos yet: add 3 to 10 of your subject.")
+        photos = {"instance_data_dir": str(visitor.photos), "adapter_name": "estimate", "dry_run": True}
+        run = prepare(TrainConfig(**{**photos, **options}))
+        return [*estimate_memory(run).lines(), self._time(visitor, options, run.config.max_train_steps)]
+
+    def _time(self, visitor: Visitor, options: dict[str, Any], steps: int) -> str:
+        alike = ("pretrained_model_name_or_path", "preset", "resolution", "train_batch_size", "train_text_encoder")
+        for job in self.app.jobs.listed(visitor):
+            state = sum_up(self.app.jobs.run_folder(job))
+            if state.seconds_a_step and all(job.options.get(name) == options.get(name) for name in alike):
+                return f"time: about {duration(steps * state.seconds_a_step)}, going by {job.name}"
+        return "time: told after the first steps, as no run like it has been made on this computer yet"
+
+    def _shown(self, visitor: Visitor) -> tuple[Any, ...]:
+        paths = photo_files(visitor.photos)
+        thumbs = [(self.app.serve(path), f"photo {i}") for i, path in enumerate(paths, 1)]
+        lines = photo_remarks(visitor.photos, RESOLUTION[TOYBOX])
+        text = "" if not lines else f"**{lines[0]}**" + "".join(f"\n- {html.escape(line)}" for line in lines[1:])
+        return gr.Gallery(thumbs, visible=bool(paths)), text, None, gr.Row(visible=bool(paths))
+
+    def _selected(self, visitor: Visitor, selected: int | None) -> Path:
+        paths = photo_files(visitor.photos)
+        if not isinstance(selected, int) or not 0 <= selected < len(paths):
+            raise SVFitError("select a photo first.")
+        return paths[selected]
+
+    def _clear(self, visitor: Visitor) -> None:
+        for path in photo_files(visitor.photos):
+            path.unlink()
+        (visitor.photos / BUNDLED).unlink(missing_ok=True)
+
+    def _bundled(self, visitor: Visitor) -> str | None:
+        try:
+            subject = (visitor.photos / BUNDLED).read_text(encoding="utf-8")
+        except OSError:
+            return None
+        return subject if subject in bundled_subjects() else None
+
+
+def bundled_subjects() -> list[str]:
+    """Names of the toys whose photos come with toybox."""
+    return sorted(path.name for path in SUBJECTS.glob("*") if re.fullmatch(r"\w+", path.name))
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -1,0 +1,91 @@
+"""An adapter as a LoRA for other programs: its size first, then the file."""
+
+import html
+from importlib.util import find_spec
+from typing import Any
+
+import gradio as gr
+
+from svfit_dreambooth import library
+from svfit_dreambooth.adapter import read_adapter
+from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.web_app import App, number, plainly
+from svfit_dreambooth.web_generate import PRIVATE
+
+LAYOUTS = {"for A1111, Forge, ComfyUI (kohya)": "kohya", "for diffusers": "diffusers"}
+
+
+class LoraMaker:
+    """The handlers; the base is the studio's."""
+
+    def __init__(self, app: App):
+        self.app = app
+
+    @plainly
+    def plan(self, name: str | None, layout: str, rank: str, request: gr.Request) -> tuple[str, Any]:
+        """What the LoRA would hold and weigh; the file made before is taken back."""
+        from svfit_dreambooth.export import layer_shapes
+        from svfit_dreambooth.lora_plan import plan_lora
+
+        path = library.find(self.app.visitor(request).library, name or "")
+        with self.app.studio.bare(path) as base:
+            adapter = read_adapter(path)
+            plan = plan_lora(adapter.shifts, layer_shapes(base, adapter), _layout(layout), rank=_rank(rank))
+        return _lines(plan.lines()), gr.DownloadButton(value=None, interactive=False)
+
+    @plainly
+    def make(self, name: str | None, layout: str, rank: str, request: gr.Request) -> tuple[str, Any]:
+        """Writes it, compared with the adapter; then it can be downloaded."""
+        from svfit_dreambooth.export import export_lora
+
+        visitor = self.app.visitor(request)
+        path = library.find(visitor.library, name or "")
+        output = visitor.folder / "exports" / f"{path.stem}-lora.safetensors"
+        output.parent.mkdir(parents=True, exist_ok=True)
+        said: list[str] = []
+        with self.app.studio.bare(path) as base:
+            done = export_lora(
+                path, base, output, _layout(layout), rank=_rank(rank), on_plan=lambda plan: said.extend(plan.lines())
+            )
+        said.append(f"read back and compared with the adapter: {done.measured_error:.1e} off in all")
+        return _lines(said), gr.DownloadButton(value=self.app.serve(output), interactive=True)
+
+
+def build(app: App) -> gr.Dropdown | None:
+    """The section, where this installation can export; returns the dropdown of adapters, which the tab keeps full."""
+    if find_spec("svfit_dreambooth.export") is None:
+        return None
+    maker = LoraMaker(app)
+    with gr.Accordion("Make a LoRA of one, for other programs", open=False, elem_id="lora"):
+        gr.Markdown(
+            "An adapter works wherever this program does. Other programs read a LoRA, which is far larger: a full one "
+            "is exact, a shorter one comes close.", elem_classes="note",
+        )  # fmt: skip
+        with gr.Row():
+            adapter = gr.Dropdown([], label="Adapter", interactive=True)
+            layout = gr.Dropdown(list(LAYOUTS), value=next(iter(LAYOUTS)), label="Made", interactive=True)
+            rank = gr.Textbox(label="Rank", placeholder="all: exact", max_lines=1, info="Directions a layer.")
+        said = gr.Markdown(elem_classes="note")
+        with gr.Row(elem_classes="actions"):
+            plan = gr.Button("How large?", size="sm")
+            make = gr.Button("Make it", size="sm")
+            download = gr.DownloadButton("Download", size="sm", interactive=False)
+    shown = {**PRIVATE, "show_progress": "minimal"}
+    plan.click(maker.plan, [adapter, layout, rank], [said, download], **shown)
+    make.click(maker.make, [adapter, layout, rank], [said, download], **shown)
+    return adapter
+
+
+def _layout(name: str) -> Any:
+    if name not in LAYOUTS:
+        raise SVFitError(f"there is no layout called {name!r}: choose one of those offered.")
+    return LAYOUTS[name]
+
+
+def _rank(text: str) -> int | None:
+    value = number("rank", text)
+    return None if value is None else int(value)
+
+
+def _lines(lines: list[str]) -> str:
+    return "\n".join(f"- {html.escape(line.strip())}" for line in lines)

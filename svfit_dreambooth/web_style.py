@@ -1,0 +1,103 @@
+"""How the page looks: theme, style sheet, and the few lines of script that Gradio has no word for."""
+
+import gradio as gr
+
+FONT = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
+MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
+
+
+def theme() -> gr.themes.Base:
+    """Only fonts that are there: the page fetches nothing from anywhere."""
+    return gr.themes.Soft(
+        primary_hue="indigo", secondary_hue="indigo", neutral_hue="slate", radius_size="md", font=FONT, font_mono=MONO
+    ).set(
+        body_background_fill="*neutral_50",
+        body_background_fill_dark="*neutral_950",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        button_primary_background_fill_dark="*primary_600",
+        button_primary_text_color="white",
+        block_label_background_fill="transparent",
+        block_label_background_fill_dark="transparent",
+    )
+
+
+CSS = """
+.gradio-container { width: 100%; max-width: 1320px !important; margin: 0 auto !important; }
+
+#gallery .empty { border: 0; }
+#gallery .empty::after { content: "Pictures appear here. Say what to paint and press Generate."; font-size: .9rem; margin-top: 10px; }
+#gallery .empty { flex-direction: column; display: flex; align-items: center; justify-content: center; }
+#title { margin: 2px 0 0; }
+#title h1 { font-size: 1.35rem; margin: 0; letter-spacing: -.01em; }
+#title p { margin: 2px 0 0; color: var(--body-text-color-subdued); }
+.note p, .note li, .note { color: var(--body-text-color-subdued); font-size: .92rem; }
+.warn { border-left: 3px solid #d97706; padding: 2px 0 2px 10px; }
+
+/* progress of a painting or a run: keeps its height, so that nothing jumps */
+.status { min-height: 40px; font-size: .92rem; color: var(--body-text-color-subdued); }
+.status .bar { height: 6px; border-radius: 3px; background: var(--border-color-primary); overflow: hidden; margin: 4px 0 6px; }
+.status .bar i { display: block; height: 100%; background: var(--primary-500); border-radius: 3px; transition: width .15s; }
+.status .head { display: flex; justify-content: space-between; gap: 12px; flex-wrap: wrap; }
+.status b { color: var(--body-text-color); font-weight: 600; }
+
+/* pictures: as many in a row as fit */
+.pictures .grid-container { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)) !important; }
+.pictures .caption-label { max-width: 100% !important; font-size: .7rem; }
+.photos .grid-container { grid-template-columns: repeat(auto-fill, minmax(84px, 1fr)) !important; }
+.photos .grid-wrap, .photos .gallery-container, .photos { height: auto !important; min-height: 0 !important; max-height: 320px; }
+.bottom { align-items: flex-end; }
+.inset { padding: 8px 14px; }
+.settings { font-size: .86rem; color: var(--body-text-color-subdued); overflow-wrap: anywhere; min-height: 2.8em; }
+.settings b { color: var(--body-text-color); }
+
+/* cards of the library */
+.cards { display: grid !important; grid-template-columns: repeat(auto-fill, minmax(290px, 1fr)); gap: 14px; }
+.card { border: 1px solid var(--border-color-primary); border-radius: 10px; background: var(--block-background-fill);
+        overflow: hidden; padding: 0 !important; gap: 0 !important; min-width: 0 !important; }
+.card .face { height: 190px; background: #fff; display: flex; align-items: center; justify-content: center; overflow: hidden; }
+.card .face img { width: 100%; height: 100%; object-fit: contain; }
+.card .face.none { background: var(--background-fill-secondary); color: var(--body-text-color-subdued); font-size: .9rem; }
+.card .text { padding: 10px 14px 4px; font-size: .88rem; line-height: 1.5; }
+.card .text h3 { margin: 0 0 2px; font-size: 1.05rem; overflow-wrap: anywhere; }
+.card .text .words { font-style: italic; overflow-wrap: anywhere; }
+.card .text .facts { color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
+.card .bars { display: flex; align-items: flex-end; gap: 3px; height: 44px; margin: 8px 0 2px; }
+.card .bars span { flex: 1; background: var(--primary-400); border-radius: 2px 2px 0 0; min-height: 1px; }
+.card .bars span.text-encoder { background: #d97706; }
+.card .legend { font-size: .72rem; color: var(--body-text-color-subdued); }
+.card .row, .card .form { padding: 6px 14px; }
+.actions { gap: 6px !important; padding: 6px 12px 12px !important; flex-wrap: wrap !important; }
+.actions button, .actions a { min-width: 0 !important; flex: 1 1 auto !important; }
+
+.curve svg { width: 100%; height: auto; display: block; color: var(--body-text-color-subdued); }
+.sheet img, .sheets img { max-width: 100%; border-radius: 8px; display: block; }
+.empty { text-align: center; padding: 34px 16px; color: var(--body-text-color-subdued); border: 1px dashed var(--border-color-primary); border-radius: 10px; }
+.figures { border-collapse: collapse; margin: 8px 0; font-size: .9rem; }
+.figures td, .figures th { padding: 3px 14px 3px 0; text-align: right; font-weight: 400; }
+.figures th:first-child, .figures td:first-child { text-align: left; }
+pre.log { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .78rem; max-height: 220px; overflow-y: auto; }
+
+@media (max-width: 640px) {
+  .gradio-container, main.fillable { padding: 6px !important; }
+  .wide-only { display: none !important; }
+  #title p { display: none; }
+  .pictures .grid-container { grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)) !important; }
+  .cards { grid-template-columns: 1fr; }
+}
+"""
+
+# Small pictures (toybox paints 64 pixels) are shown with crisp pixels; Ctrl+Enter presses Generate.
+HEAD = """
+<script>
+document.addEventListener("load", (event) => {
+  const image = event.target;
+  if (image.tagName === "IMG" && image.naturalWidth && image.naturalWidth <= 160) image.style.imageRendering = "pixelated";
+}, true);
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
+  const button = document.querySelector("#generate-button");
+  if (button && button.offsetParent && !button.disabled) { event.preventDefault(); button.click(); }
+});
+</script>
+"""

@@ -1,0 +1,147 @@
+"""The ComfyUI node, against a stand-in of what it uses of ComfyUI: patched weights must be those of load_adapter."""
+
+import copy
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from conftest import tiny_pipeline
+
+from svfit_dreambooth import load_adapter, save_adapter
+from svfit_dreambooth.adapter import Adapter
+from svfit_dreambooth.attention import find_projections, svfit_layers
+from svfit_dreambooth.basis import fingerprint
+from svfit_dreambooth.errors import SVFitError
+
+NODE = Path(__file__).resolve().parent.parent / "comfyui" / "svfit_loader.py"
+
+
+class Patcher:
+    """ComfyUI's ModelPatcher in small: patches are kept beside the model and added to a copy of its weights."""
+
+    def __init__(self, weights, decoded):
+        self.weights, self.decoded, self.patches = weights, decoded, {}
+        self.model = self.cond_stage_model = SimpleNamespace(keys=list(weights))
+
+    @property
+    def patcher(self):
+        return self
+
+    def clone(self):
+        other = copy.copy(self)
+        other.patches = {key: list(patches) for key, patches in self.patches.items()}
+        return other
+
+    def get_key_patches(self):
+        first = {key: ((w, lambda w, **_: w) if self.decoded else w) for key, w in self.weights.items()}
+        return {key: [first[key], *self.patches.get(key, [])] for key in self.weights}
+
+    def add_patches(self, patches, strength_patch=1.0):
+        for key, patch in patches.items():
+            assert key in self.weights
+            self.patches.setdefault(key, []).append((strength_patch, patch))
+
+    def patched(self, key):
+        weight = self.weights[key].float().clone()
+        for strength, (kind, (difference,)) in self.patches.get(key, []):
+            assert kind == "diff" and difference.shape == weight.shape
+            weight += strength * difference.float()
+        return weight
+
+
+@pytest.fixture
+def node(monkeypatch, tmp_path):
+    comfy, lora, folder_paths = ModuleType("comfy"), ModuleType("comfy.lora"), ModuleType("folder_paths")
+    lora.model_lora_keys_unet = lambda model, found: (
+        found
+        | {
+            "lora_unet_" + key.removeprefix("diffusion_model.").removesuffix(".weight").replace(".", "_"): key
+            for key in model.keys
+        }
+    )
+    lora.model_lora_keys_clip = lambda model, found: (
+        found
+        | {
+            "lora_te_" + key.removeprefix("clip_l.transformer.").removesuffix(".weight").replace(".", "_"): key
+            for key in model.keys
+        }
+    )
+    comfy.lora = lora
+    folder_paths.get_filename_list = lambda kind: sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    folder_paths.get_full_path = lambda kind, name: str(tmp_path / name)
+    for module in (comfy, lora, folder_paths):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    spec = importlib.util.spec_from_file_location("svfit_loader", NODE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def projections(pipeline):
+    parts = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
+    return {f"{part}.{name}": found[2] for part, m in parts.items() for name, found in find_projections(m).items()}
+
+
+def loaded(layers, decoded, dtype=torch.float32):
+    """The model and text encoder as ComfyUI would hold them."""
+    weights = {name: layer.weight.detach().to(dtype) for name, layer in layers.items()}
+    unet = {f"diffusion_model{name[4:]}.weight": w for name, w in weights.items() if name.startswith("unet.")}
+    clip = {
+        f"clip_l.transformer{name[12:]}.weight": w for name, w in weights.items() if name.startswith("text_encoder.")
+    }
+    return Patcher(unet, decoded), Patcher(clip, decoded)
+
+
+def key_of(name):
+    part, _, path = name.partition(".")
+    return ("diffusion_model." if part == "unet" else "clip_l.transformer.") + path + ".weight"
+
+
+def write_adapter(layers, folder):
+    generator = torch.Generator().manual_seed(0)
+    shifts = {name: torch.randn(min(layer.weight.shape) - 2, generator=generator) for name, layer in layers.items()}
+    adapter = Adapter(shifts, "tiny", fingerprint({name: layer.weight for name, layer in layers.items()}))
+    return save_adapter(adapter, folder / "dog.safetensors", torch.float32)
+
+
+@pytest.mark.parametrize(("decoded", "dtype"), [(True, torch.float32), (False, torch.float16)])
+def test_the_patched_weights_are_those_of_load_adapter(node, tmp_path, decoded, dtype):
+    pipeline = tiny_pipeline()
+    layers = projections(pipeline)
+    path = write_adapter(layers, tmp_path)
+    (loader,) = node.NODE_CLASS_MAPPINGS.values()
+    inputs = loader.INPUT_TYPES()
+    assert inputs["required"]["adapter"] == (["dog.safetensors"],) and set(node.NODE_DISPLAY_NAME_MAPPINGS)
+    before = loaded(layers, decoded, dtype)
+    model, clip = getattr(loader(), loader.FUNCTION)(*before, "dog.safetensors", 1.0, 0.5)
+    assert len(loader.RETURN_TYPES) == 2 and not before[0].patches and not before[1].patches
+    load_adapter(pipeline, path)
+    own = {f"unet.{name}": layer for name, layer in svfit_layers(pipeline.unet).items()}
+    own |= {f"text_encoder.{name}": layer for name, layer in svfit_layers(pipeline.text_encoder).items()}
+    assert len(own) == 40
+    for name, layer in own.items():
+        holder, strength = (model, 1.0) if name.startswith("unet.") else (clip, 0.5)
+        expected = layer.weight + strength * layer.delta()
+        error = (holder.patched(key_of(name)) - expected).abs().max()
+        assert error < (1e-5 if dtype == torch.float32 else 4e-3)
+
+    again, _ = loader().load(model, clip, "dog.safetensors", -1.0, 0.0)  # a second loader sees the original weights
+    name = next(iter(own))
+    assert torch.allclose(again.patched(key_of(name)), before[0].weights[key_of(name)].float(), atol=1e-5)
+
+
+def test_another_model_is_refused(node, tmp_path):
+    layers = projections(tiny_pipeline())
+    write_adapter(layers, tmp_path)
+    other = projections(tiny_pipeline(seed=5))
+    with pytest.raises(SVFitError, match="dog.safetensors was trained on tiny, and other weights are loaded"):
+        node.SVFitLoader().load(*loaded(other, True), "dog.safetensors", 1.0, 1.0)
+    model, _ = node.SVFitLoader().load(*loaded(other, True), "dog.safetensors", 1.0, 1.0, allow_other_base=True)
+    assert len(model.patches) == 32
+    name = next(name for name in layers if name.startswith("unet."))
+    smaller = {other: layer for other, layer in layers.items() if other != name}
+    with pytest.raises(SVFitError, match=f"this model has no {name}"):
+        node.SVFitLoader().load(*loaded(smaller, True), "dog.safetensors", 1.0, 1.0)

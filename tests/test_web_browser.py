@@ -1,0 +1,264 @@
+"""The page in a real browser: photos to adapter to picture, across reloads and restarts of the server."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PATIENCE = 300  # seconds; most waits end within one, but a busy machine is no failure
+
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt install chromium)"),
+    pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="playwright is not installed"),
+    pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="gradio is not installed"),
+]
+
+
+class Server:
+    """`python app.py` in a process of its own, on a folder of its own."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/"
+        self.process = None
+
+    def start(self):
+        command = [sys.executable, str(ROOT / "app.py"), "--data_dir", str(self.folder), "--port", str(self.port)]
+        with open(self.folder / "server.log", "ab") as log:
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                urllib.request.urlopen(self.url, timeout=PATIENCE).close()
+                return
+            except OSError:
+                time.sleep(0.1)
+        raise AssertionError((self.folder / "server.log").read_text())
+
+    def stop(self):
+        self.process.send_signal(signal.SIGINT)
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def restart(self):
+        self.stop()
+        self.start()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("app"))
+    server.start()
+    yield server
+    server.stop()
+    for job in (server.folder / "jobs").glob("[0-9]*/job.json"):  # a failed test may leave a run behind
+        pid = json.loads(job.read_text())["pid"]
+        lock = job.parent / ".process"
+        from svfit_dreambooth.locks import is_locked
+
+        if pid and is_locked(lock):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(server, browser):
+    """Opens the page as a new visitor."""
+    contexts = []
+
+    def visit(width=1280):
+        context = browser.new_context(viewport={"width": width, "height": 900}, accept_downloads=True)
+        context.set_default_timeout(PATIENCE * 1000)
+        contexts.append(context)
+        page = context.new_page()
+        page.goto(server.url)
+        page.locator("#generate-button").wait_for()
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+
+
+def open_tab(page, name):
+    page.get_by_role("tab", name=name).click()
+
+
+def fill(page, id, text):
+    page.locator(f"{id} input, {id} textarea").first.fill(str(text))
+
+
+def says(page, id, text):
+    from playwright.sync_api import expect
+
+    expect(page.locator(id)).to_contain_text(text, timeout=PATIENCE * 1000)
+
+
+def has_value(page, locator, value):
+    from playwright.sync_api import expect
+
+    expect(page.locator(locator)).to_have_value(value, timeout=PATIENCE * 1000)
+
+
+def events(server, name):
+    (folder,) = [path.parent for path in server.folder.glob("jobs/[0-9]*/job.json") if name in path.read_text()]
+    return [json.loads(line) for line in (folder / "run" / "progress.jsonl").read_text().splitlines()]
+
+
+def start_run(page, name, steps):
+    fill(page, "#name", name)
+    fill(page, "#train-steps", steps)
+    page.locator("#start-training").click()
+
+
+def look_at(page, run):
+    page.locator("#runs input").click()
+    page.get_by_role("option", name=run).click()
+
+
+def test_train_reload_restart_stop_resume_paint_download(server, visit, tmp_path):
+    page = visit()
+    open_tab(page, "Train")
+    says(page, "#run-status", "No runs yet")
+    page.locator("#take-toy").click()
+    says(page, "#photo-remarks", "5 photos, 64x64")
+    page.locator("#advanced button").first.click()
+    for id, value in (("#train-every", 10_000), ("#train-painting", 1)):
+        fill(page, id, value)
+    start_run(page, "long", 10_000)
+    says(page, "#run-status", "long · running")
+    start_run(page, "../Bello", 3)
+    says(page, "#run-status", "Bello · waiting")
+    says(page, "#run-status", "1 run before it")
+
+    page.reload()
+    open_tab(page, "Train")
+    look_at(page, "long · running")
+    says(page, "#run-status", "step 2 of 10000")
+
+    server.restart()
+    page.goto(server.url)
+    open_tab(page, "Train")
+    look_at(page, "long · running")
+    page.locator("#stop-run").click()
+    says(page, "#run-status", "long · stopped")
+    stopped = events(server, "long")[-1]
+    assert (stopped["event"], stopped["status"]) == ("end", "stopped") and stopped["step"] >= 2
+    page.locator("#resume-run").click()
+    says(page, "#run-status", "long · waiting")
+
+    look_at(page, "Bello")
+    says(page, "#run-status", "Bello · finished")
+    page.locator("#curve svg").wait_for()
+    page.locator("#sheet img").first.wait_for()
+    says(page, "#sheet", "like the subject")
+    look_at(page, "long")
+    says(page, "#run-status", f"step {stopped['step'] + 1} of 10000")
+    page.locator("#stop-run").click()
+    says(page, "#run-status", "long · stopped")
+    steps = [event["step"] for event in events(server, "long") if event["event"] == "step"]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) > stopped["step"]  # none was done twice
+
+    look_at(page, "Bello")
+    says(page, "#run-status", "Bello · finished")
+    page.locator("#try-run").click()
+    page.get_by_text("Strength of Bello").wait_for()
+    has_value(page, "#prompt textarea", "a photo of sks dog")
+    for id, value in (("#count", 1), ("#steps", 2)):
+        page.locator(f"{id} input[type=number]").fill(str(value))
+    page.locator("#prompt textarea").press("Control+Enter")
+    says(page, "#generate-status", "1 picture done")
+    seed = page.locator("#seed input").input_value()
+    page.locator("#gallery .thumbnail-lg").first.click()
+    says(page, "#settings", "Bello at 1")
+    with page.expect_download() as download:
+        page.locator("#download").click()
+    download.value.save_as(tmp_path / "first.png")
+    settings = json.loads(Image.open(tmp_path / "first.png").text["svfit"])
+    assert settings["adapters"] == {"Bello": 1.0} and str(settings["seed"]) == seed
+
+    page.locator("#reuse").click()
+    page.locator("#new-seed input").wait_for()
+    page.wait_for_function("!document.querySelector('#new-seed input').checked")
+    page.locator(".strength input[type=number]").fill("0.5")
+    page.locator("#generate-button").click()
+    says(page, "#settings", "Select a picture")
+    says(page, "#generate-status", "1 picture done")
+    page.locator("#gallery .thumbnail-lg").first.click()
+    says(page, "#settings", "Bello at 0.5")
+    with page.expect_download() as download:
+        page.locator("#download").click()
+    download.value.save_as(tmp_path / "second.png")
+    again = json.loads(Image.open(tmp_path / "second.png").text["svfit"])
+    assert again == {**settings, "adapters": {"Bello": 0.5}}
+    assert Image.open(tmp_path / "first.png").tobytes() != Image.open(tmp_path / "second.png").tobytes()
+
+    open_tab(page, "Adapters")
+    page.locator(".card h3", has_text="Bello").wait_for()
+    (tmp_path / "evil.safetensors").write_bytes(b"\x80\x04\x95" + bytes(64))
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name="Import adapter files").click()
+    chooser.value.set_files(tmp_path / "evil.safetensors")
+    page.locator(".toast-body", has_text="is a pickle (.pt, .bin, .ckpt)").wait_for()
+    page.locator(".card", has=page.locator("h3", has_text="Bello")).get_by_role("button", name="Delete").click()
+    page.get_by_text("Bello was deleted.").wait_for()
+    page.locator(".card h3", has_text="Bello").wait_for(state="detached")
+    page.locator("#undo").click()
+    page.locator(".card h3", has_text="Bello").wait_for()
+
+
+def test_visitors_see_no_photos_of_others_and_phones_have_room(visit, tmp_path):
+    Image.new("RGB", (90, 80), "red").save(tmp_path / "mine.png")
+    (tmp_path / "text.png").write_text("<script>alert(1)</script>")
+    mine = visit()
+    open_tab(mine, "Train")
+    mine.locator("#photos input[type=file]").set_input_files([tmp_path / "mine.png", tmp_path / "text.png"])
+    says(mine, "#photo-remarks", "1 photo, 90x80 pixels")
+    mine.locator(".toast-body", has_text="text.png' isn't a picture").wait_for()
+    theirs = visit(width=400)
+    open_tab(theirs, "Train")
+    theirs.locator("#take-toy").wait_for()
+    theirs.wait_for_timeout(1000)
+    assert theirs.locator("#photo-remarks").inner_text().strip() == ""
+    for name in ("Train", "Adapters", "Generate"):
+        open_tab(theirs, name)
+        assert theirs.evaluate("document.documentElement.scrollWidth") <= 400
+    mine.reload()
+    open_tab(mine, "Train")
+    says(mine, "#photo-remarks", "1 photo, 90x80 pixels")
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "{folder}/secret", "{folder}/server.log", "{root}/README.md"])
+def test_no_file_is_served_by_its_path(server, path):
+    path = path.format(folder=server.folder, root=ROOT)
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        urllib.request.urlopen(f"{server.url}gradio_api/file={path}", timeout=PATIENCE)
+    assert refusal.value.code == 403

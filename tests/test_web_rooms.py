@@ -1,0 +1,375 @@
+"""What stands behind the page, without a browser: uploads, library, queue, and the base that paints."""
+
+import json
+import os
+import shutil
+import signal
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from svfit_dreambooth import TrainConfig, jobs, library, pictures, read_adapter, save_adapter, train
+from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.generation import free_path, save_picture
+from svfit_dreambooth.jobs import Jobs
+from svfit_dreambooth.progress import sum_up
+from svfit_dreambooth.studio import AS_TRAINED, Bases, Order, Studio
+from svfit_dreambooth.workspace import Workspace, add_photos, file_name, photo_files, photo_remarks, rotate_photo, serve
+
+SIZE = {"num_inference_steps": 2, "width": 16, "height": 16}
+
+
+@pytest.fixture(scope="module")
+def adapter_path(tiny_base, photo_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    config = TrainConfig(
+        pretrained_model_name_or_path=str(tiny_base), instance_data_dir=str(photo_folder), output_dir=str(folder),
+        instance_prompt="a photo of sks dog", max_train_steps=4, resolution=16, learning_rate=0.5,
+        fixed_loss_examples=0, final_pictures=False, adapter_name="dog",
+    )  # fmt: skip
+    return train(config).adapter_path
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    return Workspace(tmp_path / "home")
+
+
+@pytest.fixture
+def visitor(workspace):
+    return workspace.visitor("0" * 32)
+
+
+# ---------------------------------------------------------------- uploads
+
+
+@pytest.mark.parametrize("word", ["", "../../etc", "0" * 31, "G" * 32, "0" * 32 + "/.."])
+def test_a_visitor_is_never_a_path(workspace, word):
+    with pytest.raises(SVFitError, match="no valid visitor"):
+        workspace.visitor(word)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [("my dog", "my-dog"), ("../../etc/passwd", "etc-passwd"), (".hidden", "hidden"), ("Höhle", "Höhle")],
+)
+def test_names_are_names_of_files(text, name):
+    assert file_name(text) == name
+    with pytest.raises(SVFitError, match="no letters or digits"):
+        file_name("../..")
+
+
+def test_uploaded_photos_are_looked_at(visitor, tmp_path, photo_folder):
+    good = [shutil.copy(path, tmp_path) for path in sorted(photo_folder.glob("*.png"))]
+    script = tmp_path / "photo.png"
+    script.write_text("<script>alert(1)</script>")
+    cut = tmp_path / "cut.png"
+    cut.write_bytes((photo_folder / "photo 0.png").read_bytes()[:200])
+    remarks = add_photos(visitor.photos, [*map(Path, good), script, cut])
+    assert [path.name for path in photo_files(visitor.photos)] == ["001.png", "002.png", "003.png"]
+    assert len(remarks) == 2 and "isn't a picture" in remarks[0] and "broken or cut short" in remarks[1]
+    assert not any(str(tmp_path) in remark for remark in remarks)
+    before = np.asarray(Image.open(visitor.photos / "001.png"))
+    rotate_photo(visitor.photos / "001.png")
+    assert np.array_equal(np.asarray(Image.open(visitor.photos / "001.png")), np.rot90(before, -1))
+
+
+def test_photos_lose_their_notes_and_alike_ones_are_told(visitor, tmp_path):
+    gradient = np.add.outer(np.arange(90), np.arange(120)).astype(np.uint8)
+    photo = Image.fromarray(np.stack([gradient] * 3, -1))
+    exif = Image.Exif()
+    exif[0x0110] = "a camera"
+    exif[0x0112] = 6  # to be turned
+    photo.save(tmp_path / "a.jpg", exif=exif)
+    photo.rotate(-90, expand=True).resize((45, 60)).save(tmp_path / "b.png")
+    add_photos(visitor.photos, [tmp_path / "a.jpg", tmp_path / "b.png"])
+    first = Image.open(visitor.photos / "001.png")
+    assert first.size == (90, 120) and not first.getexif() and "exif" not in first.info
+    remarks = photo_remarks(visitor.photos, 64)
+    assert "photo 2 looks like photo 1: remove one, it would count twice" in remarks
+    assert any("few photos" in line for line in remarks)
+    assert any("photo 2 (45x60)" in line for line in remarks)
+
+
+def test_served_files_have_names_that_nobody_guesses(workspace, tmp_path):
+    file = tmp_path / "dog.png"
+    file.write_bytes(b"picture")
+    served = serve(workspace, file)
+    assert served == serve(workspace, file) and Path(served).read_bytes() == b"picture"
+    other = Workspace(tmp_path / "other")
+    assert os.path.relpath(served, workspace.served) != os.path.relpath(serve(other, file), other.served)
+    assert (workspace.folder / "secret").stat().st_mode & 0o077 == 0
+
+
+# ---------------------------------------------------------------- library
+
+
+def test_library_renames_deletes_and_brings_back(tmp_path, adapter_path):
+    folder = tmp_path / "adapters"
+    assert library.add(folder, adapter_path) == "dog"
+    assert library.add(folder, adapter_path) == "dog-2"
+    Image.new("RGB", (4, 4)).save(folder / "dog.png")
+    assert library.rename(folder, "dog", "Bello!") == "Bello"
+    assert (folder / "Bello.png").is_file() and sorted(library.names(folder)) == ["Bello", "dog-2"]
+    with pytest.raises(SVFitError, match="an adapter called 'bello' already"):
+        library.rename(folder, "dog-2", "bello")
+    content = (folder / "Bello.safetensors").read_bytes()
+    token = library.delete(folder, "Bello")
+    assert library.names(folder) == ["dog-2"]
+    assert library.restore(folder, token) == "Bello"
+    assert (folder / "Bello.safetensors").read_bytes() == content and (folder / "Bello.png").is_file()
+    with pytest.raises(SVFitError, match="gone for good"):
+        library.restore(folder, token)
+
+
+@pytest.mark.parametrize("name", ["../dog", "/etc/passwd", "dog.safetensors", "", ".deleted"])
+def test_library_names_are_looked_up(tmp_path, adapter_path, name):
+    library.add(tmp_path / "adapters", adapter_path)
+    with pytest.raises(SVFitError, match="no adapter called"):
+        library.find(tmp_path / "adapters", name)
+
+
+def test_library_refuses_what_is_no_adapter(tmp_path, adapter_path):
+    folder = tmp_path / "adapters"
+    pickle = tmp_path / "dog.safetensors"
+    pickle.write_bytes(b"\x80\x04\x95" + bytes(100))
+    with pytest.raises(SVFitError, match="^'dog.safetensors' is a pickle") as refusal:
+        library.add(folder, pickle)
+    assert str(tmp_path) not in str(refusal.value)
+    assert library.names(folder) == []
+    library.add(folder, adapter_path)
+    (folder / "broken.safetensors").write_bytes(b"no")
+    found, sentences = library.entries(folder)
+    assert [entry.name for entry in found] == ["dog"] and found[0].instance_prompt == "a photo of sks dog"
+    assert len(sentences) == 1 and "broken.safetensors" in sentences[0]
+
+
+# ---------------------------------------------------------------- the queue
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, adapter_path):
+    """A stand-in for the training command that keeps its contract and takes no time."""
+    script = tmp_path / "command.py"
+    script.write_text(textwrap.dedent(f"""
+        import json, pathlib, shutil, signal, sys, time, yaml
+        options = yaml.safe_load(open(sys.argv[2]))
+        out = pathlib.Path(options["output_dir"])
+        if options["instance_prompt"] == "bad":
+            print("error: these words do not work: use others."); sys.exit(2)
+        asked = []
+        signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+        def note(**event):
+            with open(out / "progress.jsonl", "a") as file: file.write(json.dumps(event) + chr(10))
+        first = 3 if "--resume_from_checkpoint" in sys.argv else 0
+        note(event="start", step=first, of=6)
+        go = out.parent / "go"
+        for step in range(first + 1, 7):
+            note(event="step", step=step, of=6, loss=1 / step, seconds=0.5)
+            while step == 3 and not go.exists() and not asked: time.sleep(0.02)
+            if asked: break
+        shutil.copy({str(adapter_path)!r}, out / (options["adapter_name"] + ".safetensors"))
+        note(event="end", step=step, status="stopped" if asked else "finished", adapter=options["adapter_name"] + ".safetensors")
+    """))  # fmt: skip
+    monkeypatch.setattr(jobs, "COMMAND", script)
+    return script
+
+
+def until(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.02)
+
+
+def submit(queue, visitor, photo_folder, name="dog", **options):
+    add_photos(visitor.photos, sorted(photo_folder.glob("*.png"))[:1])
+    options = {"pretrained_model_name_or_path": "toybox", "instance_prompt": "a photo of sks dog", **options}
+    return queue.submit(visitor, name, options)
+
+
+def test_runs_wait_for_each_other_and_survive_the_server(workspace, visitor, photo_folder, command):
+    server = Jobs(workspace)
+    first, second = (submit(server, visitor, photo_folder, name) for name in ("first", "second"))
+    server.tend()
+    server.tend()
+    assert (server.state(first), server.state(second), server.ahead(second)) == ("running", "queued", 1)
+    until(lambda: sum_up(server.run_folder(first)).step == 3)
+
+    restarted = Jobs(workspace)  # knows nothing but the folder
+    restarted.tend()
+    assert [restarted.state(job) for job in (first, second)] == ["running", "queued"]
+    with pytest.raises(SVFitError, match="first is running"):
+        restarted.remove(first)
+    (workspace.jobs / first.id / "go").touch()
+    until(lambda: restarted.state(first) == "finished")
+    restarted.tend()
+    assert restarted.find(visitor, first.id).library_name == "first" and library.names(visitor.library) == ["first"]
+    until(lambda: sum_up(restarted.run_folder(second)).step == 3)
+    restarted.stop(restarted.find(visitor, second.id))
+    until(lambda: restarted.state(restarted.find(visitor, second.id)) == "stopped")
+
+
+def test_a_stopped_run_goes_on_and_replaces_its_result(workspace, visitor, photo_folder, command):
+    server = Jobs(workspace)
+    job = submit(server, visitor, photo_folder)
+    server.tend()
+    until(lambda: sum_up(server.run_folder(job)).step == 3)
+    server.stop(job)
+    until(lambda: server.state(job) == "stopped")
+    server.tend()
+    server.resume(server.find(visitor, job.id))
+    assert server.state(server.find(visitor, job.id)) == "queued"
+    (workspace.jobs / job.id / "go").touch()
+    server.tend()
+    until(lambda: server.state(server.find(visitor, job.id)) == "finished")
+    server.tend()
+    state = sum_up(server.run_folder(job))
+    assert [step for step, _ in state.losses] == [1, 2, 3, 4, 5, 6] and state.status == "finished"
+    assert library.names(visitor.library) == ["dog"]
+    assert "--resume_from_checkpoint" not in (workspace.jobs / job.id / "job.yaml").read_text()
+
+
+def test_a_killed_run_is_told_from_a_failed_one(workspace, visitor, photo_folder, command):
+    server = Jobs(workspace)
+    killed = submit(server, visitor, photo_folder)
+    server.tend()
+    until(lambda: sum_up(server.run_folder(killed)).step == 3)
+    os.kill(server.find(visitor, killed.id).pid, signal.SIGKILL)
+    until(lambda: server.state(server.find(visitor, killed.id)) == "cut off")
+    failed = submit(server, visitor, photo_folder, instance_prompt="bad")
+    until(lambda: server.tend() or server.state(server.find(visitor, failed.id)) == "failed")
+    assert server.complaint(failed) == "these words do not work: use others."
+
+
+def test_strangers_see_neither_runs_nor_results(tmp_path, photo_folder, command):
+    workspace = Workspace(tmp_path / "home", shared=False)
+    mine, theirs = workspace.visitor("a" * 32), workspace.visitor("b" * 32)
+    server = Jobs(workspace)
+    job = submit(server, mine, photo_folder)
+    (workspace.jobs / job.id / "go").touch()
+    until(lambda: server.tend() or server.find(mine, job.id).library_name == "dog")
+    assert (
+        server.listed(theirs) == [] and library.names(theirs.library) == [] and library.names(mine.library) == ["dog"]
+    )
+    with pytest.raises(SVFitError, match="no such run"):
+        server.find(theirs, job.id)
+
+
+def test_what_no_run_could_use_is_refused_before_it_waits(workspace, visitor, photo_folder):
+    server = Jobs(workspace)
+    with pytest.raises(SVFitError, match="no photos yet"):
+        server.submit(visitor, "dog", {"instance_prompt": "a photo of sks dog"})
+    with pytest.raises(SVFitError, match="--rank is 'many'"):
+        submit(server, visitor, photo_folder, rank="many")
+    assert server.listed(visitor) == [] and not list(workspace.jobs.glob("[0-9]*"))
+
+
+# ---------------------------------------------------------------- the base that paints
+
+
+def paint(studio, order, cancelled=None, on_told=None):
+    told = []
+
+    def tell(event):
+        told.append(event)
+        if on_told is not None:
+            on_told(event)
+
+    studio.paint(order, tell, cancelled or threading.Event())
+    return told, [event.picture for event in told if event.kind == "picture"]
+
+
+def pixels(picture):
+    return np.asarray(picture.image, dtype=int)
+
+
+def test_adapters_are_exchanged_on_an_open_base(workspace, tiny_base, adapter_path, tmp_path):
+    studio = Studio(Bases(workspace.models, (str(tiny_base),)))
+    other = shutil.copy(adapter_path, tmp_path / "mug.safetensors")
+    order = {"prompt": "a photo of sks dog", "base": tiny_base.name, "seed": 3, **SIZE}
+    told, (bare,) = paint(studio, Order(**order))
+    assert [event.kind for event in told] == ["opening", "loading", "step", "step", "picture"]
+    told, (weak, full) = paint(studio, Order(**order, adapters=[(adapter_path, 1.0)], factors=(0.0, 1.0)))
+    assert "opening" not in [event.kind for event in told]
+    assert np.array_equal(pixels(bare), pixels(weak)) and not np.array_equal(pixels(bare), pixels(full))
+    _, (both,) = paint(studio, Order(**order, adapters=[(Path(other), 1.0), (adapter_path, -1.0)]))
+    assert both.settings["adapters"] == {"dog": -1.0, "mug": 1.0} or both.settings["adapters"] == {
+        "mug": 1.0,
+        "dog": -1.0,
+    }
+    assert np.abs(pixels(both) - pixels(bare)).max() <= 1
+    _, (again,) = paint(studio, Order(**order, adapters=[(adapter_path, 1.0)]))
+    assert np.array_equal(pixels(again), pixels(full)) and again.settings["adapters"] == {"dog": 1.0}
+
+
+def test_painting_stops_within_a_step(workspace, tiny_base):
+    studio, cancelled = Studio(Bases(workspace.models, (str(tiny_base),))), threading.Event()
+
+    def stop(event):
+        if event.kind == "step" and (event.number, event.step) == (1, 1):
+            cancelled.set()
+
+    order = Order("a dog", tiny_base.name, num_images=3, **SIZE)
+    told, painted = paint(studio, order, cancelled, stop)
+    assert len(painted) == 1 and (told[-1].kind, told[-1].number, told[-1].step) == ("step", 1, 1)
+
+
+@pytest.mark.parametrize("name", ["/etc", "../tiny-kl", "toybox/weights", ".", "", "a b"])
+def test_no_path_from_a_browser_is_opened(workspace, name, monkeypatch):
+    monkeypatch.chdir(jobs.COMMAND.parent)  # where toybox/weights is a model folder
+    with pytest.raises(SVFitError, match="no base model that is offered here"):
+        Bases(workspace.models).resolve(name, typed=True)
+
+
+def test_a_name_in_a_file_opens_nothing_new(workspace, tiny_base, adapter_path, tmp_path):
+    adapter = read_adapter(adapter_path)
+    for name, sentence in (("someone/model", "not downloaded unasked"), ("tiny-kl", "not offered here")):
+        adapter.base_model = name
+        path = save_adapter(adapter, tmp_path / "stranger.safetensors")
+        with pytest.raises(SVFitError, match=sentence):
+            paint(Studio(Bases(workspace.models)), Order("a dog", AS_TRAINED, [(path, 1.0)], **SIZE))
+    (workspace.models).mkdir(parents=True)
+    (workspace.models / "tiny-kl").symlink_to(tiny_base)
+    _, painted = paint(Studio(Bases(workspace.models)), Order("a dog", AS_TRAINED, [(path, 1.0)], **SIZE))
+    assert len(painted) == 1
+
+
+# ---------------------------------------------------------------- settings in pictures
+
+
+def test_settings_are_read_back_and_others_refused(workspace, tiny_base, tmp_path):
+    _, (picture,) = paint(
+        Studio(Bases(workspace.models, (str(tiny_base),))), Order("a <b>dog</b>", tiny_base.name, **SIZE)
+    )
+    path = save_picture(picture, free_path(tmp_path, "dog"))
+    assert pictures.read_settings(path) == picture.settings
+    Image.open(path).save(tmp_path / "bare.png")
+    with pytest.raises(SVFitError, match="bare.png holds no settings"):
+        pictures.read_settings(tmp_path / "bare.png")
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(SVFitError, match="text.png is not a readable PNG"):
+        pictures.read_settings(tmp_path / "text.png")
+    with pytest.raises(SVFitError, match="not there any more"):
+        pictures.find(tmp_path, "../secret")
+
+
+def test_progress_of_a_resumed_run_reads_as_one(tmp_path):
+    events = [
+        {"event": "start", "step": 0, "of": 4},
+        {"event": "step", "step": 1, "of": 4, "loss": 0.5, "seconds": 2.0},
+        {"event": "step", "step": 2, "of": 4, "loss": 0.4, "seconds": 4.0},
+        {"event": "pictures", "step": 2, "path": "../../etc/passwd"},
+        {"event": "start", "step": 1, "of": 4, "resumed": True},
+        {"event": "step", "step": 2, "of": 4, "loss": 0.3, "seconds": 2.0},
+        {"event": "unheard of", "step": 2},
+    ]
+    (tmp_path / "progress.jsonl").write_text("\n".join(map(json.dumps, events)) + '\n{"event": "st')
+    state = sum_up(tmp_path)
+    assert state.losses == [(1, 0.5), (2, 0.3)] and (state.step, state.of) == (2, 4)
+    assert state.seconds_a_step == 2.0 and state.seconds_left == 4.0 and state.pictures == [] and state.status is None
