@@ -3,12 +3,15 @@
 import json
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from PIL import Image
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from svfit_dreambooth.config import TOYBOX
@@ -20,6 +23,11 @@ TOYBOX_FOLDER = Path(__file__).resolve().parent.parent / "toybox" / "weights"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 GUIDANCE_SCALE = {TOYBOX: 4.0}  # where the value that suits is not Stable Diffusion's customary one
 CUSTOMARY_GUIDANCE_SCALE = 7.5
+FAMILIES = {kind.__name__: kind for kind in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
+SDXL_KEY = "conditioner.embedders.1."  # single-file checkpoints: the second text encoder, which only SDXL has
+REFINER_KEY = "conditioner.embedders.0.model."
+
+Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
 
 
 @dataclass
@@ -27,7 +35,12 @@ class BaseModel:
     """A base model ready for use: a diffusers pipeline and the name that adapter files give it."""
 
     name: str  # "toybox", hub id with "@revision", or the name of a folder or file
-    pipeline: StableDiffusionPipeline
+    pipeline: Pipeline
+
+    @property
+    def is_sdxl(self) -> bool:
+        """Whether the UNet also takes a pooled embedding and time ids, and prompts go through two text encoders."""
+        return isinstance(self.pipeline, StableDiffusionXLPipeline)
 
     @property
     def resolution(self) -> int:
@@ -49,6 +62,8 @@ class BaseModel:
         """ModelSpec's word for the family."""
         if self.name == TOYBOX:
             return TOYBOX
+        if self.is_sdxl:
+            return "stable-diffusion-xl-v1-base"
         width = self.pipeline.unet.config.cross_attention_dim
         return {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2"}.get(width, "stable-diffusion")
 
@@ -75,8 +90,7 @@ def check_base_model(name: str, base_config: str | None = None) -> None:
                 f"{name} is not a diffusers model folder, it has no readable model_index.json: "
                 f'give such a folder, a hub id, a .safetensors checkpoint, or "{TOYBOX}".'
             ) from None
-        if kind != StableDiffusionPipeline.__name__:
-            raise SVFitError(f"{name} is a {kind}, and only {StableDiffusionPipeline.__name__} models can be adapted.")
+        _family(name, kind)
     elif path.is_file():
         if path.suffix != ".safetensors":
             raise SVFitError(f"{name} is not a .safetensors checkpoint: convert it, pickled files are never opened.")
@@ -105,32 +119,40 @@ def open_base_model(
     `local_files_only`: never download.  Raises SVFitError for anything that is not such a model.
     """
     check_base_model(name, base_config)
-    options: dict[str, Any] = {"dtype": torch.float32}
-    if not content_filter:
-        options |= {"safety_checker": None, "requires_safety_checker": False}
     path = TOYBOX_FOLDER if name == TOYBOX else Path(name)
+    location: dict[str, Any] = {"local_files_only": local_files_only or path.exists()}
+    if not path.exists():
+        location["revision"] = revision
     try:
         if path.is_file():
-            config = base_config or None
-            pipeline = StableDiffusionPipeline.from_single_file(
-                str(path), config=config, local_files_only=local_files_only or config is not None, **options
+            family, prediction_type = _read_single_file(path)
+            location["local_files_only"] = local_files_only or base_config is not None
+            pipeline = family.from_single_file(
+                str(path), config=base_config, **location, **_load_options(family, content_filter)
             )
-        elif path.is_dir():
-            pipeline = StableDiffusionPipeline.from_pretrained(
-                path, variant=variant, use_safetensors=True, local_files_only=True, **options
-            )
+            if prediction_type is not None:
+                pipeline.register_modules(
+                    scheduler=pipeline.scheduler.from_config(pipeline.scheduler.config, **prediction_type)
+                )
         else:
-            pipeline = StableDiffusionPipeline.from_pretrained(
-                name,
-                revision=revision,
-                variant=variant,
-                use_safetensors=True,
-                local_files_only=local_files_only,
-                **options,
+            source = path if path.exists() else name
+            kind = DiffusionPipeline.load_config(source, **location)["_class_name"]
+            family = _family(name, kind)
+            pipeline = family.from_pretrained(
+                source, variant=variant, use_safetensors=True, **location, **_load_options(family, content_filter)
             )
+    except SVFitError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SVFitError(f"the base model {name} cannot be opened: {reason}") from error
+        hint = ""
+        if path.is_file() and base_config is None:
+            hint = "; its configs were looked for on the hub, --base_config names a folder with them"
+        raise SVFitError(f"the base model {name} cannot be opened: {reason}{hint}") from error
+    if pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels:
+        raise SVFitError(
+            f"{name} takes {pipeline.unet.config.in_channels} channels, as inpainting models do: give the plain model."
+        )
     pipeline.set_progress_bar_config(disable=True)
     display = name if not path.exists() or name == TOYBOX else path.resolve().stem if path.is_file() else path.name
     if revision is not None and not path.exists():
@@ -138,20 +160,101 @@ def open_base_model(
     return BaseModel(display or path.resolve().name, pipeline)
 
 
-def encode_prompts(pipeline: StableDiffusionPipeline, prompts: list[str]) -> Tensor:
-    """(prompts, tokens, dim): the text encoder's last hidden states; a prompt that is cut off is named in a warning."""
-    tokenizer = pipeline.tokenizer
-    length = tokenizer.model_max_length
-    for prompt in prompts:
-        count = len(tokenizer(prompt).input_ids)
-        if count > length:
-            logger.warning("the prompt %r has %d tokens, and only the first %d are read.", prompt, count, length)
-    ids = tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
-    return pipeline.text_encoder(ids.to(pipeline.text_encoder.device))[0]  # (prompts, tokens, dim)
+def _family(name: str, kind: str) -> type[Pipeline]:
+    if kind not in FAMILIES:
+        raise SVFitError(f"{name} is a {kind}, and only {' and '.join(FAMILIES)} models can be adapted.")
+    return FAMILIES[kind]
+
+
+def _load_options(family: type[Pipeline], content_filter: bool) -> dict[str, Any]:
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if not content_filter and family is StableDiffusionPipeline:
+        options |= {"safety_checker": None, "requires_safety_checker": False}
+    if not content_filter and family is StableDiffusionXLPipeline:
+        options |= {"add_watermarker": False}
+    return options
+
+
+def _read_single_file(path: Path) -> tuple[type[Pipeline], dict[str, Any] | None]:
+    """The family of a checkpoint, and what its scheduler must be told where the file says what the model predicts.
+
+    Checkpoints that predict v say so by an entry "v_pred" (with "ztsnr" for zero terminal SNR) or in their ModelSpec
+    metadata; of the others the configs decide.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys, metadata = set(file.keys()), file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise SVFitError(f"{path} is no whole safetensors file ({error}): download it again.") from None
+    if not any(key.startswith("model.diffusion_model.") for key in keys):
+        raise SVFitError(
+            f"{path} is no Stable Diffusion checkpoint, it holds no model.diffusion_model: give a whole one."
+        )
+    if any(key.startswith(REFINER_KEY) for key in keys):
+        raise SVFitError(f"{path} is the SDXL refiner, which cannot be adapted: give the base model.")
+    family = StableDiffusionXLPipeline if any(key.startswith(SDXL_KEY) for key in keys) else StableDiffusionPipeline
+    named = {"v": "v_prediction", "epsilon": "epsilon"}.get(metadata.get("modelspec.prediction_type", ""))
+    if "v_pred" in keys:
+        named = "v_prediction"
+    if named is None:
+        return family, None
+    return family, {"prediction_type": named} | ({"rescale_betas_zero_snr": True} if "ztsnr" in keys else {})
+
+
+def cast_pipeline(pipeline: Pipeline, dtype: torch.dtype) -> None:
+    """Casts every part of `pipeline` to `dtype`; SDXL's own autoencoder overflows in float16 and stays as it is."""
+    for name, module in pipeline.components.items():
+        precise = (
+            name == "vae"
+            and dtype == torch.float16
+            and isinstance(pipeline, StableDiffusionXLPipeline)
+            and pipeline.vae.config.force_upcast
+        )
+        if isinstance(module, nn.Module) and not precise:
+            module.to(dtype)
+
+
+def text_encoders(pipeline: Pipeline) -> list[nn.Module]:
+    """The text encoders of `pipeline`, one or two."""
+    return [module for name, module in pipeline_components(pipeline).items() if name != "unet"]
+
+
+def tokenize(pipeline: Pipeline, prompts: list[str]) -> list[Tensor]:
+    """(prompts, tokens) for every text encoder; a prompt that is cut off is named in a warning."""
+    tokenizers = [getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2")]
+    found = []
+    for tokenizer in [tokenizer for tokenizer in tokenizers if tokenizer is not None]:
+        length = tokenizer.model_max_length
+        for prompt in prompts if not found else []:
+            count = len(tokenizer(prompt).input_ids)
+            if count > length:
+                logger.warning("the prompt %r has %d tokens, and only the first %d are read.", prompt, count, length)
+        text = tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        found.append(text.input_ids)
+    return found
+
+
+def encode_tokens(encoders: Sequence[nn.Module], input_ids: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """What the UNet is told of prompts: embeddings (prompts, tokens, dim) and SDXL's pooled ones (prompts, dim).
+
+    `input_ids`: (prompts, tokens) for each of `encoders`.  One encoder gives its last hidden states.  Two give their
+    last but one, side by side, and the second its pooled projection (Podell et al., 2023, arXiv 2307.01952).
+    """
+    if len(encoders) == 1:
+        return encoders[0](input_ids[0])[0], None
+    outputs = [encoder(ids, output_hidden_states=True) for encoder, ids in zip(encoders, input_ids, strict=True)]
+    return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[1][0]
+
+
+def encode_prompts(pipeline: Pipeline, prompts: list[str]) -> tuple[Tensor, Tensor | None]:
+    """`encode_tokens` of `prompts`."""
+    encoders = text_encoders(pipeline)
+    ids = [own.to(next(e.parameters()).device) for e, own in zip(encoders, tokenize(pipeline, prompts), strict=True)]
+    return encode_tokens(encoders, ids)
 
 
 @torch.no_grad()
-def encode_images(pipeline: StableDiffusionPipeline, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+def encode_images(pipeline: Pipeline, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and spread of the latents of `pixel_values` (n, 3, h, w) in [-1, 1], each (n, channels, h/f, w/f).
 
     They are in the UNet's unit (times the VAE's scaling factor); an autoencoder without posterior has spread 0.
@@ -166,6 +269,22 @@ def encode_images(pipeline: StableDiffusionPipeline, pixel_values: Tensor) -> tu
     return mean.float() * factor, spread.float() * factor
 
 
-def noise_scheduler(pipeline: StableDiffusionPipeline) -> DDPMScheduler:
-    """The noise schedule that the base was trained with."""
+@torch.no_grad()
+def decode_latents(pipeline: Pipeline, latents: Tensor) -> list[Image.Image]:
+    """The pictures of `latents` (n, channels, h, w) in the UNet's unit, decoded in the autoencoder's own precision."""
+    vae = pipeline.vae
+    pixels = vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+    if getattr(pipeline, "watermark", None) is not None:
+        pixels = pipeline.watermark.apply_watermark(pixels)
+    return pipeline.image_processor.postprocess(pixels, output_type="pil")
+
+
+def noise_scheduler(pipeline: Pipeline) -> DDPMScheduler:
+    """The noise schedule that the base was trained with.
+
+    Raises SVFitError for schedulers of models that are trained otherwise (EDM, flow matching).
+    """
+    kind = type(pipeline.scheduler).__name__
+    if kind.startswith(("EDM", "FlowMatch")):
+        raise SVFitError(f"the base is sampled with {kind}, and models of that kind cannot be trained here.")
     return DDPMScheduler.from_config(pipeline.scheduler.config)

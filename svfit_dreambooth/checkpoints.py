@@ -5,7 +5,10 @@ the step.  So the trained values, the optimizer's memory of them and the step ar
 that goes on from a checkpoint makes the same adapter as one that was never interrupted, to the bit on a CPU.
 """
 
+import dataclasses
+import hashlib
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,11 +20,29 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from svfit_dreambooth.basis import fingerprint
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import write_atomically
+from svfit_dreambooth.preparation import Run
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "svfit-checkpoint"
 NAME = re.compile(r"step-(\d{6,})\.safetensors")
+# Options that may differ between a run and its resumption: nothing that is learnt depends on them.
+INDIFFERENT_OPTIONS = (
+    "output_dir",
+    "instance_data_dir",
+    "class_data_dir",
+    "basis_cache_dir",
+    "resume_from_checkpoint",
+    "checkpoints_total_limit",
+    "final_pictures",
+    "report_to",
+    "keep",
+    "adapter_name",
+    "dry_run",
+)
 
 
 @dataclass
@@ -156,3 +177,28 @@ def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> TrainState:
         best,
         facts["scaler"],
     )
+
+
+def run_identity(run: Run) -> dict[str, Any]:
+    """What must be the same for a run to go on: all options that its result depends on, the photos, the base."""
+    options = dataclasses.asdict(run.config)
+    for name in INDIFFERENT_OPTIONS:
+        options.pop(name, None)
+    digest = hashlib.sha256()
+    for photo in run.photos:
+        digest.update(photo.path.read_bytes() + (photo.caption or "").encode())
+    return {"photos": digest.hexdigest(), "base": fingerprint(run.weights), **options}
+
+
+def resume_state(run: Run, identity: Mapping[str, Any]) -> TrainState | None:
+    """The state that the run was asked to go on from; None where it starts anew."""
+    asked = run.config.resume_from_checkpoint
+    if asked is None:
+        return None
+    path = find_checkpoint(asked, Path(run.config.output_dir))
+    if path is None:
+        logger.info("there is no checkpoint in %s yet: starting anew.", run.config.output_dir)
+        return None
+    state = load_checkpoint(path, identity)
+    logger.info("going on from step %d, %s.", state.step, path)
+    return state

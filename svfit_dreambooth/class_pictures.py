@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from svfit_dreambooth.base_model import BaseModel
 from svfit_dreambooth.basis import weight_hash
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.files import write_atomically
 from svfit_dreambooth.generation import generate, save_picture
 from svfit_dreambooth.photos import Photo, find_photos, open_photo
 
@@ -103,7 +104,7 @@ def paint_class_pictures(
                 note["pictures"][name] = own_seed
                 missing, failures = missing - 1, 0
                 bar.update()
-            _write_note(folder, note)
+            write_atomically(folder / NOTE, json.dumps(note, indent=1, ensure_ascii=False) + "\n")
             if failures == PATIENCE:
                 raise SVFitError(
                     f"{PATIENCE} pictures of {class_prompt!r} in a row came out blacked out or in one colour: change "
@@ -135,9 +136,3 @@ def _read_note(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     raise SVFitError(f"{path} cannot be read: delete it, or name another --class_data_dir.")
-
-
-def _write_note(folder: Path, note: dict[str, Any]) -> None:
-    temporary = folder / f".{NOTE}.tmp"
-    temporary.write_text(json.dumps(note, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(folder / NOTE)

@@ -53,15 +53,20 @@ def _train(arguments: Sequence[str]) -> None:
 
     config = parse_config(arguments, prog="train_dreambooth_svfit.py")
     if config.dry_run:
+        from svfit_dreambooth.estimate import estimate_memory
         from svfit_dreambooth.preparation import prepare
 
         run = prepare(config)
         print(config_to_yaml(run.config))
-        print("\n".join(run.report()))
+        print("\n".join([*run.report(), *estimate_memory(run).lines()]))
         return
+    from accelerate import PartialState
+
     from svfit_dreambooth.training import train
 
-    print(train(config).summary())
+    result = train(config)
+    if PartialState().is_main_process:  # of several that share the run, one speaks
+        print(result.summary())
 
 
 def _dispatch(arguments: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from svfit_dreambooth.base_model import noise_scheduler
+from svfit_dreambooth.base_model import encode_tokens, noise_scheduler
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.preparation import Examples, Run
 
@@ -32,6 +32,7 @@ class Draw:
     index: int  # of the photo among them
     latents: Tensor  # (channels, h, w)
     weight: Tensor | None  # (1, h, w), of the loss; None: everywhere the same
+    time_ids: Tensor  # (6,), what SDXL is told of the window
     noise: Tensor  # (channels, h, w)
     timestep: int
 
@@ -47,9 +48,12 @@ class Denoiser:
         text_encoder: nn.Module,
         device: torch.device,
         dtype: torch.dtype,
+        text_encoder_2: nn.Module | None = None,
     ) -> None:
+        """`text_encoder_2`: SDXL's, where the text encoders are trained."""
         self.config, self.examples = run.config, examples
-        self.unet, self.text_encoder, self.pipeline = unet, text_encoder, run.base.pipeline
+        self.unet, self.pipeline = unet, run.base.pipeline
+        self.text_encoders = [text_encoder] if text_encoder_2 is None else [text_encoder, text_encoder_2]
         self.scheduler = noise_scheduler(run.base.pipeline)
         self.device, self.dtype = device, dtype
 
@@ -109,7 +113,8 @@ class Denoiser:
         timestep = int(torch.randint(self.scheduler.config.num_train_timesteps, (), generator=generator))
         if self.config.noise_offset and purpose != "fixed":  # drawn last: the other numbers are as without it
             noise = noise + self.config.noise_offset * torch.randn((len(noise), 1, 1), generator=generator)
-        return Draw(source, index, latents, None if weight is None else weight[variant], noise, timestep)
+        own_weight = None if weight is None else weight[variant]
+        return Draw(source, index, latents, own_weight, source.time_ids[index][variant], noise, timestep)
 
     def _errors(self, draws: list[Draw]) -> Tensor:
         """Mean squared error of every example, (batch,); photos of one shape go through the UNet together."""
@@ -127,9 +132,17 @@ class Denoiser:
         noise = torch.stack([draw.noise for draw in draws]).to(self.device)  # (batch, channels, h, w)
         timesteps = torch.tensor([draw.timestep for draw in draws], device=self.device)  # (batch,)
         noisy_latents = self.scheduler.add_noise(latents, noise, timesteps)  # (batch, channels, h, w)
-        encoder_hidden_states = self._encode(draws)  # (batch, tokens, dim)
+        encoder_hidden_states, pooled = self._encode(draws)  # (batch, tokens, dim), (batch, dim)
+        conditions = {}
+        if pooled is not None:
+            time_ids = torch.stack([draw.time_ids for draw in draws]).to(self.device)  # (batch, 6)
+            conditions["added_cond_kwargs"] = {"text_embeds": pooled.to(self.dtype), "time_ids": time_ids}
         model_pred = self.unet(
-            noisy_latents.to(self.dtype), timesteps, encoder_hidden_states.to(self.dtype), return_dict=False
+            noisy_latents.to(self.dtype),
+            timesteps,
+            encoder_hidden_states.to(self.dtype),
+            return_dict=False,
+            **conditions,
         )[0]
         prediction_type = self.scheduler.config.prediction_type
         if prediction_type == "epsilon":
@@ -147,12 +160,17 @@ class Denoiser:
         weight = torch.stack([everywhere if draw.weight is None else draw.weight for draw in draws])  # (batch, 1, h, w)
         return weighted_mean(squares, weight.to(squares))
 
-    def _encode(self, draws: list[Draw]) -> Tensor:
+    def _encode(self, draws: list[Draw]) -> tuple[Tensor, Tensor | None]:
+        rows = [(draw.source, draw.source.prompts[draw.index]) for draw in draws]
         if self.config.train_text_encoder or self.config.learned_word:
-            ids = torch.stack([draw.source.input_ids[draw.source.prompts[draw.index]] for draw in draws])
-            return self.text_encoder(ids.to(self.device))[0]
-        embeds = [draw.source.prompt_embeds[draw.source.prompts[draw.index]] for draw in draws]
-        return torch.stack(embeds).to(self.device)
+            ids = [
+                torch.stack([source.input_ids[number][row] for source, row in rows]).to(self.device)
+                for number in range(len(self.text_encoders))
+            ]  # (batch, tokens) for each encoder
+            return encode_tokens(self.text_encoders, ids)
+        embeds = torch.stack([source.prompt_embeds[row] for source, row in rows]).to(self.device)
+        pooled = [source.pooled_prompt_embeds[row] for source, row in rows if source.pooled_prompt_embeds is not None]
+        return embeds, torch.stack(pooled).to(self.device) if pooled else None
 
 
 def weighted_mean(squares: Tensor, weight: Tensor) -> Tensor:

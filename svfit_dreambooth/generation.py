@@ -7,13 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from svfit_dreambooth import __version__
 from svfit_dreambooth.adapter import read_adapter
-from svfit_dreambooth.base_model import BaseModel, check_base_model, open_base_model
+from svfit_dreambooth.base_model import (
+    BaseModel,
+    Pipeline,
+    cast_pipeline,
+    check_base_model,
+    decode_latents,
+    open_base_model,
+)
 from svfit_dreambooth.config import TOYBOX
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.pipeline import load_adapter, loaded_adapters, merge_adapters
@@ -78,7 +84,8 @@ def open_for_adapters(
             allow_other_base=allow_other_base,
             basis_cache_dir=basis_cache_dir,
         )
-    model.pipeline.to(device or default_device(), dtype)
+    cast_pipeline(model.pipeline, dtype)
+    model.pipeline.to(device or default_device())
     return model
 
 
@@ -163,7 +170,11 @@ def generate(
     return pictures
 
 
-def _paint(pipeline: StableDiffusionPipeline, **arguments: Any) -> tuple[Image.Image, bool]:
+def _paint(pipeline: Pipeline, **arguments: Any) -> tuple[Image.Image, bool]:
+    unfiltered = getattr(pipeline, "safety_checker", None) is None
+    if pipeline.vae.dtype != pipeline.unet.dtype and unfiltered:  # see cast_pipeline
+        latents = pipeline(**arguments, num_images_per_prompt=1, output_type="latent").images
+        return decode_latents(pipeline, latents)[0], False
     output = pipeline(**arguments, num_images_per_prompt=1)
     flags = getattr(output, "nsfw_content_detected", None)
     return output.images[0], bool(flags and flags[0])

@@ -2,8 +2,11 @@
 
 import logging
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -227,3 +230,25 @@ class Loop:
             append_progress(self.folder, event, **values)
         except OSError as error:  # a full disk: the run itself matters more than its diary
             logger.warning("progress.jsonl lacks the event %r of step %d (%s).", event, self.step, error.strerror)
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Within it Ctrl-C and SIGTERM let the present step end; a second one interrupts at once."""
+    asked: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        logger.warning("stopping after this step; once more, and it stops at once.")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

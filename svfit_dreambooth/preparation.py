@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from diffusers.optimization import SchedulerType
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from svfit_dreambooth.attention import find_projections
@@ -20,8 +20,11 @@ from svfit_dreambooth.base_model import (
     BaseModel,
     check_base_model,
     encode_images,
-    encode_prompts,
+    encode_tokens,
     open_base_model,
+    pipeline_components,
+    text_encoders,
+    tokenize,
 )
 from svfit_dreambooth.class_pictures import (
     check_class_pictures,
@@ -39,6 +42,8 @@ from svfit_dreambooth.svfit import as_matrix, resolve_rank
 
 logger = logging.getLogger(__name__)
 
+Projections = dict[str, tuple[nn.Module, str, nn.Linear]]  # canonical name -> parent, attribute, layer
+
 TOYBOX_SUBJECTS = TOYBOX_FOLDER.parent / "subjects"
 TOYBOX_SUBJECT = "dog_patch"
 
@@ -53,6 +58,13 @@ class Run:
     adapter_name: str
     targets: dict[str, list[str]]  # component -> canonical layer names
     weights: dict[str, Tensor]  # "<component>.<layer>" -> the base's weight as a matrix (out, in)
+
+    @property
+    def trained(self) -> list[str]:
+        """The components that hold something to train: those with targets, and text encoders that learn a word."""
+        components = pipeline_components(self.base.pipeline)
+        learning = self.config.learned_word is not None
+        return [name for name in components if name in self.targets or (learning and name != "unet")]
 
     @property
     def adapter_path(self) -> Path:
@@ -102,9 +114,11 @@ class Examples:
     mean: list[Tensor]  # (variants, channels, h, w), mean of the latents of every window and mirror image
     spread: list[Tensor]  # the same shape: their standard deviation
     weight: list[Tensor | None]  # (variants, 1, h, w), of the loss, where a mask asks for one
+    time_ids: list[Tensor]  # (variants, 6), what SDXL is told of the windows
     prompts: list[int]  # which row of the following is the photo's caption
-    input_ids: Tensor  # (prompts, tokens)
+    input_ids: list[Tensor]  # (prompts, tokens) for each text encoder
     prompt_embeds: Tensor  # (prompts, tokens, dim)
+    pooled_prompt_embeds: Tensor | None  # (prompts, dim), SDXL's
     prior: Examples | None = None  # the class pictures; None: without prior preservation
 
 
@@ -153,16 +167,16 @@ def prepare(config: TrainConfig) -> Run:
             f"autoencoder shrinks pictures: use {max(1, round(config.resolution / factor)) * factor}."
         )
     if config.learned_word is not None:
-        if getattr(base.pipeline, "text_encoder_2", None) is not None:
-            raise SVFitError("--learned_word works with one text encoder, and this base has two: leave it out.")
         captions = dict.fromkeys(photo.caption or str(config.instance_prompt) for photo in photos)
-        check_word(base.pipeline.tokenizer, config.learned_word, list(captions))
+        check_word(base.pipeline, config.learned_word, list(captions))
     if config.with_prior_preservation:
         check_class_pictures(Path(str(config.class_data_dir)), str(config.class_prompt), base)
     config.guidance_scale = base.guidance_scale if config.guidance_scale is None else config.guidance_scale
     found = {"unet": find_projections(base.pipeline.unet, config.target_modules)}
     if config.train_text_encoder:
-        found["text_encoder"] = find_projections(base.pipeline.text_encoder)
+        for component, module in pipeline_components(base.pipeline).items():
+            if component != "unet":
+                found[component] = _text_projections(base, component, module)
     targets = {component: list(layers) for component, layers in found.items()}
     weights = {
         f"{component}.{name}": as_matrix(layer.weight.detach())
@@ -208,11 +222,13 @@ def encode_examples(run: Run, device: torch.device) -> Examples:
 def _encode(run: Run, photos: list[Photo], prompt: str, device: torch.device, of_class: bool = False) -> Examples:
     """`photos` with `prompt` where they have no caption.  Class pictures are many: one window each, and no masks."""
     config, pipeline = run.config, run.base.pipeline
-    pipeline.vae.to(device).eval()
-    pipeline.text_encoder.to(device).eval()
+    encoders = text_encoders(pipeline)
+    for module in (pipeline.vae, *encoders):
+        module.to(device).eval()
     means: list[Tensor] = []
     spreads: list[Tensor] = []
     weights: list[Tensor | None] = []
+    time_ids: list[Tensor] = []
     for photo in photos:
         crops = crop_photo(
             open_photo(photo.path),
@@ -227,6 +243,7 @@ def _encode(run: Run, photos: list[Photo], prompt: str, device: torch.device, of
         mean, spread = zip(*(encode_images(pipeline, window[None]) for window in crops.pixel_values), strict=True)
         means.append(torch.cat(mean).cpu())  # (variants, channels, h, w)
         spreads.append(torch.cat(spread).cpu())
+        time_ids.append(crops.time_ids)
         if crops.mask is None:
             weights.append(None)
         else:
@@ -234,18 +251,27 @@ def _encode(run: Run, photos: list[Photo], prompt: str, device: torch.device, of
             weights.append(config.unmasked_weight + (1 - config.unmasked_weight) * mask)
     captions = [photo.caption or prompt for photo in photos]
     different = list(dict.fromkeys(captions))
-    tokenizer = pipeline.tokenizer
-    input_ids = tokenizer(
-        different, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
-    ).input_ids
+    input_ids = tokenize(pipeline, different)
+    embeds, pooled = encode_tokens(encoders, [ids.to(device) for ids in input_ids])
     return Examples(
         means,
         spreads,
         weights,
+        time_ids,
         [different.index(caption) for caption in captions],
         input_ids,
-        encode_prompts(pipeline, different).float().cpu(),
+        embeds.float().cpu(),
+        None if pooled is None else pooled.float().cpu(),
     )
+
+
+def _text_projections(base: BaseModel, component: str, module: nn.Module) -> Projections:
+    """The layers of a text encoder to adapt.  SDXL reads its first encoder before the last layer, which stays out."""
+    found = find_projections(module)
+    if base.is_sdxl and component == "text_encoder":
+        unread = f"text_model.encoder.layers.{module.config.num_hidden_layers - 1}."
+        found = {name: layer for name, layer in found.items() if not name.startswith(unread)}
+    return found
 
 
 def _choose_subject(config: TrainConfig) -> None:

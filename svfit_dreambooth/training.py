@@ -5,13 +5,10 @@ adapter, and several processes share the work of one.
 """
 
 import dataclasses
-import hashlib
 import logging
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,21 +16,23 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from svfit_dreambooth.adapter import Adapter, read_adapter, save_adapter
-from svfit_dreambooth.adapter_words import LearnedWord, word_key
 from svfit_dreambooth.attention import apply_svfit, get_shifts, remove_svfit, set_shifts
+from svfit_dreambooth.base_model import pipeline_components
 from svfit_dreambooth.basis import fingerprint, model_basis, same_base
 from svfit_dreambooth.budget import choose_positions, narrowed, spread
-from svfit_dreambooth.checkpoints import TrainState, find_checkpoint, load_checkpoint, restore
+from svfit_dreambooth.checkpoints import TrainState, restore, resume_state, run_identity
 from svfit_dreambooth.config import TrainConfig, config_to_yaml
 from svfit_dreambooth.denoising import Denoiser
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.estimate import estimate_memory
 from svfit_dreambooth.features import Features, open_features
 from svfit_dreambooth.files import write_atomically
-from svfit_dreambooth.learned_word import base_rows, learn_word, remove_words, word_pieces
-from svfit_dreambooth.loop import Loop, Step
+from svfit_dreambooth.learned_word import learn_words, learned_words, remove_words, word_rows
+from svfit_dreambooth.loop import Loop, Step, stop_signals
 from svfit_dreambooth.preparation import Run, encode_examples, prepare
 from svfit_dreambooth.run_folder import lock_run, rewind_progress, set_aside
 from svfit_dreambooth.sheets import plot_run
@@ -41,21 +40,6 @@ from svfit_dreambooth.showcase import Showing, show_result
 from svfit_dreambooth.validation import Watch
 
 logger = logging.getLogger(__name__)
-
-# Options that may differ between a run and its resumption: nothing that is learnt depends on them.
-INDIFFERENT_OPTIONS = (
-    "output_dir",
-    "instance_data_dir",
-    "class_data_dir",
-    "basis_cache_dir",
-    "resume_from_checkpoint",
-    "checkpoints_total_limit",
-    "final_pictures",
-    "report_to",
-    "keep",
-    "adapter_name",
-    "dry_run",
-)
 
 WEIGHT_DTYPE = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -118,32 +102,39 @@ def train(config: TrainConfig, on_step: Callable[[Step], bool | None] | None = N
 
 def _train(run: Run, accelerator: Accelerator, on_step: Callable[[Step], bool | None] | None) -> TrainResult:
     config, pipeline, folder = run.config, run.base.pipeline, Path(run.config.output_dir)
-    identity = _identity(run)
-    resumed = _resume_state(run, identity)
+    identity = run_identity(run)
+    resumed = resume_state(run, identity)
     if accelerator.is_main_process:
         _open_folder(run, resumed)
-    for line in run.report():
-        logger.info(line)
-    accelerator.wait_for_everyone()
-    examples = encode_examples(run, accelerator.device)
-    word_rows = _word_rows(run)  # in the stored precision: the networks are cast below
+    if accelerator.is_main_process:
+        for line in run.report():
+            logger.info(line)
+        estimate = estimate_memory(run)
+        for line in estimate.lines():
+            logger.log(logging.INFO if estimate.fits else logging.WARNING, line)
+    with accelerator.main_process_first():  # it paints class pictures, the others then find them
+        examples = encode_examples(run, accelerator.device)
+    dtype = WEIGHT_DTYPE[config.mixed_precision]
+    of_word = word_rows(pipeline, config.learned_word)  # before the networks are cast
     positions = None
     if config.budget is not None:
-        positions = choose_positions(run, examples, accelerator.device, WEIGHT_DTYPE[config.mixed_precision])
+        positions = choose_positions(run, examples, accelerator.device, dtype)
         run = narrowed(run, positions)
     shifts = _patch(run, positions)
-    modules = _place(run, accelerator)
-    model = Denoiser(run, examples, *modules, accelerator.device, WEIGHT_DTYPE[config.mixed_precision])
+    words = learn_words(pipeline, config.learned_word, _initial(config))
+    networks = _place(run, accelerator)
+    model = Denoiser(run, examples, dtype=dtype, device=accelerator.device, **networks)
     values = {f"{component}.{name}": shift for component in shifts for name, shift in shifts[component].items()}
     rates = {n: config.learning_rate if n.startswith("unet.") else config.text_encoder_lr for n in values}
-    words = _learn_words(run)
     values |= words
     rates |= dict.fromkeys(words, config.learned_word_lr)
     features = Features()
     if config.validation_steps and accelerator.is_main_process:
         features = open_features(run.base.name, config.dino_path, config.clip_path, accelerator.device)
     watch = Watch(run, features) if config.validation_steps else None
-    loop = Loop(config, accelerator, model, [m for m in modules if m is not None], values, rates, identity, watch)
+    loop = Loop(
+        config, accelerator, model, [networks[component] for component in run.trained], values, rates, identity, watch
+    )
 
     accelerator.init_trackers("svfit", config={k: str(v) for k, v in dataclasses.asdict(config).items()})
     count = sum(value.numel() for name, value in values.items() if name not in words)
@@ -177,13 +168,13 @@ def _train(run: Run, accelerator: Accelerator, on_step: Callable[[Step], bool | 
     adapter = Adapter(
         shifts=learnt if positions is None else spread(learnt, positions),
         base_model=run.base.name,
-        base_fingerprint=fingerprint(run.weights | word_rows),
+        base_fingerprint=fingerprint(run.weights | of_word),
         instance_prompt=config.instance_prompt,
         class_prompt=config.class_prompt,
         training=_training_record(run, loop.step, kept, loss_before, loss_after),
         title=run.adapter_name,
         architecture=run.base.architecture,
-        learned_words=_learned_words(run, words),
+        learned_words=learned_words(pipeline, config.learned_word, words),
     )
     if accelerator.is_main_process:
         _save(adapter, run.adapter_path, config)
@@ -194,7 +185,7 @@ def _train(run: Run, accelerator: Accelerator, on_step: Callable[[Step], bool | 
         module = getattr(pipeline, component)
         remove_svfit(module)
         module.eval()
-    remove_words(pipeline.text_encoder.eval())
+    remove_words(pipeline)
     if config.gradient_checkpointing:
         pipeline.unet.disable_gradient_checkpointing()
     result = TrainResult(
@@ -227,6 +218,8 @@ def _accelerator(config: TrainConfig) -> Accelerator:
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             log_with=config.report_to,
             project_dir=str(Path(config.output_dir) / "logs"),
+            # U and Vh are buffers, equal everywhere; and processes may call the UNet a different number of times
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
     except ValueError as error:
         raise SVFitError(f"--mixed_precision {config.mixed_precision} and --report_to {config.report_to} do not work "
@@ -238,19 +231,6 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         "out of memory" in words or "not enough memory" in words or "can't allocate memory" in words
     )
-
-
-def _resume_state(run: Run, identity: dict[str, Any]) -> TrainState | None:
-    asked = run.config.resume_from_checkpoint
-    if asked is None:
-        return None
-    path = find_checkpoint(asked, Path(run.config.output_dir))
-    if path is None:
-        logger.info("there is no checkpoint in %s yet: starting anew.", run.config.output_dir)
-        return None
-    state = load_checkpoint(path, identity)
-    logger.info("going on from step %d, %s.", state.step, path)
-    return state
 
 
 def _open_folder(run: Run, resumed: TrainState | None) -> None:
@@ -267,27 +247,27 @@ def _open_folder(run: Run, resumed: TrainState | None) -> None:
     write_atomically(folder / "config.yaml", config_to_yaml(run.config))
 
 
-def _place(run: Run, accelerator: Accelerator) -> list[Any]:
-    """Brings the networks that train to the device in the run's precision; returns UNet and text encoder, prepared."""
+def _place(run: Run, accelerator: Accelerator) -> dict[str, Any]:
+    """Brings the networks to where they work; returns UNet and text encoders by name, prepared where they train."""
     config, pipeline = run.config, run.base.pipeline
-    unet, text_encoder, dtype = pipeline.unet, pipeline.text_encoder, WEIGHT_DTYPE[config.mixed_precision]
-    unet.to(accelerator.device, dtype).train()
-    if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    waiting = accelerator.device if config.validation_steps else "cpu"
+    waiting = accelerator.device if config.validation_steps else torch.device("cpu")
     pipeline.vae.to(waiting)
-    if not config.train_text_encoder and config.learned_word is None:
-        text_encoder.to(waiting)
-        return [accelerator.prepare(unet), text_encoder]
-    text_encoder.to(accelerator.device, dtype).train()
-    if config.gradient_checkpointing:
-        text_encoder.gradient_checkpointing_enable()
-    return list(accelerator.prepare(unet, text_encoder))
+    placed: dict[str, Any] = {}
+    for component, module in pipeline_components(pipeline).items():
+        if component not in run.trained:
+            placed[component] = module.to(waiting)
+            continue
+        module.to(accelerator.device, WEIGHT_DTYPE[config.mixed_precision]).train()
+        if config.gradient_checkpointing:
+            enable = getattr(module, "enable_gradient_checkpointing", None) or module.gradient_checkpointing_enable
+            enable()
+        placed[component] = accelerator.prepare(module)
+    return placed
 
 
 def _run_loop(loop: Loop, on_step: Callable[[Step], bool | None] | None) -> tuple[bool, SVFitError | None]:
     """Runs it to its end; returns whether it was stopped early, and what it failed from."""
-    with _stop_signals() as asked:
+    with stop_signals() as asked:
         try:
             return loop.run(on_step, asked), None
         except KeyboardInterrupt:
@@ -296,28 +276,6 @@ def _run_loop(loop: Loop, on_step: Callable[[Step], bool | None] | None) -> tupl
             return True, None
         except SVFitError as error:
             return False, error
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Within it Ctrl-C and SIGTERM let the present step end; a second one interrupts at once."""
-    asked: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-        logger.warning("stopping after this step; once more, and it stops at once.")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _save(adapter: Adapter, path: Path, config: TrainConfig) -> None:
@@ -335,29 +293,13 @@ def _save(adapter: Adapter, path: Path, config: TrainConfig) -> None:
         logger.warning("nothing was learnt, every shift in %s is zero: train longer or with a higher rate.", path)
 
 
-def _identity(run: Run) -> dict[str, Any]:
-    """What must be the same for a run to go on: all options that its result depends on, the photos, the base."""
-    options = dataclasses.asdict(run.config)
-    for name in INDIFFERENT_OPTIONS:
-        options.pop(name, None)
-    digest = hashlib.sha256()
-    for photo in run.photos:
-        digest.update(photo.path.read_bytes() + (photo.caption or "").encode())
-    return {"photos": digest.hexdigest(), "base": fingerprint(run.weights), **options}
-
-
 def _patch(run: Run, positions: Mapping[str, Tensor] | None = None) -> dict[str, dict[str, nn.Parameter]]:
     """Puts SVFit layers in; returns the shifts by component and name.  `positions`: see `choose_positions`."""
     config = run.config
     weights = run.weights
-    initial = None if config.init_adapter is None else read_adapter(config.init_adapter)
+    initial = _initial(config)
     if initial is not None:
-        for word in initial.learned_words:
-            if word.word != config.learned_word:
-                raise SVFitError(
-                    f"--init_adapter {config.init_adapter} learned a word: add --learned_word {word.word}."
-                )
-        _check_initial(initial, weights | _word_rows(run), config.init_adapter)
+        _check_initial(initial, weights | word_rows(run.base.pipeline, config.learned_word), config)
     bases = model_basis(
         weights,
         config.rank_value if positions is None else positions,
@@ -371,51 +313,32 @@ def _patch(run: Run, positions: Mapping[str, Tensor] | None = None) -> dict[str,
         shifts[component] = apply_svfit(module, target_modules=run.targets[component], basis=own_bases)
         if initial is not None:
             set_shifts(module, initial.component_shifts(component))
-    run.base.pipeline.text_encoder.requires_grad_(False)
-    run.base.pipeline.vae.requires_grad_(False)
-    if config.train_text_encoder:
-        for shift in shifts["text_encoder"].values():
+    pipeline = run.base.pipeline
+    for frozen in (pipeline.vae, *pipeline_components(pipeline).values()):
+        frozen.requires_grad_(False)
+    for group in shifts.values():
+        for shift in group.values():
             shift.requires_grad_(True)
     return shifts
 
 
-def _learn_words(run: Run) -> dict[str, nn.Parameter]:
-    """Makes the run's word learnable, if it has one: tensor key of the adapter file -> delta (tokens, dim)."""
-    config, pipeline = run.config, run.base.pipeline
-    if config.learned_word is None:
-        return {}
-    delta = learn_word(pipeline.text_encoder, pipeline.tokenizer, config.learned_word)
-    for known in [] if config.init_adapter is None else read_adapter(config.init_adapter).learned_words:
-        delta.data.copy_(known.deltas["text_encoder"])
-    return {word_key("text_encoder", 0): delta}
+def _initial(config: TrainConfig) -> Adapter | None:
+    return None if config.init_adapter is None else read_adapter(config.init_adapter)
 
 
-def _learned_words(run: Run, words: Mapping[str, Tensor]) -> list[LearnedWord]:
-    word, tokenizer = run.config.learned_word, run.base.pipeline.tokenizer
-    if word is None:
-        return []
-    tokens = tokenizer.convert_ids_to_tokens(list(word_pieces(tokenizer, word)))
-    return [LearnedWord(word, {"text_encoder": tokens}, {"text_encoder": words[word_key("text_encoder", 0)]})]
-
-
-def _word_rows(run: Run) -> dict[str, Tensor]:
-    """The base's embeddings of the run's word, which belong to the base's fingerprint."""
-    word, pipeline = run.config.learned_word, run.base.pipeline
-    if word is None:
-        return {}
-    pieces = word_pieces(pipeline.tokenizer, word)
-    return {word_key("text_encoder", 0): base_rows(pipeline.text_encoder, pieces)}
-
-
-def _check_initial(initial: Adapter, weights: dict[str, Tensor], path: str | None) -> None:
-    learned = {word_key(component, i) for i, word in enumerate(initial.learned_words) for component in word.deltas}
+def _check_initial(initial: Adapter, weights: dict[str, Tensor], config: TrainConfig) -> None:
+    path = config.init_adapter
+    for word in initial.learned_words:
+        if word.word != config.learned_word:
+            raise SVFitError(f"--init_adapter {path} learned a word: add --learned_word {word.word}.")
     missing = sorted(set(initial.shifts) - set(weights))
     if missing:
         raise SVFitError(
             f"--init_adapter {path} adapts {missing[0]}, which this run does not train: "
             "use the same --target_modules and --train_text_encoder as its run."
         )
-    own = {name: weight for name, weight in weights.items() if name in initial.shifts or name in learned}
+    names = {*initial.shifts, *initial.word_deltas()}
+    own = {name: weight for name, weight in weights.items() if name in names}
     if same_base(initial.base_fingerprint, own) == "different":
         raise SVFitError(f"--init_adapter {path} was trained on another base model, {initial.base_model}.")
 

@@ -1,8 +1,10 @@
 """Tiny pipelines built from configs: the real classes, random weights, no network."""
 
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_CACHE"] = tempfile.mkdtemp(prefix="hub-")  # an empty one: nobody's models decide a test
 
 import numpy as np
 import pytest
@@ -11,11 +13,13 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
     DDIMScheduler,
+    EulerDiscreteScheduler,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from toybox.tokenizer import build_tokenizer
 
@@ -40,11 +44,12 @@ def tiny_unet(**changes):
     return UNet2DConditionModel(**{**config, **changes})
 
 
-def tiny_text_encoder(vocabulary_size):
-    return CLIPTextModel(
+def tiny_text_encoder(vocabulary_size, kind=CLIPTextModel, width=24):
+    return kind(
         CLIPTextConfig(
             vocab_size=vocabulary_size,
-            hidden_size=24,
+            hidden_size=width,
+            projection_dim=width,
             intermediate_size=48,
             num_hidden_layers=2,
             num_attention_heads=4,
@@ -56,18 +61,22 @@ def tiny_text_encoder(vocabulary_size):
     )
 
 
+def tiny_autoencoder():
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=4,
+    )
+
+
 def tiny_pipeline(vae="kl", prediction_type="epsilon", seed=0):
     """A Stable Diffusion pipeline of a few thousand weights; `vae`: "kl" (AutoencoderKL) or "tiny" (AutoencoderTiny)."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(WORDS, max_length=77)
     if vae == "kl":
-        autoencoder = AutoencoderKL(
-            block_out_channels=(8, 16),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            norm_num_groups=4,
-            latent_channels=4,
-        )
+        autoencoder = tiny_autoencoder()
     else:
         autoencoder = AutoencoderTiny(
             encoder_block_out_channels=(8, 8),
@@ -93,6 +102,43 @@ def tiny_pipeline(vae="kl", prediction_type="epsilon", seed=0):
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def tiny_sdxl_pipeline(seed=0):
+    """The same for SDXL: two text encoders, pooled embeddings and time ids."""
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer(WORDS, max_length=77)
+    pipeline = StableDiffusionXLPipeline(
+        vae=tiny_autoencoder(),
+        text_encoder=tiny_text_encoder(len(tokenizer)),
+        text_encoder_2=tiny_text_encoder(len(tokenizer), CLIPTextModelWithProjection, width=32),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=tiny_unet(
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=24 + 32,
+            transformer_layers_per_block=(1, 2),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 32,
+        ),
+        scheduler=EulerDiscreteScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1
+        ),
+        add_watermarker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="session")
+def tiny_base_xl(tmp_path_factory):
+    """Folder of a tiny SDXL pipeline."""
+    folder = tmp_path_factory.mktemp("bases") / "tiny-xl"
+    tiny_sdxl_pipeline().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

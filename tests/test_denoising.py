@@ -39,8 +39,10 @@ def denoiser(unet=None, prediction_type="epsilon", sizes=((8, 8),) * 3, weight=N
         spread=[torch.full_like(m, 0.1) for m in mean],
         weight=weight or [None] * photos,
         prompts=list(range(photos)),
-        input_ids=torch.zeros(photos, 77, dtype=torch.long),
+        time_ids=[torch.zeros(2, 6)] * photos,
+        input_ids=[torch.zeros(photos, 77, dtype=torch.long)],
         prompt_embeds=torch.randn(photos, 77, 24, generator=generator),
+        pooled_prompt_embeds=None,
     )
     config = TrainConfig(**{"train_batch_size": 4, "fixed_loss_examples": 3, **options})
     run = Run(config, [], BaseModel("tiny", pipeline), "test", {}, {})

@@ -85,7 +85,6 @@ def while_writing(name, nth, moment):
 
         files.os.replace = dying_replace
         files.os.fsync = fsync
-        return None
 
     return kill
 

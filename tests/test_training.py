@@ -1,7 +1,6 @@
 """The main job on tiny pipelines: photos to adapter, and the adapter opened again through the public loader."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch

@@ -1,0 +1,200 @@
+"""How much memory a run will need, before it starts.
+
+Activations are counted, not guessed: the UNet runs once on PyTorch's fake tensors, which have shapes but no numbers,
+and every tensor that it keeps for the backward pass is added up.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from svfit_dreambooth.attention import apply_svfit
+from svfit_dreambooth.base_model import pipeline_components
+from svfit_dreambooth.config import TrainConfig
+from svfit_dreambooth.preparation import Run
+
+BYTES = {"no": 4, "fp16": 2, "bf16": 2}
+CHECKPOINTED = (ResnetBlock2D, BasicTransformerBlock)
+WORKSPACE = 1.15  # peak over sum, measured on the SD 1.5 architecture: gradients of activations, fragments
+RUNTIME = 600_000_000  # bytes of torch, diffusers and a device context themselves
+
+
+@dataclass
+class Estimate:
+    """Bytes that a run will need at its peak."""
+
+    networks: int  # UNet, text encoders and autoencoder, in the precision in which each is kept
+    bases: int  # U and Vh of every adapted layer
+    activations: int  # kept for the backward pass
+    available: int | None  # free on the device now; None: unknown
+    suggestion: str | None = None  # what would make it fit
+
+    @property
+    def total(self) -> int:
+        return round(WORKSPACE * (self.networks + self.bases + self.activations)) + RUNTIME
+
+    @property
+    def fits(self) -> bool:
+        return self.available is None or self.total <= self.available
+
+    def lines(self) -> list[str]:
+        """The estimate in plain words."""
+        parts = {"networks": self.networks, "bases": self.bases, "activations": self.activations}
+        text = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+        line = f"memory: about {self.total / 1e9:.1f} GB ({text})"
+        if self.available is not None:
+            line += f", {self.available / 1e9:.1f} GB are free"
+        return [line] if self.fits else [line, f"this will hardly fit: {self.suggestion}"]
+
+
+def estimate_memory(run: Run) -> Estimate:
+    """What `run` will need, and a suggestion where that is more than is free on the device that it will use."""
+    free = available_memory()
+    estimate = _estimate(run, run.config, free)
+    if estimate.fits:
+        return estimate
+    tried: dict[str, Any] = {}
+    words = []
+    for change, word in (
+        ({"gradient_checkpointing": True}, "--gradient_checkpointing"),
+        ({"mixed_precision": "bf16"}, "--mixed_precision bf16"),
+        ({"train_batch_size": 1}, "--train_batch_size 1"),
+        ({"resolution": (run.config.resolution or 0) * 3 // 4 // 64 * 64 or run.config.resolution}, "--resolution"),
+    ):
+        if all(getattr(run.config, name) == value for name, value in change.items()):
+            continue
+        tried |= change
+        words.append(word if word != "--resolution" else f"{word} {change['resolution']}")
+        if _estimate(run, dataclasses.replace(run.config, **tried), free).fits:
+            estimate.suggestion = "use " + " ".join(words) + "."
+            return estimate
+    estimate.suggestion = f"even {' '.join(words)} is too much, use a machine with more memory or a smaller base."
+    return estimate
+
+
+def available_memory() -> int | None:
+    """Bytes that are free where training happens: on the GPU if there is one, else in main memory."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    if torch.backends.mps.is_available():
+        return int(torch.mps.recommended_max_memory())
+    return int(psutil.virtual_memory().available)
+
+
+def _estimate(run: Run, config: TrainConfig, available: int | None) -> Estimate:
+    size = BYTES[config.mixed_precision]
+    networks = sum(p.numel() for p in run.base.pipeline.vae.parameters()) * 4
+    for component, module in pipeline_components(run.base.pipeline).items():
+        parameters = sum(parameter.numel() for parameter in module.parameters())
+        networks += parameters * (size if component in run.targets else 4)
+    bases = 0
+    for weight in run.weights.values():
+        out, into = weight.shape[0], weight[0].numel()
+        rank = min(out, into) if config.rank == "full" or config.energy else min(out, into, int(config.rank))
+        bases += rank * (out + into) * size
+    return Estimate(networks, bases, _activations(run, config), available)
+
+
+def _activations(run: Run, config: TrainConfig) -> int:
+    """Bytes kept for the backward pass of one batch of square pictures; the text encoders' share is small beside."""
+    pipeline = run.base.pipeline
+    dtype = torch.float32 if config.mixed_precision == "no" else torch.bfloat16
+    side = int(config.resolution or run.base.resolution) // pipeline.vae_scale_factor
+    batch, unet_config = config.train_batch_size, pipeline.unet.config
+    with FakeTensorMode(), _default_dtype(dtype):
+        unet = type(pipeline.unet).from_config(unet_config).train()
+        layers = {
+            name.partition(".")[2]: torch.empty(weight.shape)
+            for name, weight in run.weights.items()
+            if name.startswith("unet.")
+        }
+        basis = {}
+        for name, weight in layers.items():
+            out, into = weight.shape[0], weight[0].numel()
+            rank = min(out, into) if config.rank == "full" or config.energy else min(out, into, int(config.rank))
+            basis[name] = (torch.empty(out, rank), torch.empty(rank, into))
+        shifts = apply_svfit(unet, target_modules=list(layers), basis=basis)
+        for shift in shifts.values():
+            shift.requires_grad_(True)
+        sample = torch.empty(batch, unet_config.in_channels, side, side)
+        tokens = pipeline.tokenizer.model_max_length
+        hidden = torch.empty(batch, tokens, unet_config.cross_attention_dim)
+        arguments: dict[str, Any] = {}
+        if getattr(unet_config, "addition_embed_type", None) == "text_time":
+            width = pipeline.text_encoder_2.config.projection_dim
+            arguments["added_cond_kwargs"] = {
+                "text_embeds": torch.empty(batch, width),
+                "time_ids": torch.empty(batch, 6),
+            }
+        with _counting(unet, config.gradient_checkpointing) as count:
+            unet(sample, torch.empty(batch), hidden, **arguments)
+    return count()
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def _counting(model: nn.Module, checkpointing: bool) -> Iterator[Any]:
+    """Within it, what `model` keeps for its backward pass is added up; yields a function that tells how much.
+
+    With checkpointing, a block keeps its input alone, and the largest block's own tensors live while it is redone.
+    """
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    kept: list[Tensor] = []  # holds them, so that no storage is counted twice or reused
+    seen: set[int] = set()
+    outside = 0
+    blocks: list[tuple[int, int]] = []  # bytes of input, bytes kept within
+    inside: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal outside
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own and storage._cdata not in seen:
+            seen.add(storage._cdata)
+            kept.append(tensor)
+            if inside:
+                inside[-1] += storage.nbytes()
+            else:
+                outside += storage.nbytes()
+        return tensor
+
+    def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        inside.append(0)
+
+    def leave(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        given = sum(value.untyped_storage().nbytes() for value in inputs if isinstance(value, Tensor))
+        blocks.append((given, inside.pop()))
+
+    handles = []
+    for module in model.modules():
+        if isinstance(module, CHECKPOINTED):
+            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield (
+                lambda: (
+                    outside + sum(given for given, _ in blocks) + max((own for _, own in blocks), default=0)
+                    if checkpointing
+                    else outside + sum(own for _, own in blocks)
+                )
+            )
+    finally:
+        for handle in handles:
+            handle.remove()

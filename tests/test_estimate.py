@@ -1,0 +1,62 @@
+"""The memory estimate against what the real network keeps."""
+
+import pytest
+import torch
+
+from svfit_dreambooth import TrainConfig, estimate
+from svfit_dreambooth.attention import apply_svfit
+from svfit_dreambooth.estimate import _activations, _counting, estimate_memory
+from svfit_dreambooth.preparation import prepare
+
+
+@pytest.fixture
+def run(tiny_base, photo_folder, tmp_path):
+    return prepare(
+        TrainConfig(
+            pretrained_model_name_or_path=str(tiny_base),
+            instance_data_dir=str(photo_folder),
+            instance_prompt="a photo of sks dog",
+            output_dir=str(tmp_path),
+            resolution=32,
+            train_batch_size=3,
+        )
+    )
+
+
+@pytest.mark.parametrize("changes", [{}, {"rank": "4"}, {"train_batch_size": 1}, {"gradient_checkpointing": True}])
+def test_activations_are_those_of_the_real_network(run, changes):
+    for name, value in changes.items():
+        setattr(run.config, name, value)
+    unet = run.base.pipeline.unet.train()
+    apply_svfit(unet, rank=run.config.rank_value)
+    batch = run.config.train_batch_size
+    with _counting(unet, run.config.gradient_checkpointing) as count:
+        unet(torch.randn(batch, 4, 16, 16), torch.zeros(batch), torch.randn(batch, 77, 24))
+    real = count()
+    from svfit_dreambooth.attention import remove_svfit
+
+    remove_svfit(unet)
+    assert _activations(run, run.config) == pytest.approx(real, rel=0.02)
+
+
+def test_the_estimate_grows_with_what_costs_memory(run):
+    def total(**changes):
+        for name, value in changes.items():
+            setattr(run.config, name, value)
+        return estimate_memory(run)
+
+    plain = total()
+    assert plain.networks >= 4 * sum(p.numel() for p in run.base.pipeline.unet.parameters()) and plain.fits
+    checkpointed = total(gradient_checkpointing=True)
+    assert checkpointed.activations < plain.activations and checkpointed.bases == plain.bases
+    half = total(gradient_checkpointing=False, mixed_precision="bf16")
+    assert half.networks < plain.networks and half.bases * 2 == plain.bases and half.activations < plain.activations
+
+
+def test_what_does_not_fit_comes_with_a_suggestion(run, monkeypatch):
+    needed = estimate_memory(run).total
+    monkeypatch.setattr(estimate, "available_memory", lambda: needed - 1)
+    tight = estimate_memory(run)
+    assert not tight.fits and tight.lines()[1] == "this will hardly fit: use --gradient_checkpointing."
+    monkeypatch.setattr(estimate, "available_memory", lambda: 1000)
+    assert "use a machine with more memory" in estimate_memory(run).lines()[1]

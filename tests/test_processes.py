@@ -1,0 +1,50 @@
+"""Two processes share the work of one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from svfit_dreambooth import TrainConfig, read_adapter, train
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_trains_with_twice_the_batch(tiny_base, photo_folder, tmp_path):
+    options = {
+        "pretrained_model_name_or_path": str(tiny_base),
+        "instance_data_dir": str(photo_folder),
+        "instance_prompt": "a photo of sks dog",
+        "output_dir": str(tmp_path / "two"),
+        "max_train_steps": 5,
+        "train_batch_size": 2,
+        "resolution": 16,
+        "aspect_ratio": "square",
+        "learning_rate": 5e-2,
+        "adam_epsilon": 1e-3,  # or the sign of gradients near 0, which rounding decides, would make whole steps
+        "fixed_loss_examples": 2,
+        "validation_steps": 0,
+        "checkpointing_steps": 2,
+        "save_dtype": "float32",
+        "final_pictures": False,
+    }
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launch, str(ROOT / "train_dreambooth_svfit.py"), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("singular values trained") == 1  # only the main process speaks and writes
+    one = train(TrainConfig(**{**options, "train_batch_size": 4, "output_dir": str(tmp_path / "one")}))
+    first, second = read_adapter(tmp_path / "two" / "my-dog.safetensors").shifts, read_adapter(one.adapter_path).shifts
+    assert all(torch.allclose(first[name], second[name], rtol=1e-3, atol=1e-5) for name in second)
+    assert any(shift.abs().max() > 1e-3 for shift in second.values())

@@ -1,0 +1,78 @@
+"""The folder of a run: lock, diary, and what an earlier run left."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.files import write_atomically
+from svfit_dreambooth.run_folder import append_progress, is_running, lock_run, read_progress, rewind_progress, set_aside
+
+
+def test_the_lock_dies_with_its_process(tmp_path):
+    assert not is_running(tmp_path)
+    child = os.fork()
+    if child == 0:
+        with lock_run(tmp_path):
+            (tmp_path / "locked").touch()
+            time.sleep(60)
+        os._exit(0)
+    while not (tmp_path / "locked").exists():
+        time.sleep(0.01)
+    assert is_running(tmp_path)
+    with pytest.raises(SVFitError, match="another run is writing into"), lock_run(tmp_path):
+        pass
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert not is_running(tmp_path)
+    with lock_run(tmp_path):
+        assert is_running(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SVFitError, match="cannot be written"), lock_run(tmp_path / "file" / "run"):
+        pass
+
+
+def test_progress_survives_a_line_cut_short(tmp_path):
+    assert read_progress(tmp_path) == []
+    append_progress(tmp_path, "step", step=1, loss=0.5)
+    append_progress(tmp_path, "note", text="ünïcode")
+    with open(tmp_path / "progress.jsonl", "a") as lines:
+        lines.write('{"event": "step", "st')
+    assert read_progress(tmp_path) == [{"event": "step", "step": 1, "loss": 0.5}, {"event": "note", "text": "ünïcode"}]
+
+
+def test_rewinding_takes_back_later_events_and_the_end(tmp_path):
+    for step in (1, 2, 3):
+        append_progress(tmp_path, "step", step=step)
+    append_progress(tmp_path, "end", step=2)
+    rewind_progress(tmp_path, 2)
+    assert [event["step"] for event in read_progress(tmp_path)] == [1, 2]
+
+
+def test_an_earlier_run_is_moved_whole(tmp_path):
+    assert set_aside(tmp_path) is None
+    for number in (1, 2):
+        append_progress(tmp_path, "start", step=0)
+        (tmp_path / "dog.safetensors").write_bytes(bytes([number]))
+        (tmp_path / "checkpoints").mkdir()
+        target = set_aside(tmp_path)
+        assert target == tmp_path / "earlier" / f"00{number}"
+        assert (target / "dog.safetensors").read_bytes() == bytes([number]) and (target / "checkpoints").is_dir()
+        assert not (tmp_path / "progress.jsonl").exists()
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = write_atomically(tmp_path / "new" / "file.txt", "old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("svfit_dreambooth.files.os.fsync", full)
+    with pytest.raises(SVFitError, match=r"file.txt' can't be written \(No space left on device\)"):
+        write_atomically(path, b"new")
+    assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]

@@ -1,0 +1,87 @@
+"""Looking at a run while it trains."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from svfit_dreambooth import TrainConfig
+from svfit_dreambooth.attention import apply_svfit, set_shifts
+from svfit_dreambooth.features import Features, open_features
+from svfit_dreambooth.preparation import prepare
+from svfit_dreambooth.validation import Measure, Watch, cut, join, validation_prompts
+
+
+@pytest.fixture
+def run(tiny_base, photo_folder, tmp_path):
+    return prepare(
+        TrainConfig(
+            pretrained_model_name_or_path=str(tiny_base),
+            instance_data_dir=str(photo_folder),
+            instance_prompt="a photo of sks dog",
+            class_prompt="a photo of a dog",
+            output_dir=str(tmp_path / "run"),
+            resolution=16,
+            validation_prompts=["a photo of sks dog on the beach", "a photo of sks dog"],
+            num_inference_steps=2,
+        )
+    )
+
+
+def pixels(images):
+    """A feature that anyone can recompute: the mean colour."""
+    return torch.tensor(np.stack([np.asarray(image, dtype=np.float32).mean(axis=(0, 1)) for image in images]))
+
+
+def test_looks_paint_measure_and_compare_with_the_base(run, tmp_path):
+    texts = []
+
+    def read(prompts):
+        texts.extend(prompts)
+        return torch.ones(len(prompts), 3)
+
+    watch = Watch(run, Features(subject=pixels, picture=pixels, text=read))
+    shifts = apply_svfit(run.base.pipeline.unet)
+    before = watch.look(0, 0.5)
+    assert before.drift == pytest.approx(0, abs=1e-6) and -1 <= before.subject <= 1 and before.fixed_loss == 0.5
+    assert texts == ["a photo of a dog on the beach", "a photo of a dog"]  # no reader of pictures knows what sks is
+    set_shifts(run.base.pipeline.unet, {name: torch.full_like(shift, 0.5) for name, shift in shifts.items()})
+    after = watch.look(3, 0.4)
+    assert after.drift > 1e-6 and after.score == pytest.approx(after.subject - after.drift)
+    folder = tmp_path / "run" / "validation"
+    first, second = (Image.open(folder / f"step_00000{step}.png") for step in (0, 3))
+    assert first.size == (32, 16) and np.any(np.asarray(first) != np.asarray(second))
+    grid = Image.open(tmp_path / "run" / "validation.png").size
+    watch.forget_after(2)
+    assert [path.name for path in folder.iterdir()] == ["step_000000.png"]
+    watch.draw_grid()
+    assert Image.open(tmp_path / "run" / "validation.png").size[1] < grid[1]
+
+
+def test_without_features_the_loss_decides(run):
+    measure = Watch(run, Features()).look(0, 0.25)
+    assert measure == Measure(0.25) and measure.score == -0.25 and measure.values() == {"fixed_loss": 0.25}
+    assert Measure(None).score is None
+
+
+def test_strips_are_cut_as_they_were_joined():
+    pictures = [Image.new("RGB", (3, 2), colour) for colour in ("red", "green", "blue")]
+    for picture, again in zip(pictures, cut(join(pictures), 3), strict=True):
+        assert np.array_equal(np.asarray(picture), np.asarray(again))
+
+
+def test_default_prompts_of_a_bundled_subject_are_places_without_a_photo(tmp_path):
+    from toybox.world import PHOTO_SETTINGS, SETTING_PHRASES
+
+    run = prepare(TrainConfig(output_dir=str(tmp_path)))
+    prompts = validation_prompts(run)
+    photographed = [SETTING_PHRASES[place] for place in PHOTO_SETTINGS["dog_patch"]]
+    assert len(prompts) == 4 and all(prompt.startswith("a photo of sks dog ") for prompt in prompts)
+    assert not any(prompt.endswith(place) for prompt in prompts for place in photographed)
+
+
+def test_toybox_brings_its_judge_and_other_bases_nothing():
+    features = open_features("toybox")
+    images = [Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue")]
+    assert features.subject(images).shape == (2, 128) and features.text(["a red car"]).shape[0] == 1
+    assert open_features("another base").any is None
