@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -27,7 +27,7 @@ FAMILIES = {kind.__name__: kind for kind in (StableDiffusionPipeline, StableDiff
 SDXL_KEY = "conditioner.embedders.1."  # single-file checkpoints: the second text encoder, which only SDXL has
 REFINER_KEY = "conditioner.embedders.0.model."
 
-Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
+Pipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
 
 
 @dataclass
@@ -233,7 +233,7 @@ def text_encoders(pipeline: Pipeline) -> list[nn.Module]:
 def tokenize(pipeline: Pipeline, prompts: list[str]) -> list[Tensor]:
     """(prompts, tokens) for every text encoder; a prompt that is cut off is named in a warning."""
     tokenizers = [getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2")]
-    found = []
+    found: list[Tensor] = []
     for tokenizer in [tokenizer for tokenizer in tokenizers if tokenizer is not None]:
         length = tokenizer.model_max_length
         for prompt in prompts if not found else []:

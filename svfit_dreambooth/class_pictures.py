@@ -80,7 +80,7 @@ def paint_class_pictures(
     if missing <= 0:
         return present[:count]
     folder.mkdir(parents=True, exist_ok=True)
-    note = {
+    note: dict[str, Any] = {
         "made_by": "svfit-dreambooth",
         "base_model": base.name,
         "base_sha256": _hash(base),

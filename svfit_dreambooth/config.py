@@ -10,6 +10,7 @@ from typing import Any
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.options import (
     OPTION_GROUPS,
+    TOYBOX,  # noqa: F401 - who wants the configuration often wants this word too
     AdapterOptions,
     ModelOptions,
     OptimizationOptions,
@@ -17,9 +18,6 @@ from svfit_dreambooth.options import (
     PhotoOptions,
     PriorOptions,
     WatchOptions,
-)
-from svfit_dreambooth.options import (
-    TOYBOX as TOYBOX,
 )
 
 logger = logging.getLogger(__name__)

@@ -97,7 +97,9 @@ def crop_photo(
     if min(shape) < 1:
         raise SVFitError(f"The resolution {shape[0]}x{shape[1]} isn't possible: it is in pixels, such as 512x512.")
     photo_seed = zlib.crc32(f"{seed} {index}".encode(errors="surrogatepass"))
-    pixel_values, masks, time_ids = [], [], []
+    pixel_values: list[Tensor] = []
+    masks: list[Tensor] = []
+    time_ids: list[Tensor] = []
     boxes = crop_boxes(image.size, shape, center_crop, crops, photo_seed)
     for box in boxes if len(set(boxes)) > 1 else boxes[:1]:  # a photo that fits has only one window
         window = image.resize(shape, Image.Resampling.LANCZOS, box=box)

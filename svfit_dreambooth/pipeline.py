@@ -36,7 +36,7 @@ from svfit_dreambooth.learned_word import (
     base_rows,
     install_words,
     overlap,
-    remove_words,
+    remove_word_embedding,
     tokenizer_of,
     word_embedding,
     word_pieces,
@@ -122,7 +122,7 @@ def unload_adapter(pipeline: DiffusionPipeline, name: str | None = None) -> None
                 _refresh(model)
             else:
                 remove_svfit(model)
-                remove_words(model)
+                remove_word_embedding(model)
 
 
 def loaded_adapters(pipeline: DiffusionPipeline) -> dict[str, float]:

@@ -8,9 +8,9 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import PartialState
 from diffusers.optimization import SchedulerType
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
@@ -43,7 +43,7 @@ from svfit_dreambooth.svfit import as_matrix, resolve_rank
 
 logger = logging.getLogger(__name__)
 
-Projections = dict[str, tuple[nn.Module, str, nn.Linear]]  # canonical name -> parent, attribute, layer
+Projections = dict[str, tuple[nn.Module, str, nn.Linear | nn.Conv2d]]  # canonical name -> parent, attribute, layer
 
 TOYBOX_SUBJECTS = TOYBOX_FOLDER.parent / "subjects"
 TOYBOX_SUBJECT = "dog_patch"
@@ -61,14 +61,15 @@ class Run:
     weights: dict[str, Tensor]  # "<component>.<layer>" -> the base's weight as a matrix (out, in)
 
     @property
-    def adapter_path(self) -> Path:
-        return Path(self.config.output_dir) / f"{self.adapter_name}.safetensors"
+    def trained(self) -> list[str]:
+        """The components that hold something to train: those with targets, and text encoders that learn a word."""
+        components = pipeline_components(self.base.pipeline)
+        learning = self.config.learned_word is not None
+        return [name for name in components if name in self.targets or (learning and name != "unet")]
 
     @property
-    def trained_components(self) -> list[str]:
-        """The networks that take part in the backward pass: those with targets, and the reader of a learned word."""
-        words = [] if self.config.learned_word is None else ["text_encoder"]
-        return list(dict.fromkeys([*self.targets, *words]))
+    def adapter_path(self) -> Path:
+        return Path(self.config.output_dir) / f"{self.adapter_name}.safetensors"
 
     def training_size(self, photo: Photo) -> Size:
         """Width and height in pixels at which `photo` is trained on."""
@@ -167,10 +168,8 @@ def prepare(config: TrainConfig) -> Run:
             f"autoencoder shrinks pictures: use {max(1, round(config.resolution / factor)) * factor}."
         )
     if config.learned_word is not None:
-        if getattr(base.pipeline, "text_encoder_2", None) is not None:
-            raise SVFitError("--learned_word works with one text encoder, and this base has two: leave it out.")
         captions = dict.fromkeys(photo.caption or str(config.instance_prompt) for photo in photos)
-        check_word(base.pipeline.tokenizer, config.learned_word, list(captions))
+        check_word(base.pipeline, config.learned_word, list(captions))
     if config.with_prior_preservation:
         check_class_pictures(Path(str(config.class_data_dir)), str(config.class_prompt), base)
     config.guidance_scale = base.guidance_scale if config.guidance_scale is None else config.guidance_scale
@@ -214,9 +213,7 @@ def encode_examples(run: Run, device: torch.device) -> Examples:
     config = run.config
     prior = None
     if config.with_prior_preservation:
-        with PartialState().main_process_first():  # the others find them painted
-            pictures = make_class_pictures(run, device)
-        prior = _encode(run, pictures, str(config.class_prompt), device, of_class=True)
+        prior = _encode(run, make_class_pictures(run, device), str(config.class_prompt), device, of_class=True)
     examples = _encode(run, run.photos, str(config.instance_prompt), device)
     examples.prior = prior
     return examples
@@ -251,7 +248,8 @@ def _encode(run: Run, photos: list[Photo], prompt: str, device: torch.device, of
         if crops.mask is None:
             weights.append(None)
         else:
-            mask = adaptive_avg_pool2d(crops.mask, means[-1].shape[-2:])  # (variants, 1, h, w)
+            height, width = means[-1].shape[-2:]
+            mask = adaptive_avg_pool2d(crops.mask, (height, width))  # (variants, 1, h, w)
             weights.append(config.unmasked_weight + (1 - config.unmasked_weight) * mask)
     captions = [photo.caption or prompt for photo in photos]
     different = list(dict.fromkeys(captions))
@@ -269,7 +267,7 @@ def _encode(run: Run, photos: list[Photo], prompt: str, device: torch.device, of
     )
 
 
-def _text_projections(base: BaseModel, component: str, module: nn.Module) -> Projections:
+def _text_projections(base: BaseModel, component: str, module: Any) -> Projections:
     """The layers of a text encoder to adapt.  SDXL reads its first encoder before the last layer, which stays out."""
     found = find_projections(module)
     if base.is_sdxl and component == "text_encoder":

@@ -1,6 +1,7 @@
 """A learned word: embeddings that change where a prompt holds it, and nowhere else; in the file and on pipelines."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from svfit_dreambooth.learned_word import (
     check_word,
     find_word,
     learn_word,
-    remove_words,
+    remove_word_embedding,
     word_ends,
     word_pieces,
 )
@@ -68,7 +69,7 @@ def test_only_prompts_with_the_word_change_and_removal_is_exact(encoder, word):
         assert torch.allclose(embedded[3, 1 + len(pieces) + k], plain[3, 1 + len(pieces) + k] + delta[k])
     changed = (encoder(prompts)[0] != expected).flatten(1).any(1)
     assert changed.tolist() == [True, False, False, True]
-    remove_words(encoder)
+    remove_word_embedding(encoder)
     assert type(encoder.get_input_embeddings()) is nn.Embedding and encoder.get_input_embeddings().weight is weight
     assert torch.equal(encoder(prompts)[0], expected)
 
@@ -80,7 +81,7 @@ def test_the_other_kind_of_text_encoder():
     expected = encoder(ids("sks"))[0]
     learn_word(encoder, TOKENIZER, "sks").data += 1
     assert not torch.allclose(encoder(ids("sks"))[0], expected)
-    remove_words(encoder)
+    remove_word_embedding(encoder)
     assert torch.equal(encoder(ids("sks"))[0], expected)
 
 
@@ -109,9 +110,10 @@ def test_what_is_no_word_is_refused(word):
 
 
 def test_the_word_must_be_in_every_caption():
-    check_word(TOKENIZER, "zwx", ["a photo of zwx dog", "zwx"])
+    pipeline = SimpleNamespace(text_encoder=nn.Identity(), tokenizer=TOKENIZER)
+    check_word(pipeline, "zwx", ["a photo of zwx dog", "zwx"])
     with pytest.raises(SVFitError, match="'zwx' does not occur in the prompt 'a photo of zwxy dog'"):
-        check_word(TOKENIZER, "zwx", ["a photo of zwx dog", "a photo of zwxy dog"])
+        check_word(pipeline, "zwx", ["a photo of zwx dog", "a photo of zwxy dog"])
 
 
 # ---------------------------------------------------------------- the file
