@@ -147,6 +147,7 @@ def _singular_values(options: argparse.Namespace, adapter: Any, layer: str) -> A
     from svfit_dreambooth.attention import matrix_layers
     from svfit_dreambooth.base_model import pipeline_components
     from svfit_dreambooth.basis import canonical_weight, same_base
+    from svfit_dreambooth.learned_word import word_rows
     from svfit_dreambooth.svfit import as_matrix, decompose
 
     base = open_base(options, adapter.base_model, options.adapter)
@@ -156,6 +157,7 @@ def _singular_values(options: argparse.Namespace, adapter: Any, layer: str) -> A
         for name, found in matrix_layers(model).items()
     }
     own = {name: weights[name] for name in adapter.shifts if name in weights}
-    if len(own) < len(adapter.shifts) or same_base(adapter.base_fingerprint, own) == "different":
+    rows = word_rows(base.pipeline, *(word.word for word in adapter.learned_words))
+    if len(own) < len(adapter.shifts) or same_base(adapter.base_fingerprint, own | rows) == "different":
         raise SVFitError(f"the adapter was trained on {adapter.base_model}, and {base.name} is another base.")
     return decompose(canonical_weight(weights[layer]))[1]
