@@ -182,17 +182,18 @@ class Painting:
 
     def _taken_up(self, visitor: Visitor, settings: dict[str, Any]) -> tuple[Any, ...]:
         """The form for `settings`; then the adapters' strengths, which the sliders take when they appear."""
-        offered = {label.removesuffix(" (uploaded)"): value for label, value in self.app.adapter_choices(visitor)[::-1]}
+        choices = self.app.adapter_choices(visitor)
+        offered = {label.removesuffix(" (uploaded)"): value for label, value in choices[::-1]}
         found = {offered[name]: strength for name, strength in settings["adapters"].items() if name in offered}
         if missing := sorted(set(settings["adapters"]) - set(offered)):
             gr.Warning(html.escape(f"not in the library any more: {', '.join(missing)}. The rest was filled in."))
         base = settings["base_model"]
-        known = base in self.app.studio.bases.names()
+        bases = [AS_TRAINED, *self.app.studio.bases.names()]
         return (
             settings["prompt"],
             settings["negative_prompt"],
-            gr.Dropdown(value=base if known and not found else AS_TRAINED),
-            gr.Dropdown(value=list(found)),
+            gr.Dropdown(bases, value=base if base in bases and not found else AS_TRAINED),
+            gr.Dropdown(choices, value=list(found)),
             settings["num_inference_steps"],
             f"{settings['guidance_scale']:g}",
             settings["seed"],

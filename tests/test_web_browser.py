@@ -52,7 +52,7 @@ class Server:
         raise AssertionError((self.folder / "server.log").read_text())
 
     def stop(self):
-        self.process.send_signal(signal.SIGINT)
+        self.process.terminate()
         try:
             self.process.wait(20)
         except subprocess.TimeoutExpired:
