@@ -84,6 +84,7 @@ pre.log { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .78rem; max
   #title p { display: none; }
   .pictures .grid-container { grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)) !important; }
   .cards { grid-template-columns: 1fr; }
+  .curve text { font-size: 16px; }
 }
 """
 
