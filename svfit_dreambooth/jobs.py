@@ -246,10 +246,13 @@ class Jobs:
         name = job.library_name
         if adapter.is_file():
             shown = picture if picture.is_file() else None
-            if name is not None and name in library.names(folder):
-                library.replace(folder, name, adapter, shown)
-            else:
-                name = library.add(folder, adapter, shown)
+            try:
+                if name is not None and name in library.names(folder):
+                    library.replace(folder, name, adapter, shown)
+                else:
+                    name = library.add(folder, adapter, shown)
+            except SVFitError as error:  # the others in line must not wait for this one
+                print(f"warning: {job.name} is not in the library: {error}", file=sys.stderr)
         with self._changing(job.id) as changed:
             changed.filed, changed.library_name = changed.started, name
 
