@@ -32,6 +32,7 @@ from svfit_dreambooth.files import write_atomically
 from svfit_dreambooth.hub import check_login
 from svfit_dreambooth.learned_word import learn_words, learned_words, remove_words, word_rows
 from svfit_dreambooth.loop import Loop, Step, stop_signals
+from svfit_dreambooth.metadata import base_metadata
 from svfit_dreambooth.outcome import TrainResult, end_event, finish, publish, save_result, training_record
 from svfit_dreambooth.patching import initial_adapter, patch_run
 from svfit_dreambooth.preparation import Run, encode_examples, prepare
@@ -143,6 +144,7 @@ def _train(run: Run, accelerator: Accelerator, on_step: Callable[[Step], bool | 
         training=training_record(run, loop.step, kept, loss_before, loss_after),
         title=run.adapter_name,
         architecture=run.base.architecture,
+        metadata=base_metadata(run.base),
         learned_words=learned_words(pipeline, config.learned_word, words),
     )
     if accelerator.is_main_process:
