@@ -18,15 +18,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from svfit_dreambooth.adapter import Adapter, read_adapter
-from svfit_dreambooth.attention import matrix_layers, svfit_layers
+from svfit_dreambooth.attention import svfit_layers
 from svfit_dreambooth.base_model import BaseModel, pipeline_components
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.lora_file import lora_changes, pack_layer, peft_metadata
 from svfit_dreambooth.lora_names import Layout
 from svfit_dreambooth.lora_plan import LoraPlan, plan_lora, size_text
 from svfit_dreambooth.metadata import hashes, lora_metadata
-from svfit_dreambooth.pipeline import load_adapter, loaded_adapters, unload_adapter
-from svfit_dreambooth.svfit import SVFitLayer, as_matrix
+from svfit_dreambooth.pipeline import adapted_weights, load_adapter, loaded_adapters, unload_adapter
+from svfit_dreambooth.svfit import SVFitLayer
 
 FILE_NAME = {"diffusers": "pytorch_lora_weights.safetensors"}  # the name that its loader looks for in a folder
 ROUNDING = {torch.float16: 2e-3, torch.float32: 1e-5}  # relative error of a layer's change that the type accounts for
@@ -60,6 +60,7 @@ def export_lora(
     rank: int | None = None,
     error: float | None = None,
     dtype: torch.dtype = torch.float16,
+    without_words: bool = False,
     allow_other_base: bool = False,
     basis_cache_dir: str | Path | None = None,
     on_plan: Callable[[LoraPlan], None] | None = None,
@@ -67,7 +68,8 @@ def export_lora(
     """Writes the adapter at `adapter_path` as a LoRA for the layers of `base`, whose pipeline carries no adapter.
 
     `output`: a .safetensors file, replaced if there is one, or a folder for it.  `scale`: strength, built in.
-    `rank`, `error`, `dtype`: see `plan_lora`.  `on_plan` is told what the file will hold and weigh before the work
+    `rank`, `error`, `dtype`: see `plan_lora`.  `without_words`: leave out learned words,
+    for which LoRA files have no place; otherwise an adapter with one is refused.  `on_plan` is told what the file will hold and weigh before the work
     starts.  The pipeline is afterwards as before.
     Raises SVFitError for an adapter of another base (unless `allow_other_base`), values that do not fit, a place that
     cannot be written, and a file that does not read back as the adapter; then nothing is left behind.
@@ -77,6 +79,12 @@ def export_lora(
     pipeline = base.pipeline
     if loaded_adapters(pipeline):
         raise SVFitError("the pipeline carries adapters already: unload them before exporting.")
+    if adapter.learned_words and not without_words:
+        words = ", ".join(word.word for word in adapter.learned_words)
+        raise SVFitError(
+            f"{adapter_path} has learned the word {words}, for which a LoRA has no place: export a merged model, or "
+            "add --without_words and lose that part of the likeness."
+        )
     path = _output_file(Path(output), Path(adapter_path), layout)
     shifts = {name: scale * shift for name, shift in adapter.shifts.items()}
     shapes = layer_shapes(base, adapter)
@@ -97,19 +105,8 @@ def layer_shapes(base: BaseModel, adapter: Adapter) -> dict[str, tuple[int, int]
 
     A convolution counts as the matrix (out, in * h * w).
     """
-    components = pipeline_components(base.pipeline)
-    shapes = {}
-    for component in adapter.components:
-        found = matrix_layers(components[component]) if component in components else {}
-        for path, shift in adapter.component_shifts(component).items():
-            weight = as_matrix(found[path][2].weight) if path in found else None
-            if weight is None or len(shift) > min(weight.shape):
-                raise SVFitError(
-                    f"the adapter was trained on {adapter.base_model}, which is built otherwise than {base.name} "
-                    f"({component}.{path}): give the base that it was trained on."
-                )
-            shapes[f"{component}.{path}"] = (weight.shape[0], weight.shape[1])
-    return shapes
+    weights = adapted_weights(base.pipeline, adapter, adapter.title)
+    return {name: (weights[name].shape[0], weights[name].shape[1]) for name in adapter.shifts}
 
 
 def sdxl_layers_per_block(base: BaseModel) -> int | None:

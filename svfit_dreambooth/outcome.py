@@ -115,9 +115,16 @@ def finish(result: TrainResult) -> None:
         )
         path = run.adapter_path.with_name(f"{run.adapter_name}-{config.also}.safetensors")
         export = export_lora(
-            run.adapter_path, base, path, config.also, rank=ALSO_RANK, basis_cache_dir=config.basis_cache_dir
+            run.adapter_path,
+            base,
+            path,
+            config.also,
+            rank=ALSO_RANK,
+            without_words=True,
+            basis_cache_dir=config.basis_cache_dir,
         )
-        result.extras.append(f"LoRA: {export.summary()}")
+        without = f", without the word {config.learned_word}" if config.learned_word else ""
+        result.extras.append(f"LoRA{without}: {export.summary()}; {export.plan.lines()[1]}")
 
 
 def publish(result: TrainResult) -> None:
