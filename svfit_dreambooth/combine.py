@@ -53,8 +53,6 @@ def combine_adapters(
     """
     factors = combined_weights([strength for _, strength in adapters], method, position)
     first = adapters[0][0]
-    for adapter, _ in adapters:
-        adapter.refuse_words("a sum of adapters would lose: load them together instead, --adapter may be repeated")
     recorded = _shared_fingerprint([adapter for adapter, _ in adapters])
     if recorded is None and open_base is None:
         raise SVFitError(

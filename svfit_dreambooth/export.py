@@ -75,7 +75,6 @@ def export_lora(
     cannot be written, and a file that does not read back as the adapter; then nothing is left behind.
     """
     adapter = read_adapter(adapter_path)
-    adapter.refuse_words("a LoRA cannot hold: for other programs, train without --learned_word")
     pipeline = base.pipeline
     if loaded_adapters(pipeline):
         raise SVFitError("the pipeline carries adapters already: unload them before exporting.")

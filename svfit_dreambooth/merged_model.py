@@ -71,7 +71,6 @@ def export_merged(
     if dtype not in TYPE_NAME:
         raise SVFitError(f"a merged model is saved as torch.float16 or torch.float32, not as {dtype}.")
     output, adapter, pipeline = Path(output), read_adapter(adapter_path), base.pipeline
-    adapter.refuse_words("cannot be merged into weights: train without --learned_word for that")
     if loaded_adapters(pipeline):
         raise SVFitError("the pipeline carries adapters already: unload them before exporting.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

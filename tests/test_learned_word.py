@@ -15,11 +15,8 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from svfit_dreambooth import TrainConfig, load_adapter, read_adapter, save_adapter, set_adapters, train, unload_adapter
 from svfit_dreambooth.adapter import Adapter, describe_adapter
 from svfit_dreambooth.adapter_words import LearnedWord, word_key
-from svfit_dreambooth.base_model import BaseModel
 from svfit_dreambooth.basis import fingerprint
-from svfit_dreambooth.combine import combine_adapters
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.export import export_lora
 from svfit_dreambooth.learned_word import (
     WordEmbedding,
     base_rows,
@@ -30,7 +27,6 @@ from svfit_dreambooth.learned_word import (
     word_ends,
     word_pieces,
 )
-from svfit_dreambooth.merged_model import export_merged
 from toybox.tokenizer import build_tokenizer
 
 WORDS = ["a", "photo", "of", "dog", "sks"]
@@ -183,17 +179,6 @@ def test_saving_refuses_words_that_are_not_finite(tmp_path):
     adapter.learned_words[0].deltas["text_encoder"][0, 0] = 1e6
     with pytest.raises(SVFitError, match="embeddings of 'sks' hold NaN or infinity"):
         save_adapter(adapter, tmp_path / "a.safetensors")
-
-
-def test_what_would_lose_a_word_is_refused(tmp_path):
-    pipeline = tiny_pipeline()
-    adapter = with_word(pipeline)
-    with pytest.raises(SVFitError, match="adapter0 learned the word 'sks', which a sum of adapters would lose"):
-        combine_adapters([(make_adapter(pipeline), 1.0), (adapter, 1.0)])
-    path = save_adapter(adapter, tmp_path / "a.safetensors")
-    for export in (export_lora, export_merged):
-        with pytest.raises(SVFitError, match="learned the word 'sks', which .* train without --learned_word"):
-            export(path, BaseModel("tiny", pipeline), tmp_path / "out")
 
 
 # ---------------------------------------------------------------- on a pipeline
