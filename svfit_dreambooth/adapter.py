@@ -72,6 +72,15 @@ class Adapter:
         learned = {component for word in self.learned_words for component in word.deltas}
         return sorted({name.partition(".")[0] for name in self.shifts} | learned)
 
+    def word_deltas(self) -> dict[str, torch.Tensor]:
+        """The tensors of the learned words, by their names in the file -> (tokens, dim)."""
+        return {word_key(c, i): delta for i, word in enumerate(self.learned_words) for c, delta in word.deltas.items()}
+
+    def refuse_words(self, reason: str) -> None:
+        """Raises SVFitError if a word was learned; `reason` says why it would be lost, and what to do instead."""
+        for word in self.learned_words:
+            raise SVFitError(f"{self.title or 'the adapter'} learned the word {word.word!r}, which {reason}.")
+
     def component_shifts(self, component: str) -> dict[str, torch.Tensor]:
         """The shifts of one model part: module path, without the component -> (rank,)."""
         return {n.partition(".")[2]: shift for n, shift in self.shifts.items() if n.startswith(component + ".")}

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from svfit_dreambooth.attention import apply_svfit, remove_svfit
+from svfit_dreambooth.base_model import pipeline_components
 from svfit_dreambooth.basis import model_basis
 from svfit_dreambooth.denoising import Denoiser
 from svfit_dreambooth.encoding import Examples
@@ -79,9 +80,10 @@ def score_values(run: Run, examples: Examples, device: torch.device, dtype: torc
         own = apply_svfit(module, target_modules=names, basis={name: bases[f"{component}.{name}"] for name in names})
         shifts |= {f"{component}.{name}": shift for name, shift in own.items()}
         module.to(device, dtype).train()
-    if "text_encoder" not in run.targets:
-        pipeline.text_encoder.to(device)
-    denoiser = Denoiser(run, examples, pipeline.unet, pipeline.text_encoder, device, dtype)
+    networks = pipeline_components(pipeline)
+    for component in set(networks) - set(run.targets):
+        networks[component].to(device)
+    denoiser = Denoiser(run, examples, device=device, dtype=dtype, **networks)
     scale = FLOAT16_LOSS_SCALE if dtype == torch.float16 else 1.0
     try:
         for number in tqdm(range(SCORING_BATCHES), desc="sharing out the budget", unit="batch", leave=False):
@@ -94,7 +96,8 @@ def score_values(run: Run, examples: Examples, device: torch.device, dtype: torc
     scores = {}
     for name, shift in shifts.items():
         rate = config.learning_rate if name.startswith("unet.") else config.text_encoder_lr
-        scores[name] = (rate * shift.grad.abs()).float().cpu()  # type: ignore[union-attr]
+        gradient = torch.zeros_like(shift) if shift.grad is None else shift.grad  # None: SDXL skips a last layer
+        scores[name] = (rate * gradient.abs()).float().cpu()
         if not torch.isfinite(scores[name]).all():
             raise SVFitError(f"the gradients of {name} are not finite: use --mixed_precision bf16 or no.")
     return scores

@@ -4,12 +4,13 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from torch import Tensor
-
 from svfit_dreambooth.adapter import Adapter
+from svfit_dreambooth.adapter_words import LearnedWord, word_key
 from svfit_dreambooth.attention import add_shifts
+from svfit_dreambooth.base_model import BaseModel
 from svfit_dreambooth.basis import BF16_TOLERANCE, fingerprint, same_base
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.pipeline import adapted_weights
 
 Method = Literal["add", "average", "interpolate"]
 
@@ -40,25 +41,26 @@ def combine_adapters(
     method: Method = "add",
     position: float | None = None,
     *,
-    base_weights: Callable[[], Mapping[str, Tensor]] | None = None,
+    open_base: Callable[[], BaseModel] | None = None,
 ) -> Adapter:
     """One adapter that acts as the given ones, (adapter, strength) each, together; see `combined_weights`.
 
     Layers and values that only some have count as zero in the others.  The header of the result says what it was
-    made of, under `combined_from`.  Adapters that change different layers of one component can only be told to be of
-    one base by its weights: `base_weights` is then called for them, "<component>.<module path>" -> (out, in).
-    Raises SVFitError for adapters of different bases, and where `base_weights` is needed and None.
+    made of, under `combined_from`.  Adapters that change different layers of one component, or learned different words,
+    can only be told to be of one base by its weights: `open_base` is then called.
+    Raises SVFitError for adapters of different bases, where `open_base` is needed and None, and for a sum of adapters
+    that learned the same word, which can mean only one of their subjects.
     """
     factors = combined_weights([strength for _, strength in adapters], method, position)
     first = adapters[0][0]
+    for adapter, _ in adapters:
+        adapter.refuse_words("a sum of adapters would lose: load them together instead, --adapter may be repeated")
     recorded = _shared_fingerprint([adapter for adapter, _ in adapters])
-    if recorded is None:
-        if base_weights is None:
-            raise SVFitError(
-                f"{_title(first)} and the others adapt different layers, so only the weights of the base can tell "
-                "whether it is theirs: name it with --pretrained_model_name_or_path."
-            )
-        recorded = _fingerprint_of_all([adapter for adapter, _ in adapters], base_weights())
+    if recorded is None and open_base is None:
+        raise SVFitError(
+            f"{_title(first)} and the others adapt different layers or words, so only the weights of the base can tell "
+            "whether it is theirs: name it with --pretrained_model_name_or_path."
+        )
     shifts = add_shifts([(adapter.shifts, factor) for (adapter, _), factor in zip(adapters, factors, strict=True)])
     parts = [_part(adapter, factor) for (adapter, _), factor in zip(adapters, factors, strict=True)]
     prompts = _unique(adapter.instance_prompt for adapter, _ in adapters)
@@ -70,15 +72,36 @@ def combine_adapters(
     licences = _unique(adapter.metadata.get("modelspec.license") for adapter, _ in adapters)
     if licences:
         metadata["modelspec.license"] = "; ".join(licences)
-    return Adapter(
+    result = Adapter(
         shifts=shifts,
+        learned_words=_combined_words([adapter for adapter, _ in adapters], factors, method),
         base_model=first.base_model,
-        base_fingerprint=recorded,
+        base_fingerprint=recorded or {},
         instance_prompt="; ".join(prompts) or None,
         class_prompt="; ".join(classes) or None,
         architecture=first.architecture,
         metadata=metadata,
     )
+    if recorded is None and open_base is not None:
+        result.base_fingerprint = _fingerprint_of([adapter for adapter, _ in adapters], result, open_base())
+    return result
+
+
+def _combined_words(adapters: Sequence[Adapter], factors: Sequence[float], method: Method) -> list[LearnedWord]:
+    words: dict[str, LearnedWord] = {}
+    for adapter, factor in zip(adapters, factors, strict=True):
+        for word in adapter.learned_words:
+            deltas = {component: factor * delta for component, delta in word.deltas.items()}
+            if word.word in words:
+                known = words[word.word]
+                if method == "add" or known.tokens != word.tokens:
+                    raise SVFitError(
+                        f"{_title(adapter)} and another have both learned the word {word.word!r}, which can mean only "
+                        "one of them: average or interpolate versions of one subject, or train with another word."
+                    )
+                deltas = {component: known.deltas[component] + delta for component, delta in deltas.items()}
+            words[word.word] = LearnedWord(word.word, word.tokens, deltas)
+    return list(words.values())
 
 
 def _part(adapter: Adapter, factor: float) -> dict[str, Any]:
@@ -121,14 +144,14 @@ def _shared_fingerprint(adapters: Sequence[Adapter]) -> dict[str, Any] | None:
                 shared[component], owner[component] = mine, adapter
                 continue
             other = owner[component]
-            if set(other.component_shifts(component)) != set(adapter.component_shifts(component)):
+            if _changed(other, component) != _changed(adapter, component):
                 return None
             if shared[component]["sha256"] != mine["sha256"] and not _close(shared[component], mine):
                 raise SVFitError(
                     f"{_title(adapter)} was trained on another base ({adapter.base_model}) than {_title(other)} "
                     f"({other.base_model}): their directions differ, so they cannot be combined."
                 )
-    components = {name.partition(".")[0] for adapter in adapters for name in adapter.shifts}
+    components = {component for adapter in adapters for component in adapter.components}
     names = {adapter.base_model for adapter in adapters}
     if len(names) > 1 and len(components) == sum(len(adapter.components) for adapter in adapters):
         return None  # no component in common to compare, and names that differ: let the weights decide
@@ -143,11 +166,17 @@ def _close(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     )
 
 
-def _fingerprint_of_all(adapters: Sequence[Adapter], weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    names = {name for adapter in adapters for name in adapter.shifts}
+def _changed(adapter: Adapter, component: str) -> set[str]:
+    """What of `component` the adapter's fingerprint is taken over."""
+    words = {
+        word_key(component, i) + word.word for i, word in enumerate(adapter.learned_words) if component in word.deltas
+    }
+    return set(adapter.component_shifts(component)) | words
+
+
+def _fingerprint_of(adapters: Sequence[Adapter], result: Adapter, base: BaseModel) -> dict[str, Any]:
+    """Of `base`, over what `result` changes; raises SVFitError unless it is the base of all `adapters`."""
     for adapter in adapters:
-        missing = sorted(set(adapter.shifts) - set(weights))
-        own = {name: weights[name] for name in adapter.shifts if name in weights}
-        if missing or same_base(adapter.base_fingerprint, own) == "different":
+        if same_base(adapter.base_fingerprint, adapted_weights(base.pipeline, adapter, _title(adapter))) == "different":
             raise SVFitError(f"{_title(adapter)} was trained on another base model, {adapter.base_model}.")
-    return fingerprint({name: weights[name] for name in names})
+    return fingerprint(adapted_weights(base.pipeline, result, "the result"))

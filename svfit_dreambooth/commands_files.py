@@ -18,6 +18,7 @@ def add_file_commands(commands: Any, add_base: Callable[[argparse.ArgumentParser
     export.add_argument("--rank", type=int, help="keep so many directions a layer, the strongest; default: all")
     export.add_argument("--error", type=float, help="keep as few as leave no layer off by more, such as 0.01")
     export.add_argument("--dtype", choices=["float16", "float32"], default="float16")
+    export.add_argument("--without_words", action="store_true", help="leave out a learned word, if it has no place")
     export.add_argument("--allow_other_base", action="store_true", help="use the adapter on a relative of its base")
     add_base(export)
     export.set_defaults(run=_export)
@@ -25,7 +26,7 @@ def add_file_commands(commands: Any, add_base: Callable[[argparse.ArgumentParser
     importing = commands.add_parser("import", help="turn an SVDiff file (spectral_shifts.safetensors) into an adapter")
     importing.add_argument("file", type=Path, help="the file, or the folder with it")
     importing.add_argument("--output", type=Path, required=True, help="adapter file to write")
-    importing.add_argument("--partial", action="store_true", help="leave what does not fit, such as convolutions")
+    importing.add_argument("--partial", action="store_true", help="leave what does not fit, such as norms")
     importing.add_argument("--instance_prompt", help='to remember, such as "a photo of sks dog"')
     add_base(importing)
     importing.set_defaults(run=_import)
@@ -80,6 +81,7 @@ def _export(options: argparse.Namespace) -> None:
     common = {
         "scale": scale,
         "dtype": dtype,
+        "without_words": options.without_words,
         "allow_other_base": options.allow_other_base,
         "basis_cache_dir": options.basis_cache_dir,
     }
@@ -118,8 +120,6 @@ def _combine(options: argparse.Namespace) -> None:
     import torch
 
     from svfit_dreambooth.adapter import read_adapter, save_adapter
-    from svfit_dreambooth.attention import linear_layers
-    from svfit_dreambooth.base_model import pipeline_components
     from svfit_dreambooth.combine import combine_adapters
     from svfit_dreambooth.generation import split_strength
 
@@ -128,16 +128,13 @@ def _combine(options: argparse.Namespace) -> None:
     for (adapter, _), (path, _) in zip(adapters, named, strict=True):
         adapter.title = adapter.title or Path(path).stem
 
-    def base_weights() -> dict[str, torch.Tensor]:
-        base = open_base(options, adapters[0][0].base_model, Path(named[0][0]))
-        return {
-            f"{component}.{name}": layer.weight
-            for component, model in pipeline_components(base.pipeline).items()
-            for name, (_, _, layer) in linear_layers(model).items()
-        }
-
     method = "average" if options.average else "interpolate" if options.interpolate is not None else "add"
-    result = combine_adapters(adapters, method, options.interpolate, base_weights=base_weights)  # type: ignore[arg-type]
+    result = combine_adapters(
+        adapters,
+        method,  # type: ignore[arg-type]
+        options.interpolate,
+        open_base=lambda: open_base(options, adapters[0][0].base_model, Path(named[0][0])),
+    )
     saved = save_adapter(result, options.output, getattr(torch, options.dtype))
     for part in json.loads(result.metadata["combined_from"]):
         print(f"{part['factor']:+.3g} x {part['title']}")

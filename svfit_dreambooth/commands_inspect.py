@@ -144,18 +144,12 @@ def _plot(options: argparse.Namespace, adapter: Any) -> Any:
 
 def _singular_values(options: argparse.Namespace, adapter: Any, layer: str) -> Any:
     """S of `layer` of the adapter's base; raises SVFitError where that is not at hand."""
-    from svfit_dreambooth.attention import linear_layers
-    from svfit_dreambooth.base_model import pipeline_components
     from svfit_dreambooth.basis import canonical_weight, same_base
+    from svfit_dreambooth.pipeline import adapted_weights
     from svfit_dreambooth.svfit import decompose
 
     base = open_base(options, adapter.base_model, options.adapter)
-    weights = {
-        f"{component}.{name}": found[2].weight.detach()
-        for component, model in pipeline_components(base.pipeline).items()
-        for name, found in linear_layers(model).items()
-    }
-    own = {name: weights[name] for name in adapter.shifts if name in weights}
-    if len(own) < len(adapter.shifts) or same_base(adapter.base_fingerprint, own) == "different":
+    weights = adapted_weights(base.pipeline, adapter, adapter.title)
+    if same_base(adapter.base_fingerprint, weights) == "different":
         raise SVFitError(f"the adapter was trained on {adapter.base_model}, and {base.name} is another base.")
     return decompose(canonical_weight(weights[layer]))[1]

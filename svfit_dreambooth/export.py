@@ -18,14 +18,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from svfit_dreambooth.adapter import Adapter, read_adapter
-from svfit_dreambooth.attention import linear_layers, svfit_layers
+from svfit_dreambooth.attention import svfit_layers
 from svfit_dreambooth.base_model import BaseModel, pipeline_components
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.lora_file import lora_changes, pack_layer, peft_metadata
 from svfit_dreambooth.lora_names import Layout
 from svfit_dreambooth.lora_plan import LoraPlan, plan_lora, size_text
 from svfit_dreambooth.metadata import hashes, lora_metadata
-from svfit_dreambooth.pipeline import load_adapter, loaded_adapters, unload_adapter
+from svfit_dreambooth.pipeline import adapted_weights, load_adapter, loaded_adapters, unload_adapter
+from svfit_dreambooth.svfit import SVFitLayer
 
 FILE_NAME = {"diffusers": "pytorch_lora_weights.safetensors"}  # the name that its loader looks for in a folder
 ROUNDING = {torch.float16: 2e-3, torch.float32: 1e-5}  # relative error of a layer's change that the type accounts for
@@ -59,6 +60,7 @@ def export_lora(
     rank: int | None = None,
     error: float | None = None,
     dtype: torch.dtype = torch.float16,
+    without_words: bool = False,
     allow_other_base: bool = False,
     basis_cache_dir: str | Path | None = None,
     on_plan: Callable[[LoraPlan], None] | None = None,
@@ -66,15 +68,23 @@ def export_lora(
     """Writes the adapter at `adapter_path` as a LoRA for the layers of `base`, whose pipeline carries no adapter.
 
     `output`: a .safetensors file, replaced if there is one, or a folder for it.  `scale`: strength, built in.
-    `rank`, `error`, `dtype`: see `plan_lora`.  `on_plan` is told what the file will hold and weigh before the work
+    `rank`, `error`, `dtype`: see `plan_lora`.  `without_words`: leave out learned words,
+    for which LoRA files have no place; otherwise an adapter with one is refused.  `on_plan` is told what the file will hold and weigh before the work
     starts.  The pipeline is afterwards as before.
     Raises SVFitError for an adapter of another base (unless `allow_other_base`), values that do not fit, a place that
     cannot be written, and a file that does not read back as the adapter; then nothing is left behind.
     """
     adapter = read_adapter(adapter_path)
+    adapter.refuse_words("a LoRA cannot hold: for other programs, train without --learned_word")
     pipeline = base.pipeline
     if loaded_adapters(pipeline):
         raise SVFitError("the pipeline carries adapters already: unload them before exporting.")
+    if adapter.learned_words and not without_words:
+        words = ", ".join(word.word for word in adapter.learned_words)
+        raise SVFitError(
+            f"{adapter_path} has learned the word {words}, for which a LoRA has no place: export a merged model, or "
+            "add --without_words and lose that part of the likeness."
+        )
     path = _output_file(Path(output), Path(adapter_path), layout)
     shifts = {name: scale * shift for name, shift in adapter.shifts.items()}
     shapes = layer_shapes(base, adapter)
@@ -91,20 +101,12 @@ def export_lora(
 
 
 def layer_shapes(base: BaseModel, adapter: Adapter) -> dict[str, tuple[int, int]]:
-    """Shape (out, in) of every weight of `base` that `adapter` changes, by the adapter's names."""
-    components = pipeline_components(base.pipeline)
-    shapes = {}
-    for component in adapter.components:
-        found = linear_layers(components[component]) if component in components else {}
-        for path, shift in adapter.component_shifts(component).items():
-            weight = found[path][2].weight if path in found else None
-            if weight is None or len(shift) > min(weight.shape):
-                raise SVFitError(
-                    f"the adapter was trained on {adapter.base_model}, which is built otherwise than {base.name} "
-                    f"({component}.{path}): give the base that it was trained on."
-                )
-            shapes[f"{component}.{path}"] = (weight.shape[0], weight.shape[1])
-    return shapes
+    """Shape (out, in) of every weight of `base` that `adapter` changes, by the adapter's names.
+
+    A convolution counts as the matrix (out, in * h * w).
+    """
+    weights = adapted_weights(base.pipeline, adapter, adapter.title)
+    return {name: (weights[name].shape[0], weights[name].shape[1]) for name in adapter.shifts}
 
 
 def sdxl_layers_per_block(base: BaseModel) -> int | None:
@@ -122,10 +124,10 @@ def _output_file(output: Path, adapter_path: Path, layout: Layout) -> Path:
     return output
 
 
-def _directions(base: BaseModel) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """Of the adapter that `base` carries: layer -> U (out, r), shift (r,), Vh (r, in)."""
+def _adapted_layers(base: BaseModel) -> dict[str, SVFitLayer]:
+    """Those of the adapter that `base` carries, by its names."""
     return {
-        f"{component}.{name}": (layer.U, layer.shift.detach(), layer.Vh)
+        f"{component}.{name}": layer
         for component, model in pipeline_components(base.pipeline).items()
         for name, layer in svfit_layers(model).items()
     }
@@ -133,13 +135,15 @@ def _directions(base: BaseModel) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
 
 def _write(path: Path, plan: LoraPlan, base: BaseModel, adapter: Adapter, scale: float) -> LoraExport:
     sdxl = sdxl_layers_per_block(base)
-    directions = _directions(base)
+    layers = _adapted_layers(base)
     alpha = float(max(plan.ranks.values()))
     tensors: dict[str, Tensor] = {}
     for name, kept in plan.kept.items():
-        U, shift, Vh = directions[name]
-        kept = kept.to(U.device)
-        tensors |= pack_layer(name, U[:, kept], shift[kept], Vh[kept], plan.layout, alpha, plan.dtype, sdxl)
+        layer = layers[name]
+        kept = kept.to(layer.U.device)
+        U, shift, Vh = layer.U[:, kept], layer.shift.detach()[kept], layer.Vh[kept]
+        kernel = tuple(layer.weight.shape[1:]) if layer.weight.ndim == 4 else ()
+        tensors |= pack_layer(name, U, shift, Vh, plan.layout, alpha, plan.dtype, sdxl, kernel)
     tensors = {key: tensor.cpu() for key, tensor in tensors.items()}
     metadata = lora_metadata(
         adapter,
@@ -158,7 +162,7 @@ def _write(path: Path, plan: LoraPlan, base: BaseModel, adapter: Adapter, scale:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, temporary, metadata=metadata)
         del tensors
-        total, worst = _compare(temporary, plan, directions, sdxl)
+        total, worst = _compare(temporary, plan, layers, sdxl)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise SVFitError(f"'{path}' can't be written ({error}): choose another place.") from error
@@ -176,16 +180,15 @@ def _payload_sha256(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _compare(
-    path: Path, plan: LoraPlan, directions: dict[str, tuple[Tensor, Tensor, Tensor]], sdxl: int | None
-) -> tuple[float, float]:
+def _compare(path: Path, plan: LoraPlan, layers: dict[str, SVFitLayer], sdxl: int | None) -> tuple[float, float]:
     """Relative error of the file's changes against the adapter's: of all layers together, and the worst layer's.
 
     Raises SVFitError where it is more than was left out and what rounding accounts for.
     """
     squares = total = worst = 0.0
     for name, change in lora_changes(path, plan.shapes, plan.layout, sdxl):
-        U, shift, Vh = (tensor.cpu().float() for tensor in directions[name])
+        layer = layers[name]
+        U, shift, Vh = (tensor.detach().cpu().float() for tensor in (layer.U, layer.shift, layer.Vh))
         exact = (U * shift) @ Vh  # (out, in)
         norm, off = exact.double().norm().item(), (change - exact).double().norm().item()
         allowed = plan.errors[name] + ROUNDING[plan.dtype]

@@ -83,8 +83,7 @@ class Jobs:
         waiting = [job for job in self.listed(visitor) if self.state(job) == "queued"]
         if len(waiting) >= MAX_QUEUED:
             raise SVFitError(f"{len(waiting)} runs are waiting already: let some finish first.")
-        now = time.time()
-        id = f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}-{secrets.token_hex(3)}"
+        now, id = time.time(), f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
         folder = self.folder / id
         options = {
             "instance_data_dir": str(folder / "photos"),
@@ -246,10 +245,13 @@ class Jobs:
         name = job.library_name
         if adapter.is_file():
             shown = picture if picture.is_file() else None
-            if name is not None and name in library.names(folder):
-                library.replace(folder, name, adapter, shown)
-            else:
-                name = library.add(folder, adapter, shown)
+            try:
+                if name is not None and name in library.names(folder):
+                    library.replace(folder, name, adapter, shown)
+                else:
+                    name = library.add(folder, adapter, shown)
+            except SVFitError as error:  # the others in line must not wait for this one
+                print(f"warning: {job.name} is not in the library: {error}", file=sys.stderr)
         with self._changing(job.id) as changed:
             changed.filed, changed.library_name = changed.started, name
 
@@ -296,4 +298,4 @@ def _tail(path: Path, size: int = 8000) -> str:
         file.seek(max(0, path.stat().st_size - size))
         text = file.read().decode("utf-8", errors="replace")
     # a progress bar writes over its own line: only the last state of each is kept
-    return "\n".join(line.rpartition("\r")[2] or line.rpartition("\r")[0] for line in text.split("\n"))
+    return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))

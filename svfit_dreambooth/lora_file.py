@@ -28,8 +28,11 @@ def pack_layer(
     alpha: float,
     dtype: torch.dtype,
     sdxl_layers_per_block: int | None = None,
+    kernel: tuple[int, ...] = (),
 ) -> dict[str, Tensor]:
     """The tensors of one layer whose change is U (out, rank) diag(shift (rank,)) Vh (rank, in).
+
+    `kernel`: (in, h, w) of a convolution, whose Vh is (rank, in * h * w); empty for a linear layer.
 
     The square root of |shift| goes to either side, so that float16 has digits for both.
     """
@@ -38,6 +41,8 @@ def pack_layer(
     root = (shift.double().abs() * fold).sqrt()  # (rank,)
     up = U.double() * (root * shift.double().sign())  # (out, rank)
     down = root[:, None] * Vh.double()  # (rank, in)
+    if kernel:
+        up, down = up[:, :, None, None], down.view(rank, *kernel)  # two convolutions, the second of single places
     stem = lora_name(name, layout, sdxl_layers_per_block)
     tensors = {f"{stem}.{DOWN[layout]}": down, f"{stem}.{UP[layout]}": up}
     tensors = {key: value.to(dtype).contiguous() for key, value in tensors.items()}
@@ -78,7 +83,7 @@ def lora_changes(
 ) -> Iterator[tuple[str, Tensor]]:
     """Layer by layer what the file at `path` adds to the weight, (out, in) float32, as loaders compute it.
 
-    `names`: the layers expected, with their shapes (out, in).  Raises SVFitError if the file holds others, or misses
+    `names`: the layers expected, with their shapes (out, in), where in is in * h * w for convolutions.  Raises SVFitError if the file holds others, or misses
     or misshapes one.
     """
     try:
@@ -90,8 +95,8 @@ def lora_changes(
             if keys != expected:
                 raise SVFitError(f"{path} holds other tensors than were exported: {min(keys ^ expected)}.")
             for name, stem in stems.items():
-                down = file.get_tensor(f"{stem}.{DOWN[layout]}").float()  # (rank, in)
-                up = file.get_tensor(f"{stem}.{UP[layout]}").float()  # (out, rank)
+                down = file.get_tensor(f"{stem}.{DOWN[layout]}").float().flatten(1)  # (rank, in)
+                up = file.get_tensor(f"{stem}.{UP[layout]}").float().flatten(1)  # (out, rank)
                 rank = down.shape[0]
                 if up.shape != (names[name][0], rank) or down.shape != (rank, names[name][1]):
                     raise SVFitError(f"{path} holds {stem} with the shapes {tuple(up.shape)} and {tuple(down.shape)}.")

@@ -2,7 +2,7 @@
 
 Two layouts.  "kohya" (sd-scripts; read by every generator): flat names with underscores,
 `lora_unet_<path>.lora_down.weight` (rank, in), `.lora_up.weight` (out, rank) and `.alpha`, the layer's change being
-alpha / rank * up @ down.  "diffusers": dotted names, `<component>.<path>.lora_A.weight` and `.lora_B.weight`,
+alpha / rank * up @ down; of a convolution (rank, in, h, w) and (out, rank, 1, 1).  "diffusers": dotted names, `<component>.<path>.lora_A.weight` and `.lora_B.weight`,
 change B @ A.  For SDXL, kohya files use the names of Stability's own UNet (`input_blocks_4_1_...`).
 """
 
@@ -17,10 +17,18 @@ DOWN = {"kohya": "lora_down.weight", "diffusers": "lora_A.weight"}
 UP = {"kohya": "lora_up.weight", "diffusers": "lora_B.weight"}
 
 STABILITY_NAMES = {  # diffusers' name of a UNet layer outside the blocks -> Stability's
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
+}
+STABILITY_RESIDUAL = {  # the same within a residual block
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
 }
 
 
@@ -54,6 +62,10 @@ def stability_path(path: str, layers_per_block: int) -> str:
     if path in STABILITY_NAMES:
         return STABILITY_NAMES[path]
     step = layers_per_block + 1
+    match = re.fullmatch(r"(down_blocks|up_blocks)\.(\d+)\.(?:downsamplers|upsamplers)\.0\.conv", path)
+    if match:
+        end = (int(match[2]) + 1) * step
+        return f"input_blocks.{end}.0.op" if match[1] == "down_blocks" else f"output_blocks.{end - 1}.2.conv"
     match = re.fullmatch(r"(down_blocks|up_blocks)\.(\d+)\.(attentions|resnets)\.(\d+)\.(.+)", path)
     if match:
         side, block, kind, layer, rest = match.groups()
@@ -66,4 +78,4 @@ def stability_path(path: str, layers_per_block: int) -> str:
             raise SVFitError(f"kohya files for SDXL have no name for {path!r}: export in the diffusers layout.")
         kind, layer, rest = match.groups()
         place = f"middle_block.{1 if kind == 'attentions' else 2 * int(layer)}"
-    return f"{place}.{rest.replace('time_emb_proj', 'emb_layers.1')}"
+    return f"{place}.{STABILITY_RESIDUAL.get(rest, rest)}"

@@ -12,10 +12,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from svfit_dreambooth.adapter import read_adapter
-from svfit_dreambooth.attention import linear_layers, svfit_layers
+from svfit_dreambooth.adapter import Adapter, read_adapter
+from svfit_dreambooth.attention import matrix_layers, svfit_layers
 from svfit_dreambooth.base_model import BaseModel, open_base_model, pipeline_components
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.learned_word import tokenizer_of, word_pieces
 from svfit_dreambooth.lora_plan import size_text
 from svfit_dreambooth.metadata import licence_note
 from svfit_dreambooth.pipeline import load_adapter, loaded_adapters, unload_adapter
@@ -54,6 +55,7 @@ def export_merged(
     *,
     scale: float = 1.0,
     dtype: torch.dtype = torch.float16,
+    without_words: bool = False,
     allow_other_base: bool = False,
     basis_cache_dir: str | Path | None = None,
 ) -> MergedExport:
@@ -61,12 +63,15 @@ def export_merged(
 
     `scale`: the adapter's strength.  `dtype`: torch.float16 or torch.float32 of all weights.  The files that `base`
     came from are left alone, but its pipeline in memory is merged and cast: open it anew for other work.
+    A learned word that is one token moves the token's embedding; one of several tokens, which other words share, has no
+    place in a model, and is refused unless `without_words` leaves all learned words out.
     Raises SVFitError for an adapter of another base (unless `allow_other_base`), a place that cannot be written or
     holds something, weights beyond float16, and a folder that does not read back right; then nothing is left behind.
     """
     if dtype not in TYPE_NAME:
         raise SVFitError(f"a merged model is saved as torch.float16 or torch.float32, not as {dtype}.")
     output, adapter, pipeline = Path(output), read_adapter(adapter_path), base.pipeline
+    adapter.refuse_words("cannot be merged into weights: train without --learned_word for that")
     if loaded_adapters(pipeline):
         raise SVFitError("the pipeline carries adapters already: unload them before exporting.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -76,6 +81,8 @@ def export_merged(
     )
     merged = _merged_weights(base)
     unload_adapter(pipeline, name)
+    if not without_words:
+        _put_words(base, adapter, scale)
     _put(base, merged)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):  # one by one: a pipeline would say that float16 does not run on a CPU
@@ -108,14 +115,29 @@ def export_merged(
 
 
 def _merged_weights(base: BaseModel) -> dict[str, Tensor]:
-    """W + U diag(shift) Vh of every adapted layer, at least float32: "<component>.<path>" -> (out, in)."""
+    """W + U diag(shift) Vh of every adapted layer, at least float32: as the weight is shaped."""
     merged = {}
     for component, model in pipeline_components(base.pipeline).items():
         for path, layer in svfit_layers(model).items():
             exact = torch.promote_types(layer.weight.dtype, torch.float32)
             delta = (layer.U.to(exact) * layer.shift.detach()) @ layer.Vh.to(exact)  # (out, in)
-            merged[f"{component}.{path}"] = (layer.weight.detach().to(exact) + delta).cpu()
+            merged[f"{component}.{path}"] = (layer.weight.detach().to(exact) + delta.view(layer.weight.shape)).cpu()
     return merged
+
+
+@torch.no_grad()
+def _put_words(base: BaseModel, adapter: Adapter, scale: float) -> None:
+    """Adds the deltas of the adapter's learned words to the rows of the token embeddings."""
+    for word in adapter.learned_words:
+        for component, delta in word.deltas.items():
+            pieces = word_pieces(tokenizer_of(base.pipeline, component), word.word)
+            if len(pieces) > 1:
+                raise SVFitError(
+                    f"the adapter has learned the word {word.word!r}, which is {len(pieces)} tokens that other words "
+                    "share, so it has no place in a model: add --without_words and lose that part of the likeness."
+                )
+            weight = pipeline_components(base.pipeline)[component].get_input_embeddings().weight  # type: ignore[operator]
+            weight[pieces[0]] += (scale * delta[0]).to(weight)
 
 
 @torch.no_grad()
@@ -129,7 +151,7 @@ def _weights(base: BaseModel) -> dict[str, Tensor]:
     return {
         f"{component}.{path}": layer.weight
         for component, model in pipeline_components(base.pipeline).items()
-        for path, (_, _, layer) in linear_layers(model).items()
+        for path, (_, _, layer) in matrix_layers(model).items()
     }
 
 

@@ -164,7 +164,9 @@ class OutputOptions:
     fixed_loss_examples: int = _option(
         8, "Noises and timesteps, fixed by the seed, on which the loss before and after is compared; 0: skip it."
     )
-    also: str | None = _option(None, "Write a LoRA of rank 32 beside the adapter: kohya or diffusers; None: none.")
+    also: str | None = _option(
+        None, "Write a LoRA, at most 10 % off, beside the adapter: kohya or diffusers; None: none."
+    )
     push_to_hub: bool = _option(False, "Upload the adapter with a model card at the end, to be seen by you alone.")
     hub_model_id: str | None = _option(None, "OWNER/NAME of the upload; None: the adapter's name, your account.")
     keep: Literal["best", "last"] = _option(

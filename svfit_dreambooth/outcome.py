@@ -14,12 +14,13 @@ from svfit_dreambooth.config import TrainConfig
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.export import export_lora
 from svfit_dreambooth.hub import push_adapter
+from svfit_dreambooth.metadata import annotate_adapter
 from svfit_dreambooth.preparation import Run
 from svfit_dreambooth.showcase import Showing, show_result
 
 logger = logging.getLogger(__name__)
 
-ALSO_RANK = 32  # of the LoRA that --also writes beside the adapter
+ALSO_ERROR = 0.1  # of the LoRA that --also writes: smaller ones lose much, the change is spread over all directions
 
 
 @dataclass
@@ -105,6 +106,9 @@ def finish(result: TrainResult) -> None:
     run.base.pipeline.to("cpu")  # makes room for the base that is opened from its files, as users open it
     if config.final_pictures:
         result.showing = show_result(run)
+        if "modelspec.thumbnail" not in read_adapter(run.adapter_path).metadata:
+            annotate_adapter(run.adapter_path, thumbnail=result.showing.first)
+            result.file_bytes = run.adapter_path.stat().st_size
     if config.also is not None:
         base = open_base_model(
             config.pretrained_model_name_or_path,
@@ -115,9 +119,16 @@ def finish(result: TrainResult) -> None:
         )
         path = run.adapter_path.with_name(f"{run.adapter_name}-{config.also}.safetensors")
         export = export_lora(
-            run.adapter_path, base, path, config.also, rank=ALSO_RANK, basis_cache_dir=config.basis_cache_dir
+            run.adapter_path,
+            base,
+            path,
+            config.also,
+            error=ALSO_ERROR,
+            without_words=True,
+            basis_cache_dir=config.basis_cache_dir,
         )
-        result.extras.append(f"LoRA: {export.summary()}")
+        without = f", without the word {config.learned_word}" if config.learned_word else ""
+        result.extras.append(f"LoRA{without}: {export.summary()}; {export.plan.lines()[1]}")
 
 
 def publish(result: TrainResult) -> None:

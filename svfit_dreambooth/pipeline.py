@@ -36,7 +36,7 @@ from svfit_dreambooth.learned_word import (
     base_rows,
     install_words,
     overlap,
-    remove_words,
+    remove_word_embedding,
     tokenizer_of,
     word_embedding,
     word_pieces,
@@ -80,17 +80,10 @@ def load_adapter(
     components = pipeline_components(pipeline)
     if name in loaded_adapters(pipeline):
         raise SVFitError(f"an adapter named {name!r} is loaded already: unload it first, or give another name.")
-    missing = set(adapter.components) - set(components)
-    if missing:
-        raise SVFitError(f"the adapter {name!r} changes {', '.join(sorted(missing))}, which this pipeline lacks.")
     shifts = {component: adapter.component_shifts(component) for component in adapter.components}
     with offloading_lifted(pipeline):
+        weights = adapted_weights(pipeline, adapter, name)
         words = _learned_words(pipeline, components, name, adapter)
-        weights = _base_weights(components, shifts, name, adapter)
-        for number, word in enumerate(adapter.learned_words):
-            for component in word.deltas:
-                pieces = word_pieces(tokenizer_of(pipeline, component), word.word)
-                weights[word_key(component, number)] = base_rows(components[component], pieces)
         _check_base(pipeline, adapter, name, weights, allow_other_base)
         for component, own in shifts.items():
             model = components[component]
@@ -129,7 +122,7 @@ def unload_adapter(pipeline: DiffusionPipeline, name: str | None = None) -> None
                 _refresh(model)
             else:
                 remove_svfit(model)
-                remove_words(model)
+                remove_word_embedding(model)
 
 
 def loaded_adapters(pipeline: DiffusionPipeline) -> dict[str, float]:
@@ -198,14 +191,19 @@ def _registry(model: nn.Module) -> dict[str, Loaded]:
     return model.svfit_adapters  # type: ignore[return-value]
 
 
-def _base_weights(
-    components: Mapping[str, nn.Module], shifts: Mapping[str, Mapping[str, Tensor]], name: str, adapter: Adapter
-) -> dict[str, Tensor]:
-    """The base's weights that the adapter changes: "<component>.<path>" -> (out, in)."""
-    weights = {}
-    for component, own in shifts.items():
+def adapted_weights(pipeline: DiffusionPipeline, adapter: Adapter, name: str) -> dict[str, Tensor]:
+    """The base's weights that `adapter`, called `name` in errors, changes, as its fingerprint is taken over them.
+
+    "<component>.<path>" -> (out, in), and the embeddings (tokens, dim) of its words.  Raises SVFitError for another
+    architecture than the adapter's.
+    """
+    components = pipeline_components(pipeline)
+    weights: dict[str, Tensor] = {}
+    if missing := set(adapter.components) - set(components):
+        raise SVFitError(f"the adapter {name!r} changes {', '.join(sorted(missing))}, which this pipeline lacks.")
+    for component in adapter.components:
         found = matrix_layers(components[component])
-        for path, shift in own.items():
+        for path, shift in adapter.component_shifts(component).items():
             layer = found[path][2] if path in found else None
             if layer is None or len(shift) > min(as_matrix(layer.weight).shape):
                 raise SVFitError(
@@ -215,6 +213,10 @@ def _base_weights(
             check_plain(f"{component}.{path}", layer)
             weight = layer.base_weight if isinstance(layer, SVFitLayer) else layer.weight.detach()
             weights[f"{component}.{path}"] = as_matrix(weight)
+    for number, word in enumerate(adapter.learned_words):
+        for component in word.deltas:
+            pieces = word_pieces(tokenizer_of(pipeline, component), word.word)
+            weights[word_key(component, number)] = base_rows(components[component], pieces)
     return weights
 
 

@@ -53,14 +53,15 @@ class Run:
     weights: dict[str, Tensor]  # "<component>.<layer>" -> the base's weight as a matrix (out, in)
 
     @property
-    def adapter_path(self) -> Path:
-        return Path(self.config.output_dir) / f"{self.adapter_name}.safetensors"
+    def trained(self) -> list[str]:
+        """The components that hold something to train: those with targets, and text encoders that learn a word."""
+        components = pipeline_components(self.base.pipeline)
+        learning = self.config.learned_word is not None
+        return [name for name in components if name in self.targets or (learning and name != "unet")]
 
     @property
-    def trained_components(self) -> list[str]:
-        """The networks that take part in the backward pass: those with targets, and the reader of a learned word."""
-        words = [] if self.config.learned_word is None else ["text_encoder"]
-        return list(dict.fromkeys([*self.targets, *words]))
+    def adapter_path(self) -> Path:
+        return Path(self.config.output_dir) / f"{self.adapter_name}.safetensors"
 
     def training_size(self, photo: Photo) -> Size:
         """Width and height in pixels at which `photo` is trained on."""
@@ -144,10 +145,8 @@ def prepare(config: TrainConfig) -> Run:
             f"autoencoder shrinks pictures: use {max(1, round(config.resolution / factor)) * factor}."
         )
     if config.learned_word is not None:
-        if getattr(base.pipeline, "text_encoder_2", None) is not None:
-            raise SVFitError("--learned_word works with one text encoder, and this base has two: leave it out.")
         captions = dict.fromkeys(photo.caption or str(config.instance_prompt) for photo in photos)
-        check_word(base.pipeline.tokenizer, config.learned_word, list(captions))
+        check_word(base.pipeline, config.learned_word, list(captions))
     if config.with_prior_preservation:
         check_class_pictures(Path(str(config.class_data_dir)), str(config.class_prompt), base)
     config.guidance_scale = base.guidance_scale if config.guidance_scale is None else config.guidance_scale

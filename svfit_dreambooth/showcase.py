@@ -42,6 +42,7 @@ class Showing:
 
     sheet: Path
     figures: dict[str, Figures] | None
+    first: Image.Image  # the adapter's first picture
 
     def summary(self) -> str:
         """What to print."""
@@ -68,7 +69,8 @@ def show_result(run: Run) -> Showing:
     rows = [("photos", run_photos(run)[: max(4, len(prompts))]), ("base", base), (run.adapter_name, adapted)]
     sheet = save_sheet(contact_sheet([row for row in rows if row[1]], prompts), run.adapter_path.with_suffix(".png"))
     subject = toybox_subject(run)
-    return Showing(sheet, None if subject is None else judge_subject(model, subject, options))
+    figures = None if subject is None else judge_subject(model, subject, options)
+    return Showing(sheet, figures, adapted[0])
 
 
 def _paint(model: BaseModel, prompts: Sequence[str], strength: float, options: dict[str, Any]) -> list[Image.Image]:

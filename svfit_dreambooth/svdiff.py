@@ -1,9 +1,9 @@
 """Adapters from the spectral shifts that SVDiff trainers write, as far as these fit.
 
 SVDiff (Han et al. 2023, arXiv 2303.11305) computes W' = U diag(relu(S + delta)) Vh for every weight of a model, also
-convolutions and norms.  Its public trainers save `spectral_shifts.safetensors` (UNet) and
+embeddings and norms.  Its public trainers save `spectral_shifts.safetensors` (UNet) and
 `spectral_shifts_te.safetensors` (text encoder), one tensor `<module path>.delta` a weight.  An adapter has room for
-linear layers only.
+linear layers and convolutions only.
 
 The directions are not quite the same either: SVDiff decomposes the weight as stored, an adapter's basis is that of the
 canonical weight (see basis.py).  So the change of the weight is computed, D = U diag(relu(S + delta) - S) Vh, and
@@ -21,11 +21,11 @@ from tqdm.auto import tqdm
 
 from svfit_dreambooth.adapter import Adapter
 from svfit_dreambooth.adapter_checks import check_container
-from svfit_dreambooth.attention import canonical_name, check_plain, linear_layers
+from svfit_dreambooth.attention import canonical_name, check_plain, matrix_layers
 from svfit_dreambooth.base_model import BaseModel, pipeline_components
 from svfit_dreambooth.basis import fingerprint, model_basis
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.svfit import decompose
+from svfit_dreambooth.svfit import as_matrix, decompose
 
 SUFFIX = ".delta"
 FILES = {"unet": "spectral_shifts.safetensors", "text_encoder": "spectral_shifts_te.safetensors"}
@@ -41,7 +41,7 @@ class Import:
 
     def lines(self) -> list[str]:
         """In plain words."""
-        lines = [f"{len(self.adapter.shifts)} linear layers taken over, {self.lost:.2%} of their change is lost"]
+        lines = [f"{len(self.adapter.shifts)} layers taken over, {self.lost:.2%} of their change is lost"]
         return lines + ([f"not taken over: {_kinds(self.unfit)}"] if self.unfit else [])
 
 
@@ -62,17 +62,17 @@ def import_svdiff(
     for file in _files(Path(path)):
         deltas = _read(file)
         component = _component(file, deltas, components)
-        layers = {name: layer for name, (_, _, layer) in linear_layers(components[component]).items()}
+        layers = {name: layer for name, (_, _, layer) in matrix_layers(components[component]).items()}
         others = {canonical_name(components[component], name) for name, _ in components[component].named_modules()}
         for name, delta in deltas.items():
             if not delta.any():
                 continue
-            if name in layers and delta.shape == (min(layers[name].weight.shape),):
+            if name in layers and delta.shape == (min(as_matrix(layers[name].weight).shape),):
                 check_plain(f"{component}.{name}", layers[name])
                 shifts[f"{component}.{name}"] = delta
-                weights[f"{component}.{name}"] = layers[name].weight.detach()
+                weights[f"{component}.{name}"] = as_matrix(layers[name].weight.detach())
             elif name in layers:
-                shape = tuple(layers[name].weight.shape)
+                shape = tuple(as_matrix(layers[name].weight).shape)
                 raise SVFitError(
                     f"{file} holds {len(delta)} values for {component}.{name}, whose weight {shape} has "
                     f"{min(shape)} here: it was made for another base model."
@@ -86,10 +86,10 @@ def import_svdiff(
     if unfit and not partial:
         raise SVFitError(
             f"{len(unfit)} of {len(unfit) + len(shifts)} tensors in {path} do not fit an adapter ({_kinds(unfit)}), "
-            "and without them its pictures would differ: add --partial to take over the linear layers alone."
+            "and without them its pictures would differ: add --partial to take over the other layers alone."
         )
     if not shifts:
-        raise SVFitError(f"nothing in {path} fits an adapter: it changes no linear layer.")
+        raise SVFitError(f"nothing in {path} fits an adapter: it changes no linear layer and no convolution.")
     projected, lost = _project(shifts, weights, basis_cache_dir)
     adapter = Adapter(
         shifts=projected,

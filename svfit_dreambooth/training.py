@@ -31,10 +31,11 @@ from svfit_dreambooth.estimate import estimate_memory
 from svfit_dreambooth.features import Features, open_features
 from svfit_dreambooth.files import write_atomically
 from svfit_dreambooth.hub import check_login
-from svfit_dreambooth.learned_word import remove_words
+from svfit_dreambooth.learned_word import learn_words, learned_words, remove_words, word_rows
 from svfit_dreambooth.loop import Loop, Step, stop_signals
+from svfit_dreambooth.metadata import base_metadata
 from svfit_dreambooth.outcome import TrainResult, end_event, finish, publish, save_result, training_record
-from svfit_dreambooth.patching import learn_words, learned_words, patch_run, word_rows
+from svfit_dreambooth.patching import initial_adapter, patch_run
 from svfit_dreambooth.preparation import Run, prepare
 from svfit_dreambooth.run_folder import lock_run, rewind_progress, set_aside
 from svfit_dreambooth.sheets import plot_run
@@ -84,18 +85,18 @@ def _train(run: Run, accelerator: Accelerator, on_step: Callable[[Step], bool | 
             logger.log(logging.INFO if estimate.fits else logging.WARNING, line)
     with accelerator.main_process_first():  # it paints class pictures, the others then find them
         examples = encode_examples(run, accelerator.device)
-    base_word_rows = word_rows(run)  # in the stored precision: the networks are cast below
     dtype = WEIGHT_DTYPE[config.mixed_precision]
+    of_word = word_rows(pipeline, config.learned_word)  # before the networks are cast
     positions = None
     if config.budget is not None:
         positions = choose_positions(run, examples, accelerator.device, dtype)
         run = narrowed(run, positions)
     shifts = patch_run(run, positions)
+    words = learn_words(pipeline, config.learned_word, initial_adapter(config))
     networks = _place(run, accelerator)
     model = Denoiser(run, examples, dtype=dtype, device=accelerator.device, **networks)
     values = {f"{component}.{name}": shift for component in shifts for name, shift in shifts[component].items()}
     rates = {n: config.learning_rate if n.startswith("unet.") else config.text_encoder_lr for n in values}
-    words = learn_words(run)
     values |= words
     rates |= dict.fromkeys(words, config.learned_word_lr)
     features = Features()
@@ -103,14 +104,7 @@ def _train(run: Run, accelerator: Accelerator, on_step: Callable[[Step], bool | 
         features = open_features(run.base.name, config.dino_path, config.clip_path, accelerator.device)
     watch = Watch(run, features) if config.validation_steps else None
     loop = Loop(
-        config,
-        accelerator,
-        model,
-        [networks[component] for component in run.trained_components],
-        values,
-        rates,
-        identity,
-        watch,
+        config, accelerator, model, [networks[component] for component in run.trained], values, rates, identity, watch
     )
 
     accelerator.init_trackers("svfit", config={k: str(v) for k, v in dataclasses.asdict(config).items()})
@@ -145,13 +139,14 @@ def _train(run: Run, accelerator: Accelerator, on_step: Callable[[Step], bool | 
     adapter = Adapter(
         shifts=learnt if positions is None else spread(learnt, positions),
         base_model=run.base.name,
-        base_fingerprint=fingerprint(run.weights | base_word_rows),
+        base_fingerprint=fingerprint(run.weights | of_word),
         instance_prompt=config.instance_prompt,
         class_prompt=config.class_prompt,
         training=training_record(run, loop.step, kept, loss_before, loss_after),
         title=run.adapter_name,
         architecture=run.base.architecture,
-        learned_words=learned_words(run, words),
+        metadata=base_metadata(run.base),
+        learned_words=learned_words(pipeline, config.learned_word, words),
     )
     if accelerator.is_main_process:
         save_result(adapter, run.adapter_path, config)
@@ -162,7 +157,7 @@ def _train(run: Run, accelerator: Accelerator, on_step: Callable[[Step], bool | 
         module = getattr(pipeline, component)
         remove_svfit(module)
         module.eval()
-    remove_words(pipeline.text_encoder.eval())
+    remove_words(pipeline)
     if config.gradient_checkpointing:
         pipeline.unet.disable_gradient_checkpointing()
     result = TrainResult(
@@ -225,7 +220,7 @@ def _place(run: Run, accelerator: Accelerator) -> dict[str, Any]:
     pipeline.vae.to(waiting)
     placed: dict[str, Any] = {}
     for component, module in pipeline_components(pipeline).items():
-        if component not in run.trained_components:
+        if component not in run.trained:
             placed[component] = module.to(waiting)
             continue
         module.to(accelerator.device, WEIGHT_DTYPE[config.mixed_precision]).train()

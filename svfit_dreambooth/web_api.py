@@ -27,10 +27,10 @@ class Endpoints:
     @plainly
     def generate(
         self, prompt: str, adapters: dict[str, float] | None, base: str, negative_prompt: str, num_images: float,
-        seed: float, num_inference_steps: float, guidance_scale: float | None, width: float | None,
-        height: float | None, request: gr.Request,
+        seed: float, num_inference_steps: float, guidance_scale: float, width: float,
+        height: float, request: gr.Request,
     ) -> list[tuple[str, str]]:  # fmt: skip
-        """Paints; adapters: {"name in the library": strength}. Returns PNG files with their captions."""
+        """Paints; adapters: {"name in the library": strength}; 0 as guidance or size: as suits. Returns PNG files."""
         visitor = self.app.visitor(request)
         if not isinstance(adapters or {}, dict):
             raise SVFitError('adapters reads {"dog": 0.8}: names in the library, with their strengths.')
@@ -82,10 +82,10 @@ class Endpoints:
 
     @plainly
     def train(
-        self, photos: list[str], name: str, word: str, kind: str, base: str, preset: str, steps: float | None,
+        self, photos: list[str], name: str, word: str, kind: str, base: str, preset: str, steps: float,
         request: gr.Request,
     ) -> str:  # fmt: skip
-        """Queues a run on the given photos; returns its id. steps: empty takes the preset's."""
+        """Queues a run on the given photos; returns its id. steps: 0 takes the preset's."""
         visitor = self.app.visitor(request)
         for path in photo_files(visitor.photos):
             path.unlink()
@@ -133,7 +133,7 @@ def build(app: App) -> None:
         word, kind = gr.Textbox("sks", label="word"), gr.Textbox(label="kind")
         file = gr.File(label="file", file_types=[".safetensors"])
         photos = gr.File(label="photos", file_count="multiple", file_types=["image"])
-        preset, steps = gr.Textbox("balanced", label="preset"), gr.Number(None, label="steps")
+        preset, steps = gr.Textbox("balanced", label="preset"), gr.Number(0, label="steps")
         paint = [
             gr.Textbox(label="prompt"),
             gr.JSON({}, label="adapters"),
@@ -142,9 +142,9 @@ def build(app: App) -> None:
             gr.Number(1, label="num_images"),
             gr.Number(0, label="seed"),
             gr.Number(25, label="num_inference_steps"),
-            gr.Number(None, label="guidance_scale"),
-            gr.Number(None, label="width"),
-            gr.Number(None, label="height"),
+            gr.Number(0, label="guidance_scale"),
+            gr.Number(0, label="width"),
+            gr.Number(0, label="height"),
         ]
         base = gr.Textbox(TOYBOX, label="base")
         gallery, text, json, download = gr.Gallery(), gr.Textbox(), gr.JSON(), gr.File()

@@ -132,6 +132,14 @@ def number(name: str, text: str | None) -> int | float | None:
     return int(value) if value == int(value) and name != "learning_rate" else value
 
 
+def whole(name: str, text: str | None) -> int | None:
+    """The same for a number without fraction."""
+    value = number(name, text)
+    if value is not None and value != int(value):
+        raise SVFitError(f"{name.replace('_', ' ')} is {text!r}: write a whole number, or leave it empty.")
+    return None if value is None else int(value)
+
+
 def size_text(size: float) -> str:
     """Bytes as people read them."""
     for unit in ("bytes", "kB", "MB"):

@@ -9,7 +9,7 @@ import gradio as gr
 from svfit_dreambooth import library
 from svfit_dreambooth.adapter import read_adapter
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.web_app import App, number, plainly
+from svfit_dreambooth.web_app import App, plainly, whole
 from svfit_dreambooth.web_generate import PRIVATE
 
 LAYOUTS = {"for A1111, Forge, ComfyUI (kohya)": "kohya", "for diffusers": "diffusers"}
@@ -83,8 +83,7 @@ def _layout(name: str) -> Any:
 
 
 def _rank(text: str) -> int | None:
-    value = number("rank", text)
-    return None if value is None else int(value)
+    return whole("rank", text)
 
 
 def _lines(lines: list[str]) -> str:

@@ -55,7 +55,7 @@ def build(app: App, page: gr.Blocks, chosen: list[str]) -> GenerateTab:
                         gr.Slider(
                             0, 1.5, wanted.get(value, 1), step=0.05, label=f"Strength of {file.stem}",
                             info=f"answers to “{words}”" if words else None, elem_classes="strength",
-                            key=(value, wanted.get(value)),
+                            key=(value, str(wanted.get(value))),
                         )
                     )  # fmt: skip
                 for trigger in (paint.click, prompt.submit):

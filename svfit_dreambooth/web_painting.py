@@ -13,7 +13,7 @@ import gradio as gr
 from svfit_dreambooth import library, pictures
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.studio import AS_TRAINED, STRIP, Order, Told
-from svfit_dreambooth.web_app import App, number, plainly
+from svfit_dreambooth.web_app import App, number, plainly, whole
 from svfit_dreambooth.workspace import Visitor, library_of
 
 ONCE, COMPARED, STRENGTHS = "just paint", "beside the base model", "strengths 0 to 1.5"
@@ -89,8 +89,7 @@ class Painting:
         try:
             worker.start()
             busy = (gr.Button(interactive=False), gr.Button(interactive=True))
-            first = (_status("Starting"), [], [], None, UNSELECTED, order.seed, *busy, off, off, off, off)
-            yield first
+            yield (_status("Starting"), [], [], None, UNSELECTED, order.seed, *busy, off, off, off, off)
             while (event := news.get()) is not None:
                 if isinstance(event, Exception):
                     failure = event
@@ -142,8 +141,8 @@ class Painting:
             seed=random.randrange(SEEDS) if new_seed or seed is None else int(seed) % 2**63,
             num_inference_steps=int(steps),
             guidance_scale=number("guidance", guidance),
-            width=number("width", width),
-            height=number("height", height),
+            width=whole("width", width),
+            height=whole("height", height),
             factors=FACTORS[mode],
             allow_other_base=bool(relatives),
         )
@@ -182,17 +181,18 @@ class Painting:
 
     def _taken_up(self, visitor: Visitor, settings: dict[str, Any]) -> tuple[Any, ...]:
         """The form for `settings`; then the adapters' strengths, which the sliders take when they appear."""
-        offered = {label.removesuffix(" (uploaded)"): value for label, value in self.app.adapter_choices(visitor)[::-1]}
+        choices = self.app.adapter_choices(visitor)
+        offered = {label.removesuffix(" (uploaded)"): value for label, value in choices[::-1]}
         found = {offered[name]: strength for name, strength in settings["adapters"].items() if name in offered}
         if missing := sorted(set(settings["adapters"]) - set(offered)):
             gr.Warning(html.escape(f"not in the library any more: {', '.join(missing)}. The rest was filled in."))
         base = settings["base_model"]
-        known = base in self.app.studio.bases.names()
+        bases = [AS_TRAINED, *self.app.studio.bases.names()]
         return (
             settings["prompt"],
             settings["negative_prompt"],
-            gr.Dropdown(value=base if known and not found else AS_TRAINED),
-            gr.Dropdown(value=list(found)),
+            gr.Dropdown(bases, value=base if base in bases and not found else AS_TRAINED),
+            gr.Dropdown(choices, value=list(found)),
             settings["num_inference_steps"],
             f"{settings['guidance_scale']:g}",
             settings["seed"],
@@ -248,8 +248,9 @@ class Painting:
             try:
                 items.append((self.app.serve(path), pictures.caption(pictures.read_settings(path))))
             except (SVFitError, OSError):
-                items.append((self.app.serve(path), "") if path.is_file() else None)
-        return [item for item in items if item is not None]
+                if path.is_file():
+                    items.append((self.app.serve(path), ""))
+        return items
 
 
 def keep_picture(visitor: Visitor, order: Order, picture: Any) -> Path:

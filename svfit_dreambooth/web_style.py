@@ -47,7 +47,7 @@ CSS = """
 .photos .grid-container { grid-template-columns: repeat(auto-fill, minmax(84px, 1fr)) !important; }
 .photos .grid-wrap, .photos .gallery-container, .photos { height: auto !important; min-height: 0 !important; max-height: 320px; }
 .bottom { align-items: flex-end; }
-.inset { padding: 8px 14px; }
+.inset { padding: 8px 14px !important; background: var(--block-background-fill) !important; }
 .settings { font-size: .86rem; color: var(--body-text-color-subdued); overflow-wrap: anywhere; min-height: 2.8em; }
 .settings b { color: var(--body-text-color); }
 
@@ -71,7 +71,7 @@ CSS = """
 .actions button, .actions a { min-width: 0 !important; flex: 1 1 auto !important; }
 
 .curve svg { width: 100%; height: auto; display: block; color: var(--body-text-color-subdued); }
-.sheet img, .sheets img { max-width: 100%; border-radius: 8px; display: block; }
+.sheet img { width: 100%; max-width: 720px; border-radius: 8px; display: block; }
 .empty { text-align: center; padding: 34px 16px; color: var(--body-text-color-subdued); border: 1px dashed var(--border-color-primary); border-radius: 10px; }
 .figures { border-collapse: collapse; margin: 8px 0; font-size: .9rem; }
 .figures td, .figures th { padding: 3px 14px 3px 0; text-align: right; font-weight: 400; }
@@ -84,6 +84,7 @@ pre.log { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .78rem; max
   #title p { display: none; }
   .pictures .grid-container { grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)) !important; }
   .cards { grid-template-columns: 1fr; }
+  .curve text { font-size: 16px; }
 }
 """
 
@@ -92,7 +93,7 @@ HEAD = """
 <script>
 document.addEventListener("load", (event) => {
   const image = event.target;
-  if (image.tagName === "IMG" && image.naturalWidth && image.naturalWidth <= 160) image.style.imageRendering = "pixelated";
+  if (image.tagName === "IMG" && image.naturalHeight && image.naturalHeight <= 160) image.style.imageRendering = "pixelated";
 }, true);
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;

@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 from conftest import tiny_pipeline
+from test_learned_word import with_word
 from test_pipeline import make_adapter, paint
 
 from svfit_dreambooth import load_adapter, read_adapter, save_adapter, unload_adapter
 from svfit_dreambooth.attention import linear_layers
+from svfit_dreambooth.base_model import BaseModel
 from svfit_dreambooth.basis import fingerprint
 from svfit_dreambooth.combine import combine_adapters, combined_weights
 from svfit_dreambooth.errors import SVFitError
@@ -85,15 +87,15 @@ def test_different_layers_need_the_base_and_get_its_fingerprint(pipeline):
     everything, part = make_adapter(pipeline, 1), make_adapter(pipeline, 2, components=("unet",))
     part.shifts = {name: shift for name, shift in part.shifts.items() if "attn2" in name}
     part.base_fingerprint = fingerprint({name: weights(pipeline)[name] for name in part.shifts})
-    with pytest.raises(SVFitError, match="adapt different layers"):
+    with pytest.raises(SVFitError, match="adapt different layers or words"):
         combine_adapters([(everything, 1), (part, 1)])
-    result = combine_adapters([(part, 1), (everything, 1)], base_weights=lambda: weights(pipeline))
+    result = combine_adapters([(part, 1), (everything, 1)], open_base=lambda: BaseModel("tiny", pipeline))
     assert result.base_fingerprint == everything.base_fingerprint
     assert set(result.shifts) == set(everything.shifts)
     load_adapter(pipeline, result)
     other = tiny_pipeline(seed=5)
     with pytest.raises(SVFitError, match="was trained on another base model, tiny"):
-        combine_adapters([(part, 1), (everything, 1)], base_weights=lambda: weights(other))
+        combine_adapters([(part, 1), (everything, 1)], open_base=lambda: BaseModel("other", other))
 
 
 def test_different_components_need_no_base(pipeline):
@@ -120,3 +122,21 @@ def test_a_bfloat16_copys_adapter_combines_with_the_originals(pipeline):
     a, b = make_adapter(pipeline, 1), make_adapter(rounded, 2)
     assert a.base_fingerprint["unet"]["sha256"] != b.base_fingerprint["unet"]["sha256"]
     assert combine_adapters([(a, 1), (b, 1)]).base_fingerprint == a.base_fingerprint
+
+
+def test_learned_words_add_up(pipeline, tmp_path):
+    dog, cat = with_word(pipeline, "sks", 1), with_word(pipeline, "mine", 2)
+    result = combine_adapters([(dog, 0.7), (cat, 0.4)], open_base=lambda: BaseModel("tiny", pipeline))
+    path = save_adapter(result, tmp_path / "both.safetensors", torch.float32)
+    load_adapter(pipeline, dog, 0.7, "dog")
+    load_adapter(pipeline, cat, 0.4, "cat")
+    expected = paint(pipeline)
+    unload_adapter(pipeline)
+    load_adapter(pipeline, path)
+    assert (paint(pipeline) - expected).abs().max() < 1e-5
+    with pytest.raises(SVFitError, match="both learned the word 'sks', which can mean only one"):
+        combine_adapters([(dog, 1), (with_word(pipeline, "sks", 3), 1)])
+    other = with_word(pipeline, "sks", 3)
+    (word,) = combine_adapters([(dog, 1), (other, 3)], "average").learned_words
+    expected = (dog.learned_words[0].deltas["text_encoder"] + 3 * other.learned_words[0].deltas["text_encoder"]) / 4
+    assert torch.allclose(word.deltas["text_encoder"], expected)

@@ -72,12 +72,12 @@ def test_combine(capsys, path, tmp_path):
 def test_import(capsys, tiny_base, tmp_path):
     file, output = tmp_path / "spectral_shifts.safetensors", tmp_path / "dog.safetensors"
     key = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-    save_file({f"{key}.delta": torch.full((16,), 0.1), "conv_in.delta": torch.ones(16)}, file)
+    save_file({f"{key}.delta": torch.full((16,), 0.1), "conv_norm_out.delta": torch.ones(1)}, file)
     base = ["--pretrained_model_name_or_path", tiny_base]
     assert "add --pretrained_model_name_or_path" in refused(capsys, "import", file, "--output", output)
     assert "1 of 2 tensors" in refused(capsys, "import", file, "--output", output, *base)
     text = run(capsys, "import", file, "--output", output, *base, "--partial", "--instance_prompt", "a photo of x dog")
-    assert "1 linear layers taken over" in text and "not taken over: 1 Conv2d" in text
+    assert "1 layers taken over" in text and "not taken over: 1 GroupNorm" in text
     read = read_adapter(output)
     assert list(read.shifts) == [f"unet.{key}"] and read.instance_prompt == "a photo of x dog"
     assert len(list(tmp_path.iterdir())) == 2

@@ -10,17 +10,19 @@ from conftest import tiny_pipeline
 from diffusers import LCMScheduler
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_learned_word import with_word
 from test_pipeline import make_adapter, paint
 
 from svfit_dreambooth import export as export_room
 from svfit_dreambooth import load_adapter, save_adapter, unload_adapter
-from svfit_dreambooth.attention import linear_layers
+from svfit_dreambooth.attention import linear_layers, matrix_layers
 from svfit_dreambooth.base_model import BaseModel
 from svfit_dreambooth.basis import fingerprint
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.export import export_lora
 from svfit_dreambooth.lora_file import describe_lora, is_lora, lora_changes
 from svfit_dreambooth.lora_plan import plan_lora
+from svfit_dreambooth.svfit import as_matrix
 
 PIXEL = 1 / 255
 
@@ -69,16 +71,17 @@ def test_the_public_loader_paints_the_adapters_pictures(base, path, tmp_path, la
 
 
 @pytest.mark.parametrize("layout", ["kohya", "diffusers"])
-def test_every_linear_layer_has_a_name_that_the_loader_knows(base, tmp_path, layout):
+def test_every_layer_has_a_name_that_the_loader_knows(base, tmp_path, layout):
     adapter = make_adapter(base.pipeline)
     generator = torch.Generator().manual_seed(1)
     weights = {
-        f"{component}.{name}": layer.weight
+        f"{component}.{name}": as_matrix(layer.weight)
         for component in ("unet", "text_encoder")
-        for name, (_, _, layer) in linear_layers(getattr(base.pipeline, component)).items()
+        for name, (_, _, layer) in matrix_layers(getattr(base.pipeline, component)).items()
     }
     assert any("ff.net.0.proj" in name for name in weights) and any("time_emb" in name for name in weights)
-    adapter.shifts = {name: 0.3 * torch.randn(min(w.shape), generator=generator) for name, w in weights.items()}
+    assert {"unet.conv_in", "unet.conv_out", "unet.down_blocks.0.downsamplers.0.conv"} <= set(weights)
+    adapter.shifts = {name: 0.1 * torch.randn(min(w.shape), generator=generator) for name, w in weights.items()}
     adapter.base_fingerprint = fingerprint(weights)
     path = save_adapter(adapter, tmp_path / "all.safetensors")
     native = native_picture(base.pipeline, path)
@@ -220,6 +223,14 @@ def test_the_adapter_is_never_replaced(base, path):
 def test_a_place_that_cannot_be_written(base, path):
     with pytest.raises(SVFitError, match="can't be written"):
         export_lora(path, base, path / "folder" / "out.safetensors")
+
+
+def test_a_learned_word_has_no_place_in_a_lora(base, tmp_path):
+    adapter = save_adapter(with_word(base.pipeline), tmp_path / "dog.safetensors")
+    with pytest.raises(SVFitError, match="has learned the word sks, for which a LoRA has no place"):
+        export_lora(adapter, base, tmp_path / "out.safetensors")
+    exported = export_lora(adapter, base, tmp_path / "out.safetensors", without_words=True)
+    assert exported.measured_error < 1e-3 and all(name.startswith("unet.") for name in exported.plan.ranks)
 
 
 def test_another_base_is_refused(path, tmp_path):

@@ -1,6 +1,7 @@
 """A learned word: embeddings that change where a prompt holds it, and nowhere else; in the file and on pipelines."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,18 +15,22 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from svfit_dreambooth import TrainConfig, load_adapter, read_adapter, save_adapter, set_adapters, train, unload_adapter
 from svfit_dreambooth.adapter import Adapter, describe_adapter
 from svfit_dreambooth.adapter_words import LearnedWord, word_key
+from svfit_dreambooth.base_model import BaseModel
 from svfit_dreambooth.basis import fingerprint
+from svfit_dreambooth.combine import combine_adapters
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.export import export_lora
 from svfit_dreambooth.learned_word import (
     WordEmbedding,
     base_rows,
     check_word,
     find_word,
     learn_word,
-    remove_words,
+    remove_word_embedding,
     word_ends,
     word_pieces,
 )
+from svfit_dreambooth.merged_model import export_merged
 from toybox.tokenizer import build_tokenizer
 
 WORDS = ["a", "photo", "of", "dog", "sks"]
@@ -68,7 +73,7 @@ def test_only_prompts_with_the_word_change_and_removal_is_exact(encoder, word):
         assert torch.allclose(embedded[3, 1 + len(pieces) + k], plain[3, 1 + len(pieces) + k] + delta[k])
     changed = (encoder(prompts)[0] != expected).flatten(1).any(1)
     assert changed.tolist() == [True, False, False, True]
-    remove_words(encoder)
+    remove_word_embedding(encoder)
     assert type(encoder.get_input_embeddings()) is nn.Embedding and encoder.get_input_embeddings().weight is weight
     assert torch.equal(encoder(prompts)[0], expected)
 
@@ -80,7 +85,7 @@ def test_the_other_kind_of_text_encoder():
     expected = encoder(ids("sks"))[0]
     learn_word(encoder, TOKENIZER, "sks").data += 1
     assert not torch.allclose(encoder(ids("sks"))[0], expected)
-    remove_words(encoder)
+    remove_word_embedding(encoder)
     assert torch.equal(encoder(ids("sks"))[0], expected)
 
 
@@ -109,9 +114,10 @@ def test_what_is_no_word_is_refused(word):
 
 
 def test_the_word_must_be_in_every_caption():
-    check_word(TOKENIZER, "zwx", ["a photo of zwx dog", "zwx"])
+    pipeline = SimpleNamespace(text_encoder=nn.Identity(), tokenizer=TOKENIZER)
+    check_word(pipeline, "zwx", ["a photo of zwx dog", "zwx"])
     with pytest.raises(SVFitError, match="'zwx' does not occur in the prompt 'a photo of zwxy dog'"):
-        check_word(TOKENIZER, "zwx", ["a photo of zwx dog", "a photo of zwxy dog"])
+        check_word(pipeline, "zwx", ["a photo of zwx dog", "a photo of zwxy dog"])
 
 
 # ---------------------------------------------------------------- the file
@@ -177,6 +183,17 @@ def test_saving_refuses_words_that_are_not_finite(tmp_path):
     adapter.learned_words[0].deltas["text_encoder"][0, 0] = 1e6
     with pytest.raises(SVFitError, match="embeddings of 'sks' hold NaN or infinity"):
         save_adapter(adapter, tmp_path / "a.safetensors")
+
+
+def test_what_would_lose_a_word_is_refused(tmp_path):
+    pipeline = tiny_pipeline()
+    adapter = with_word(pipeline)
+    with pytest.raises(SVFitError, match="adapter0 learned the word 'sks', which a sum of adapters would lose"):
+        combine_adapters([(make_adapter(pipeline), 1.0), (adapter, 1.0)])
+    path = save_adapter(adapter, tmp_path / "a.safetensors")
+    for export in (export_lora, export_merged):
+        with pytest.raises(SVFitError, match="learned the word 'sks', which .* train without --learned_word"):
+            export(path, BaseModel("tiny", pipeline), tmp_path / "out")
 
 
 # ---------------------------------------------------------------- on a pipeline

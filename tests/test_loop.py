@@ -255,3 +255,21 @@ def test_trackers_get_the_losses(config):
 def test_an_unknown_tracker_is_a_sentence(config):
     with pytest.raises(SVFitError, match="--report_to nonsense"):
         train(TrainConfig(**config, report_to="nonsense"))
+
+
+def test_a_lora_is_written_beside_the_adapter(config):
+    from safetensors.torch import load_file
+
+    result = train(TrainConfig(**config, also="kohya"))
+    lora = load_file(Path(config["output_dir"]) / "my-dog-kohya.safetensors")
+    assert any(name.startswith("lora_unet_") for name in lora) and "LoRA: " in result.summary()
+    with pytest.raises(SVFitError, match="--also is 'zip'"):
+        TrainConfig(also="zip")
+
+
+def test_the_file_says_what_it_looks_like_and_where_it_comes_from(config):
+    result = train(TrainConfig(**{**config, "final_pictures": True, "num_inference_steps": 1}))
+    metadata = read_adapter(result.adapter_path).metadata
+    assert metadata["modelspec.thumbnail"].startswith("data:image/jpeg;base64,")
+    assert metadata["modelspec.prediction_type"] == "epsilon"
+    assert result.file_bytes == result.adapter_path.stat().st_size

@@ -5,10 +5,11 @@ import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from svfit_dreambooth.attention import linear_layers
+from svfit_dreambooth.attention import matrix_layers
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.lora_file import pack_layer
 from svfit_dreambooth.lora_names import lora_name
+from svfit_dreambooth.svfit import as_matrix
 
 LAYERS_PER_BLOCK = 2
 
@@ -42,6 +43,11 @@ def sdxl_unet():
         ("unet.up_blocks.1.attentions.0.proj_out", "output_blocks_3_1_proj_out"),
         ("unet.down_blocks.0.resnets.1.time_emb_proj", "input_blocks_2_0_emb_layers_1"),
         ("unet.mid_block.resnets.1.time_emb_proj", "middle_block_2_emb_layers_1"),
+        ("unet.conv_in", "input_blocks_0_0"),
+        ("unet.down_blocks.1.downsamplers.0.conv", "input_blocks_6_0_op"),
+        ("unet.up_blocks.0.upsamplers.0.conv", "output_blocks_2_2_conv"),
+        ("unet.up_blocks.2.resnets.2.conv2", "output_blocks_8_0_out_layers_3"),
+        ("unet.up_blocks.0.resnets.0.conv_shortcut", "output_blocks_0_0_skip_connection"),
         ("unet.time_embedding.linear_2", "time_embed_2"),
         ("unet.add_embedding.linear_1", "label_emb_0_0"),
     ],
@@ -76,14 +82,16 @@ def test_the_public_loader_finds_every_layer_of_sdxl():
     tensors, changes = {}, {}
     models = {"unet": unet, "text_encoder_2": encoder}
     for component, model in models.items():
-        for name, (_, _, layer) in linear_layers(model).items():
+        for name, (_, _, layer) in matrix_layers(model).items():
             if component == "text_encoder_2" and "self_attn" not in name:
                 continue
-            U, S, Vh = torch.linalg.svd(torch.randn(layer.weight.shape), full_matrices=False)
+            U, S, Vh = torch.linalg.svd(torch.randn(as_matrix(layer.weight).shape), full_matrices=False)
             rank = 1 + len(changes) % 3
             changes[component, name] = (U[:, :rank] * S[:rank]) @ Vh[:rank]
             full = f"{component}.{name}"
-            tensors |= pack_layer(full, U[:, :rank], S[:rank], Vh[:rank], "kohya", 3.0, torch.float32, LAYERS_PER_BLOCK)
+            factors = (U[:, :rank], S[:rank], Vh[:rank])
+            kernel = layer.weight.shape[1:] if layer.weight.ndim == 4 else ()
+            tensors |= pack_layer(full, *factors, "kohya", 3.0, torch.float32, LAYERS_PER_BLOCK, kernel)
     assert len(changes) > 80
     state, alphas = StableDiffusionXLPipeline.lora_state_dict(tensors, unet_config=unet.config)[:2]
     StableDiffusionXLPipeline.load_lora_into_unet(state, alphas, unet)
@@ -94,6 +102,6 @@ def test_the_public_loader_finds_every_layer_of_sdxl():
         for (owner, name), change in changes.items():
             if owner == component:
                 layer = loaded.get(name) or loaded[name.removeprefix("text_model.")]
-                assert torch.allclose(layer.get_delta_weight("default_0"), change, atol=1e-5), name
+                assert torch.allclose(as_matrix(layer.get_delta_weight("default_0")), change, atol=1e-5), name
                 found += 1
     assert found == len(changes)

@@ -8,9 +8,10 @@ import torch
 from conftest import tiny_pipeline
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
+from test_learned_word import with_word
 from test_pipeline import make_adapter, paint
 
-from svfit_dreambooth import load_adapter, save_adapter
+from svfit_dreambooth import load_adapter, save_adapter, unload_adapter
 from svfit_dreambooth import merged_model as merged_room
 from svfit_dreambooth.base_model import open_base_model
 from svfit_dreambooth.errors import SVFitError
@@ -60,6 +61,24 @@ def test_its_type_and_size_are_as_said(tiny_base, path, tmp_path):
         assert {tensor.dtype for tensor in load_file(file).values() if tensor.is_floating_point()} == {torch.float16}
     plain = StableDiffusionPipeline.from_pretrained(exported.path, local_files_only=True)  # no type named: one for all
     assert plain.unet.dtype == plain.text_encoder.dtype == plain.vae.dtype == torch.float32
+
+
+def test_learned_words(tiny_base, tmp_path):
+    base = open_base_model(str(tiny_base))
+    (tmp_path / "adapters").mkdir()
+    one, several = (
+        save_adapter(with_word(base.pipeline, word), tmp_path / "adapters" / f"{word}.safetensors")
+        for word in ("sks", "mine")
+    )
+    load_adapter(base.pipeline, one, 0.5)
+    native = paint(base.pipeline)
+    unload_adapter(base.pipeline)
+    exported = export_merged(one, base, tmp_path / "model", scale=0.5, dtype=torch.float32)
+    assert (paint(opened(exported.path)) - native).abs().max() < 1e-4
+    base = open_base_model(str(tiny_base))
+    with pytest.raises(SVFitError, match="the word 'mine', which is 4 tokens"):
+        export_merged(several, base, tmp_path / "other")
+    export_merged(several, open_base_model(str(tiny_base)), tmp_path / "other", without_words=True)
 
 
 def test_refusals_leave_nothing_behind(tiny_base, path, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Pre-training: the tokenizer spells anything, a tiny run resumes exactly and exports, the shipped model draws."""
 
+import dataclasses
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,12 +20,13 @@ from toybox.architecture import (
     build_unet,
     load_pipeline,
 )
-from toybox.dataset import batch_indices
+from toybox.dataset import as_tensor, batch_indices
 from toybox.judge import load_judge
 from toybox.loop import Budget, fit, rate_factor
 from toybox.pretrain import main
+from toybox.stages import OBJECT_WEIGHT, draw_timesteps, fit_encoder, object_weights
 from toybox.tokenizer import build_tokenizer
-from toybox.world import canonical_caption
+from toybox.world import canonical_caption, training_scenes
 
 WORDS = ["a", "photo", "of", "the", "red", "car", "in", "snow"]
 
@@ -90,7 +92,7 @@ def test_resumed_equals_uninterrupted(tmp_path):
 def test_a_tiny_run_goes_from_nothing_to_a_pipeline(tmp_path):
     common = ["--work_dir", str(tmp_path / "work"), "--output_dir", str(tmp_path / "weights"), "--size", "tiny"]
     common += ["--num_pictures", "16", "--max_steps", "2", "--batch_size", "8", "--mixed_precision", "no"]
-    for stage in ("render", "autoencoder", "decoder", "text", "unet", "export"):
+    for stage in ("render", "autoencoder", "text", "unet", "export"):
         main([stage, *common])
     pipeline = load_pipeline(tmp_path / "weights")
     assert pipeline.vae_scale_factor == 4
@@ -115,12 +117,51 @@ def test_shipped_weights_are_small_and_complete():
     assert (WEIGHTS / "model_index.json").exists() and not list(WEIGHTS.rglob("*.bin"))
 
 
-def test_shipped_model_draws_the_colour_and_setting_asked_for():
+def test_the_encoder_is_the_principal_components_of_patches():
+    pictures = np.random.default_rng(0).integers(0, 256, (40, 64, 64, 3), dtype=np.uint8)
+    pictures[:, ::2] //= 2  # rows differ, so that patches have a structure
+    vae = build_autoencoder(TINY)
+    fit_encoder(vae, pictures)
+    pixel_values = as_tensor(pictures)
+    latents = vae.encode(pixel_values).latents.detach()  # (40, 12, 16, 16)
+    patches = torch.nn.functional.pixel_unshuffle(pixel_values, 4).movedim(1, -1).flatten(0, -2).double()  # (n, 48)
+    _, S, Vh = torch.linalg.svd(patches - patches.mean(0), full_matrices=False)
+    expected = (patches - patches.mean(0)) @ Vh[:12].mT / (S[:12] / len(patches) ** 0.5).sqrt()  # s^-1/2, half whitened
+    found = latents.movedim(1, -1).flatten(0, -2).double()  # (n, 12)
+    found = found / found.std(0) * expected.std(0)
+    agreement = (found * expected).sum(0).abs() / (found.norm(dim=0) * expected.norm(dim=0))
+    assert agreement.min() > 0.999  # the same directions, either way round
+    assert latents.square().mean().sqrt().item() == pytest.approx(0.5, rel=0.01)
+    spread = latents.std(dim=(0, 2, 3))
+    assert torch.allclose(spread / spread[0], (S[:12] / S[0]).sqrt().float(), rtol=0.02)
+
+
+def test_the_toy_weighs_more_than_its_surroundings():
+    scene = next(training_scenes(np.random.default_rng(0), 1))
+    weights = object_weights([dataclasses.replace(scene, x=0.25, y=0.75, size=0.25)], 16)[0, 0]
+    assert weights[12, 4] == OBJECT_WEIGHT and weights[2, 12] == 1 and weights.shape == (16, 16)
+    assert (weights == OBJECT_WEIGHT).sum().item() == pytest.approx(torch.pi * 2**2, abs=4)  # a disc of radius 2
+
+
+def test_timesteps_reach_every_level_and_prefer_the_middle():
+    draws = torch.cat([draw_timesteps(32, 1000, torch.Generator().manual_seed(seed)) for seed in range(200)])
+    share = torch.histc(draws.float(), bins=10, min=0, max=1000) / len(draws)
+    assert draws.min() < 20 and draws.max() > 980
+    assert share.argmax() in (5, 6, 7) and share.min() > 0.025
+
+
+def test_shipped_model_draws_what_it_is_asked_for():
     pipeline, judge = load_pipeline(), load_judge()
-    wanted = [("red", "snow", "car"), ("yellow", "underwater", "duck")]
+    wanted = [
+        ("red", "snow", "car"),
+        ("yellow", "underwater", "duck"),
+        ("blue", "stage", "mug"),
+        ("green", "city", "fish"),
+    ]
     prompts = [canonical_caption(kind, colour, setting) for colour, setting, kind in wanted]
     generators = [torch.Generator().manual_seed(0) for _ in prompts]
     images = pipeline(prompts, num_inference_steps=20, guidance_scale=4.0, generator=generators).images
-    assert [image.size for image in images] == [(64, 64)] * 2
+    assert [image.size for image in images] == [(64, 64)] * len(wanted)
     found = judge.attributes(images)
     assert [(each["colour"], each["setting"]) for each in found] == [each[:2] for each in wanted]
+    assert sum(each["kind"] == kind for each, (_, _, kind) in zip(found, wanted, strict=True)) >= len(wanted) - 1

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from test_pipeline import paint
 
 from svfit_dreambooth import load_adapter
-from svfit_dreambooth.attention import linear_layers
+from svfit_dreambooth.attention import matrix_layers
 from svfit_dreambooth.base_model import BaseModel
 from svfit_dreambooth.basis import canonical_weight
 from svfit_dreambooth.errors import SVFitError
@@ -18,14 +18,14 @@ def canonical_pipeline():
     """One whose weights lose nothing in their canonical form, so that both decompositions are the same."""
     pipeline = tiny_pipeline()
     for model in (pipeline.unet, pipeline.text_encoder):
-        for _, _, layer in linear_layers(model).values():
-            layer.weight.data = canonical_weight(layer.weight).float()
+        for _, _, layer in matrix_layers(model).values():
+            layer.weight.data = canonical_weight(layer.weight).float().view(layer.weight.shape)
     return pipeline
 
 
 def svdiff_file(model, path, scale=0.3, prefix="", everything=False):
     generator = torch.Generator().manual_seed(0)
-    modules = model.named_modules() if everything else ((n, e[2]) for n, e in linear_layers(model).items())
+    modules = model.named_modules() if everything else ((n, e[2]) for n, e in matrix_layers(model).items())
     tensors = {}
     for name, module in modules:
         weight = getattr(module, "weight", None)
@@ -38,10 +38,11 @@ def svdiff_file(model, path, scale=0.3, prefix="", everything=False):
 
 @torch.no_grad()
 def apply_svdiff(model, tensors, prefix=""):
-    """W' = U diag(relu(S + delta)) Vh for every linear layer (Han et al. 2023, equation 3)."""
-    for name, (_, _, layer) in linear_layers(model).items():
-        U, S, Vh = torch.linalg.svd(layer.weight, full_matrices=False)
-        layer.weight.copy_(U @ torch.diag(torch.relu(S + tensors[f"{prefix}{name}.delta"])) @ Vh)
+    """W' = U diag(relu(S + delta)) Vh for every matrix, convolutions as (out, in * h * w) (Han et al. 2023, equation 3)."""
+    for name, (_, _, layer) in matrix_layers(model).items():
+        U, S, Vh = torch.linalg.svd(layer.weight.flatten(1), full_matrices=False)
+        moved = U @ torch.diag(torch.relu(S + tensors[f"{prefix}{name}.delta"])) @ Vh
+        layer.weight.copy_(moved.view(layer.weight.shape))
 
 
 def test_both_files_of_a_folder_paint_as_svdiff_does(tmp_path):
@@ -62,8 +63,8 @@ def test_both_files_of_a_folder_paint_as_svdiff_does(tmp_path):
 
 def test_singular_values_do_not_go_below_zero(tmp_path):
     base = BaseModel("tiny", canonical_pipeline())
-    name, (_, _, layer) = next(iter(linear_layers(base.pipeline.unet).items()))
-    S = torch.linalg.svdvals(layer.weight)
+    name, (_, _, layer) = next(iter(matrix_layers(base.pipeline.unet).items()))
+    S = torch.linalg.svdvals(layer.weight.flatten(1))
     save_file({f"{name}.delta": -S - 1}, tmp_path / "x.safetensors")
     shift = import_svdiff(tmp_path / "x.safetensors", base).adapter.shifts[f"unet.{name}"]
     assert torch.allclose(shift, -S, atol=1e-5)
@@ -74,24 +75,22 @@ def test_an_uncanonical_base_gets_the_closest_and_is_told_what_is_lost(tmp_path)
     tensors = svdiff_file(base.pipeline.unet, tmp_path / "spectral_shifts.safetensors")
     result = import_svdiff(tmp_path, base)
     assert 0 < result.lost < 0.3 and "is lost" in result.lines()[0]
-    name, (_, _, layer) = next(iter(linear_layers(base.pipeline.unet).items()))
+    name, (_, _, layer) = next(iter(matrix_layers(base.pipeline.unet).items()))
     U, _, Vh = torch.linalg.svd(canonical_weight(layer.weight).double(), full_matrices=False)
-    u, s, vh = torch.linalg.svd(layer.weight.double(), full_matrices=False)
+    u, s, vh = torch.linalg.svd(layer.weight.flatten(1).double(), full_matrices=False)
     change = u @ torch.diag(torch.relu(s + tensors[f"{name}.delta"]) - s) @ vh
     closest = torch.diagonal(U.mT @ change @ Vh.mT)
     assert torch.allclose(result.adapter.shifts[f"unet.{name}"].double(), closest, atol=1e-4)
 
 
-def test_convolutions_and_norms_are_refused_or_left_out_when_asked(tmp_path):
+def test_norms_are_refused_or_left_out_when_asked(tmp_path):
     base = BaseModel("tiny", canonical_pipeline())
     svdiff_file(base.pipeline.unet, tmp_path / "spectral_shifts.safetensors", everything=True)
-    with pytest.raises(
-        SVFitError, match=r"do not fit an adapter \(\d+ Conv2d, \d+ GroupNorm, \d+ LayerNorm\).*--partial"
-    ):
+    with pytest.raises(SVFitError, match=r"do not fit an adapter \(\d+ GroupNorm, \d+ LayerNorm\).*--partial"):
         import_svdiff(tmp_path, base)
     result = import_svdiff(tmp_path, base, partial=True)
-    assert len(result.adapter.shifts) == len(linear_layers(base.pipeline.unet))
-    assert "unet.conv_in" in result.unfit and "not taken over" in result.lines()[1]
+    assert len(result.adapter.shifts) == len(matrix_layers(base.pipeline.unet))
+    assert "unet.conv_norm_out" in result.unfit and "not taken over" in result.lines()[1]
     load_adapter(base.pipeline, result.adapter)
 
 

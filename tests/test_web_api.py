@@ -1,0 +1,162 @@
+"""The page's endpoints, through Gradio's own client, and how the page is opened to others."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+pytest.importorskip("gradio", reason="gradio is not installed")
+
+from svfit_dreambooth import TrainConfig, read_adapter, train, web
+from svfit_dreambooth.studio import STRIP
+from svfit_dreambooth.web_painting import STRENGTHS, Painting
+from svfit_dreambooth.workspace import Workspace
+
+SIZE = {"num_inference_steps": 2, "width": 16, "height": 16}
+
+
+@pytest.fixture(scope="module")
+def adapter_path(tiny_base, photo_folder, tmp_path_factory):
+    config = TrainConfig(
+        pretrained_model_name_or_path=str(tiny_base), instance_data_dir=str(photo_folder), resolution=16,
+        instance_prompt="a photo of sks dog", max_train_steps=2, learning_rate=0.5, fixed_loss_examples=0,
+        final_pictures=False, adapter_name="dog", output_dir=str(tmp_path_factory.mktemp("run")),
+    )  # fmt: skip
+    return train(config).adapter_path
+
+
+@pytest.fixture(scope="module")
+def served(tiny_base, tmp_path_factory):
+    """A page in this process, and a client of it."""
+    from gradio_client import Client
+
+    patch = pytest.MonkeyPatch()
+    workspace = Workspace(tmp_path_factory.mktemp("home"))
+    patch.setenv("GRADIO_TEMP_DIR", str(workspace.served))
+    page, app = web.build_page(workspace, (), (str(tiny_base),))
+    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, share=False, allowed_paths=[], ssr_mode=False)
+    client = Client(url, verbose=False, download_files=str(tmp_path_factory.mktemp("downloads")))
+    yield client, app, url
+    client.close()
+    page.close()
+    patch.undo()
+
+
+def test_import_paint_download(served, adapter_path, tiny_base):
+    from gradio_client import handle_file
+
+    client, _, _ = served
+    assert client.predict(handle_file(adapter_path), api_name="/import_adapter") == "dog"
+    (entry,) = client.predict(api_name="/list_adapters")
+    assert entry["instance_prompt"] == "a photo of sks dog" and entry["bytes"] == adapter_path.stat().st_size
+    assert Path(client.predict("dog", api_name="/download_adapter")).read_bytes() == adapter_path.read_bytes()
+    options = {"base": tiny_base.name, "seed": 7, "num_images": 2, **SIZE}
+    pictures = client.predict("a photo of sks dog", {"dog": 0.5}, api_name="/generate", **options)
+    settings = [json.loads(Image.open(picture["image"]).text["svfit"]) for picture in pictures]
+    assert [one["seed"] for one in settings] == [7, 8]
+    assert all(one["adapters"] == {"dog": 0.5} for one in settings)
+    assert pictures[0]["caption"] == "dog 0.5 · seed 7"
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "arguments", "sentence"),
+    [
+        ("/download_adapter", ("../../secret",), "no adapter called"),
+        ("/generate", ("a dog", {"../dog": 1.0}), "no adapter called"),
+        ("/generate", ("a dog", {}, "/etc"), "no base model that is offered here"),
+        ("/generate", ("a dog", {}, "toybox", "", 1000), "number of pictures is 1000"),
+        ("/run_state", ("../../etc",), "no such run"),
+    ],
+)
+def test_mistakes_and_tricks_end_in_a_sentence(served, endpoint, arguments, sentence):
+    with pytest.raises(Exception, match=sentence):
+        served[0].predict(*arguments, api_name=endpoint)
+
+
+def test_only_endpoints_with_names_are_shown(served):
+    shown = served[0].view_api(return_format="dict", print_info=False)["named_endpoints"]
+    assert set(shown) == {
+        "/generate", "/list_adapters", "/import_adapter", "/download_adapter", "/train", "/run_state", "/stop_run",
+        "/resume_run",
+    }  # fmt: skip
+
+
+class Request:
+    """What a handler sees of a browser."""
+
+    username, session_hash = None, "a session"
+
+    def __init__(self, word):
+        self.cookies = {"svfit_visitor": word}
+
+
+def test_a_strip_over_strengths_and_its_settings_taken_up(served, adapter_path, tiny_base):
+    _, app, _ = served
+    painting, mine, theirs = Painting(app, []), Request("a" * 32), Request("b" * 32)
+    visitor = app.visitor(mine)
+    visitor.uploads.mkdir(parents=True)
+    shutil.copy(adapter_path, visitor.uploads / "own.safetensors")
+    form = ["a photo of sks dog", "", tiny_base.name, ["upload/own"], 1, 2, "", 5, False, "16", "16", STRENGTHS, False]
+    *_, last_gallery, _ = [step for step in painting.generate(mine, *form, 1.0) if isinstance(step[1], list)] + [None]
+    captions = [caption for _, caption in last_gallery[1]]
+    assert captions[0] == "base · seed 5" and captions[-1] == "own 1.5 · seed 5" and len(captions) == len(STRIP)
+    name = last_gallery[2][-1]
+    taken = painting.reuse(name, mine)
+    assert (taken[0], taken[6], taken[-1]) == ("a photo of sks dog", 5, {"upload/own": 1.5})
+    import gradio as gr
+
+    with pytest.raises(gr.Error, match="not there any more"):
+        painting.reuse(name, theirs)
+    with pytest.raises(gr.Error, match="no adapter called"):
+        list(painting.generate(theirs, *form, 1.0))
+
+
+def test_lora_of_a_library_adapter(served, adapter_path, tiny_base, monkeypatch):
+    from svfit_dreambooth import library
+    from svfit_dreambooth.web_export import LAYOUTS, LoraMaker
+
+    _, app, _ = served
+    visitor = app.visitor(Request("a" * 32))
+    library.add(visitor.library, adapter_path, name="for-lora")
+    layout = next(name for name, value in LAYOUTS.items() if value == "diffusers")
+    maker = LoraMaker(app)
+    said, _ = maker.plan("for-lora", layout, "", Request("a" * 32))
+    assert "LoRA" in said or "rank" in said
+    said, button = maker.make("for-lora", layout, "", Request("a" * 32))
+    assert "compared with the adapter" in said and Path(button.value["path"]).stat().st_size > 1000
+
+
+def test_adapters_are_added_into_one(served, adapter_path):
+    from svfit_dreambooth import library
+    from svfit_dreambooth.web_library import Shelf
+
+    _, app, _ = served
+    request = Request("a" * 32)
+    folder = app.visitor(request).library
+    for name in ("one", "two"):
+        library.add(folder, adapter_path, name=name)
+    assert Shelf(app).combine(["one", "two"], "0.5 0.25", "both", 3, request) == 4
+    shifts, sums = read_adapter(adapter_path).shifts, read_adapter(folder / "both.safetensors").shifts
+    assert all(abs(sums[name] - 0.75 * shift).max() < 2e-3 for name, shift in shifts.items())
+
+
+def test_the_page_is_open_to_nobody_else_unless_told(tmp_path, monkeypatch, capsys):
+    import gradio as gr
+
+    launched = {}
+    monkeypatch.setattr(gr.Blocks, "launch", lambda self, **options: launched.update(options))
+    monkeypatch.setattr(web, "WARM_UP_AFTER", 10_000)
+    monkeypatch.setattr("svfit_dreambooth.jobs.Jobs.start_queue", lambda self: None)
+    monkeypatch.setenv("GRADIO_SHARE", "True")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    assert web.main(["--data_dir", str(tmp_path)]) == 0
+    assert (launched["server_name"], launched["share"], launched["allowed_paths"]) == ("127.0.0.1", False, [])
+    assert capsys.readouterr().err == ""
+    assert web.main(["--data_dir", str(tmp_path), "--listen"]) == 0
+    assert launched["server_name"] == "0.0.0.0" and "add --auth NAME:PASSWORD" in capsys.readouterr().err
+    assert web.main(["--data_dir", str(tmp_path), "--listen", "--auth", "me:word"]) == 0
+    assert launched["auth"] == [("me", "word")] and capsys.readouterr().err == ""
+    assert web.main(["--auth", "me"]) == 2
+    assert "--auth reads NAME:PASSWORD" in capsys.readouterr().err
