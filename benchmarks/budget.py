@@ -30,8 +30,9 @@ from svfit_dreambooth.attention import apply_svfit, remove_svfit
 from svfit_dreambooth.basis import model_basis
 from svfit_dreambooth.budget import allocate, score_values
 from svfit_dreambooth.denoising import Denoiser
+from svfit_dreambooth.encoding import encode_examples
 from svfit_dreambooth.photos import find_photos
-from svfit_dreambooth.preparation import TOYBOX_SUBJECTS, Run, encode_examples, prepare
+from svfit_dreambooth.preparation import TOYBOX_SUBJECTS, Run, prepare
 from toybox.world import PHOTO_SETTINGS, SETTING_PHRASES, SUBJECTS, render, sample_scene
 
 CPU = torch.device("cpu")

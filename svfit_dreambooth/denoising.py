@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from svfit_dreambooth.base_model import encode_tokens, noise_scheduler
+from svfit_dreambooth.encoding import Examples
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.preparation import Examples, Run
+from svfit_dreambooth.preparation import Run
 
 
 class Loss(NamedTuple):

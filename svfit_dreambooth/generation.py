@@ -145,7 +145,7 @@ def generate(
     if num_images < 1 or num_inference_steps < 1:
         raise SVFitError("--num_images and --num_inference_steps must be 1 or more.")
     guidance_scale = model.guidance_scale if guidance_scale is None else guidance_scale
-    pictures = []
+    pictures: list[Picture] = []
     with merge_adapters(pipeline):
         for prompt in prompts:
             for i in range(num_images):

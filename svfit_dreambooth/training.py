@@ -25,6 +25,7 @@ from svfit_dreambooth.budget import choose_positions, narrowed, spread
 from svfit_dreambooth.checkpoints import TrainState, restore, resume_state, run_identity
 from svfit_dreambooth.config import TrainConfig, config_to_yaml
 from svfit_dreambooth.denoising import Denoiser
+from svfit_dreambooth.encoding import encode_examples
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.estimate import estimate_memory
 from svfit_dreambooth.features import Features, open_features
@@ -35,7 +36,7 @@ from svfit_dreambooth.loop import Loop, Step, stop_signals
 from svfit_dreambooth.metadata import base_metadata
 from svfit_dreambooth.outcome import TrainResult, end_event, finish, publish, save_result, training_record
 from svfit_dreambooth.patching import initial_adapter, patch_run
-from svfit_dreambooth.preparation import Run, encode_examples, prepare
+from svfit_dreambooth.preparation import Run, prepare
 from svfit_dreambooth.run_folder import lock_run, rewind_progress, set_aside
 from svfit_dreambooth.sheets import plot_run
 from svfit_dreambooth.validation import Watch

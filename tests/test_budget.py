@@ -15,8 +15,9 @@ from svfit_dreambooth.attention import apply_svfit, find_projections, svfit_laye
 from svfit_dreambooth.basis import model_basis
 from svfit_dreambooth.budget import allocate, choose_positions, narrowed, score_values, spread
 from svfit_dreambooth.denoising import Denoiser
+from svfit_dreambooth.encoding import encode_examples
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.preparation import encode_examples, prepare
+from svfit_dreambooth.preparation import prepare
 
 SCORES = {
     "unet.a": torch.tensor([5.0, 1.0, 4.0]),

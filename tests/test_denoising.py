@@ -12,8 +12,9 @@ from torch import nn
 from svfit_dreambooth import TrainConfig, train
 from svfit_dreambooth.base_model import BaseModel
 from svfit_dreambooth.denoising import Denoiser, min_snr_weights
+from svfit_dreambooth.encoding import Examples, encode_examples
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.preparation import Examples, Run, encode_examples
+from svfit_dreambooth.preparation import Run
 
 CPU = torch.device("cpu")
 

@@ -219,7 +219,7 @@ def test_an_output_that_cannot_be_written(config, tmp_path):
 def test_sequence_of_examples_covers_the_photos(config):
     result = train(TrainConfig(**config))
     run = result.run
-    from svfit_dreambooth.preparation import encode_examples
+    from svfit_dreambooth.encoding import encode_examples
 
     examples = encode_examples(run, torch.device("cpu"))
     pipeline = tiny_pipeline()
