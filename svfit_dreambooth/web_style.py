@@ -73,8 +73,8 @@ CSS = """
 .curve svg { width: 100%; height: auto; display: block; color: var(--body-text-color-subdued); }
 .sheet img { width: 100%; max-width: 720px; border-radius: 8px; display: block; }
 .empty { text-align: center; padding: 34px 16px; color: var(--body-text-color-subdued); border: 1px dashed var(--border-color-primary); border-radius: 10px; }
-.figures { border-collapse: collapse; margin: 8px 0; font-size: .9rem; }
-.figures td, .figures th { padding: 3px 14px 3px 0; text-align: right; font-weight: 400; }
+.figures { border-collapse: collapse; margin: 8px 0; font-size: .9rem; border: 0 !important; }
+.figures td, .figures th { padding: 3px 18px 3px 0 !important; text-align: right; font-weight: 400; border: 0 !important; }
 .figures th:first-child, .figures td:first-child { text-align: left; }
 pre.log { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .78rem; max-height: 220px; overflow-y: auto; }
 
