@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -161,7 +162,7 @@ def patch_layers(model: nn.Module, bases: Mapping[str, tuple[Tensor, Tensor]]) -
     patched: dict[str, SVFitLayer] = {}
     for name, (U, Vh) in bases.items():
         parent, attribute, layer = found[name]
-        plain = layer.to_plain() if isinstance(layer, SVFitLayer) else layer
+        plain: Any = layer.to_plain() if isinstance(layer, SVFitLayer) else layer
         patched[name] = SVFitConv2d(plain, U, Vh) if isinstance(plain, nn.Conv2d) else SVFitLinear(plain, U, Vh)
         _replace(parent, attribute, patched[name])
     for module in model.modules():

@@ -170,7 +170,10 @@ def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> TrainState:
     for name, tensor in tensors.items():
         group, _, rest = name.partition(".")
         groups[group][rest] = tensor
-    best = None if facts["best"] is None else Best(*facts["best"], groups["best"])
+    best = None
+    if facts["best"] is not None:
+        step, score = facts["best"]
+        best = Best(step, score, groups["best"])
     return TrainState(
         facts["step"],
         groups["value"],

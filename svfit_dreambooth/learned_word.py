@@ -147,13 +147,14 @@ def tokenizer_of(pipeline: Any, component: str) -> Any:
 
 def base_rows(text_encoder: nn.Module, pieces: Pieces) -> Tensor:
     """The base's own embeddings of `pieces`, (k, dim)."""
-    weight = text_encoder.get_input_embeddings().weight  # type: ignore[operator]
+    weight = text_encoder.get_input_embeddings().weight  # type: ignore[operator,union-attr]
     return weight.detach()[list(pieces)]
 
 
 def word_embedding(text_encoder: nn.Module) -> WordEmbedding | None:
     """The `WordEmbedding` of `text_encoder`, if it has one."""
-    embedding = text_encoder.get_input_embeddings() if hasattr(text_encoder, "get_input_embeddings") else None
+    find: Any = getattr(text_encoder, "get_input_embeddings", None)
+    embedding = None if find is None else find()
     return embedding if isinstance(embedding, WordEmbedding) else None
 
 
@@ -211,7 +212,9 @@ def learn_word(text_encoder: nn.Module, tokenizer: Any, word: str) -> nn.Paramet
     embedding = install_words(text_encoder, tokenizer)
     pieces = word_pieces(tokenizer, word)
     embedding.put({**embedding.deltas(), pieces: torch.zeros(len(pieces), embedding.embedding_dim)})
-    return embedding.deltas()[pieces].requires_grad_(True)
+    delta = embedding.deltas()[pieces]
+    delta.requires_grad_(True)
+    return delta
 
 
 def remove_words(pipeline: Any) -> None:

@@ -126,7 +126,7 @@ class Loop:
                 bar.set_postfix(loss=f"{done.loss:.4f}")
                 self.note("step", **vars(done), seconds=round(time.perf_counter() - started, 3))
                 self.accelerator.log({"loss": done.loss, "learning_rate": done.learning_rate}, step=self.step)
-                if self.watch is not None and (self.step % int(config.validation_steps) == 0 or self.step == of):
+                if self.watch is not None and (self.step % (config.validation_steps or 1) == 0 or self.step == of):
                     self.look(self.model.fixed_loss())
                 if self.step % config.checkpointing_steps == 0 and self.step < of:
                     self.save()

@@ -4,7 +4,7 @@ import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 
@@ -122,7 +122,7 @@ def finish(result: TrainResult) -> None:
             run.adapter_path,
             base,
             path,
-            config.also,
+            cast(Literal["kohya", "diffusers"], config.also),
             error=ALSO_ERROR,
             without_words=True,
             basis_cache_dir=config.basis_cache_dir,
@@ -143,5 +143,5 @@ def end_event(result: TrainResult) -> dict[str, Any]:
     showing = result.showing
     if showing is None:
         return {"sheet": None, "figures": None}
-    figures = showing.figures and {name: vars(row) for name, row in showing.figures.items()}
+    figures = None if showing.figures is None else {name: vars(row) for name, row in showing.figures.items()}
     return {"sheet": showing.sheet.name, "figures": figures}

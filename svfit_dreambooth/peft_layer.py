@@ -36,6 +36,8 @@ class SVFitPeftLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     other_param_names = ("svfit_scale",)
     U: Tensor
     Vh: Tensor
+    base_layer: Any  # an nn.Linear or a Conv1D
+    active_adapters: Any  # PEFT's, a list of names
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__()
@@ -77,7 +79,7 @@ class SVFitPeftLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         shift = torch.zeros(wanted, device=W.device, dtype=_at_least_float32(W.dtype))
         self.svfit_shift[adapter_name] = nn.Parameter(shift)
         self.svfit_scale[adapter_name] = 1.0
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)  # type: ignore[operator]
         return wanted
 
     def total_shift(self, adapter_names: list[str]) -> Tensor | None:
@@ -196,7 +198,7 @@ class SVFitPeftLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return self
 
 
-def _check_target(name: str, layer: nn.Module) -> None:
+def _check_target(name: str, layer: Any) -> None:
     computes_plainly = isinstance(layer, Conv1D) or (
         isinstance(layer, nn.Linear)
         and type(layer).forward is nn.Linear.forward

@@ -102,7 +102,7 @@ class SVFitModel(BaseTuner):  # type: ignore[misc]
         config = copy.copy(peft_config)  # what is filled in here belongs to this model, not to the caller's object
         self.peft_config[name] = config
         if config.target_modules is None:
-            config.target_modules = _default_targets(self.model)
+            config.target_modules = _default_targets(self.model)  # type: ignore[assignment]
         return config
 
     def _create_and_replace(
@@ -116,7 +116,7 @@ class SVFitModel(BaseTuner):  # type: ignore[misc]
         *,
         parameter_name: str | None = None,
     ) -> None:
-        layer = target if isinstance(target, SVFitPeftLinear) else SVFitPeftLinear(target, current_key)
+        layer: Any = target if isinstance(target, SVFitPeftLinear) else SVFitPeftLinear(target, current_key)
         known = (svfit_config.ranks or {}).get(current_key)
         rank, energy = (known, None) if known is not None else (svfit_config.rank, svfit_config.energy)
         if layer is not target:

@@ -131,8 +131,8 @@ class SVFitLayer(nn.Module):
     `shift` may also be (batch, 1, r), a value of its own for every sample of a batch.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Any  # nn.Parameter, as the layer's own class declares it
+    bias: Any
     U: Tensor
     Vh: Tensor
 
@@ -241,7 +241,7 @@ class SVFitLinear(SVFitLayer, nn.Linear):
 
     def forward_factored(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)"""
-        shift = self.shift
+        shift: Tensor = self.shift
         if shift.ndim == 3:  # one per sample: (batch, 1, r) to as many dimensions as the input has
             shift = shift.reshape(-1, *(1 for _ in range(input.ndim - 2)), self.rank)
         coefficients = F.linear(input, self.Vh) * shift  # (..., r)

@@ -225,7 +225,8 @@ def _place(run: Run, accelerator: Accelerator) -> dict[str, Any]:
             continue
         module.to(accelerator.device, WEIGHT_DTYPE[config.mixed_precision]).train()
         if config.gradient_checkpointing:
-            enable = getattr(module, "enable_gradient_checkpointing", None) or module.gradient_checkpointing_enable
+            diffusers_way = getattr(module, "enable_gradient_checkpointing", None)
+            enable: Callable[[], None] = diffusers_way or getattr(module, "gradient_checkpointing_enable")  # noqa: B009
             enable()
         placed[component] = accelerator.prepare(module)
     return placed
