@@ -53,7 +53,7 @@ def build(app: App, page: gr.Blocks, chosen: list[str]) -> GenerateTab:
                         raise told(error) from None
                     rows.append(
                         gr.Slider(
-                            0, 1.5, wanted.get(value, 1), step=0.05, label=f"Strength of {file.stem}",
+                            0, 1.5, wanted.get(value, 1), step=0.05, label=f"Strength of {file.stem}", interactive=True,
                             info=f"answers to “{words}”" if words else None, elem_classes="strength",
                             key=(value, str(wanted.get(value))),
                         )
