@@ -2,7 +2,7 @@
 
 import sys
 
-from svfit_dreambooth.web import main
+from svfit_dreambooth.web.page import main
 
 if __name__ == "__main__":
     sys.exit(main())

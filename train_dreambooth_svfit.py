@@ -2,7 +2,7 @@
 
 import sys
 
-from svfit_dreambooth.commands import main_train
+from svfit_dreambooth.commands.main import main_train
 
 if __name__ == "__main__":
     sys.exit(main_train())

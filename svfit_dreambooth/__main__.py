@@ -2,7 +2,7 @@
 
 import sys
 
-from svfit_dreambooth.commands import main
+from svfit_dreambooth.commands.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -22,8 +22,8 @@ from svfit_dreambooth.base_model import (
 )
 from svfit_dreambooth.config import TOYBOX
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.hub import find_adapter
 from svfit_dreambooth.pipeline import load_adapter, loaded_adapters, merge_adapters
+from svfit_dreambooth.sharing.hub import find_adapter
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

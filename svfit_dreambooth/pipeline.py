@@ -30,7 +30,6 @@ from svfit_dreambooth.attention import (
 from svfit_dreambooth.base_model import pipeline_components
 from svfit_dreambooth.basis import model_basis, same_base
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.hub import find_adapter
 from svfit_dreambooth.learned_word import (
     Pieces,
     base_rows,
@@ -41,6 +40,7 @@ from svfit_dreambooth.learned_word import (
     word_embedding,
     word_pieces,
 )
+from svfit_dreambooth.sharing.hub import find_adapter
 from svfit_dreambooth.svfit import SVFitLayer, as_matrix
 
 logger = logging.getLogger(__name__)

@@ -30,14 +30,14 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.estimate import estimate_memory
 from svfit_dreambooth.features import Features, open_features
 from svfit_dreambooth.files import write_atomically
-from svfit_dreambooth.hub import check_login
 from svfit_dreambooth.learned_word import learn_words, learned_words, remove_words, word_rows
 from svfit_dreambooth.loop import Loop, Step, stop_signals
-from svfit_dreambooth.metadata import base_metadata
 from svfit_dreambooth.outcome import TrainResult, end_event, finish, publish, save_result, training_record
 from svfit_dreambooth.patching import initial_adapter, patch_run
 from svfit_dreambooth.preparation import Run, prepare
 from svfit_dreambooth.run_folder import lock_run, rewind_progress, set_aside
+from svfit_dreambooth.sharing.hub import check_login
+from svfit_dreambooth.sharing.metadata import base_metadata
 from svfit_dreambooth.sheets import plot_run
 from svfit_dreambooth.validation import Watch
 

@@ -12,8 +12,8 @@ from svfit_dreambooth import load_adapter, read_adapter, save_adapter, unload_ad
 from svfit_dreambooth.attention import linear_layers
 from svfit_dreambooth.base_model import BaseModel
 from svfit_dreambooth.basis import fingerprint
-from svfit_dreambooth.combine import combine_adapters, combined_weights
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.sharing.combine import combine_adapters, combined_weights
 
 
 @pytest.fixture

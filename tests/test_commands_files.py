@@ -11,7 +11,7 @@ from test_pipeline import make_adapter
 
 from svfit_dreambooth import read_adapter, save_adapter
 from svfit_dreambooth.base_model import open_base_model
-from svfit_dreambooth.commands import main
+from svfit_dreambooth.commands.main import main
 
 
 @pytest.fixture(scope="module")

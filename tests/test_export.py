@@ -13,15 +13,15 @@ from safetensors.torch import load_file, save_file
 from test_learned_word import with_word
 from test_pipeline import make_adapter, paint
 
-from svfit_dreambooth import export as export_room
 from svfit_dreambooth import load_adapter, save_adapter, unload_adapter
 from svfit_dreambooth.attention import linear_layers, matrix_layers
 from svfit_dreambooth.base_model import BaseModel
 from svfit_dreambooth.basis import fingerprint
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.export import export_lora
-from svfit_dreambooth.lora_file import describe_lora, is_lora, lora_changes
-from svfit_dreambooth.lora_plan import plan_lora
+from svfit_dreambooth.sharing import export as export_room
+from svfit_dreambooth.sharing.export import export_lora
+from svfit_dreambooth.sharing.lora_file import describe_lora, is_lora, lora_changes
+from svfit_dreambooth.sharing.lora_plan import plan_lora
 from svfit_dreambooth.svfit import as_matrix
 
 PIXEL = 1 / 255

@@ -12,7 +12,7 @@ from test_pipeline import make_adapter
 from svfit_dreambooth import read_adapter, save_adapter
 from svfit_dreambooth.base_model import BaseModel
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.metadata import (
+from svfit_dreambooth.sharing.metadata import (
     annotate_adapter,
     base_metadata,
     licence_note,

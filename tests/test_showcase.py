@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from svfit_dreambooth import read_adapter
-from svfit_dreambooth.commands import main, main_train
+from svfit_dreambooth.commands.main import main, main_train
 from svfit_dreambooth.sheets import CELL
 
 

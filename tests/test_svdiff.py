@@ -11,7 +11,7 @@ from svfit_dreambooth.attention import matrix_layers
 from svfit_dreambooth.base_model import BaseModel
 from svfit_dreambooth.basis import canonical_weight
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.svdiff import import_svdiff
+from svfit_dreambooth.sharing.svdiff import import_svdiff
 
 
 def canonical_pipeline():

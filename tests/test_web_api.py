@@ -9,10 +9,11 @@ from PIL import Image
 
 pytest.importorskip("gradio", reason="gradio is not installed")
 
-from svfit_dreambooth import TrainConfig, read_adapter, train, web
-from svfit_dreambooth.studio import STRIP
-from svfit_dreambooth.web_painting import STRENGTHS, Painting
-from svfit_dreambooth.workspace import Workspace
+from svfit_dreambooth import TrainConfig, read_adapter, train
+from svfit_dreambooth.web import page as web
+from svfit_dreambooth.web.painting import STRENGTHS, Painting
+from svfit_dreambooth.web.studio import STRIP
+from svfit_dreambooth.web.workspace import Workspace
 
 SIZE = {"num_inference_steps": 2, "width": 16, "height": 16}
 
@@ -114,8 +115,8 @@ def test_a_strip_over_strengths_and_its_settings_taken_up(served, adapter_path, 
 
 
 def test_lora_of_a_library_adapter(served, adapter_path, tiny_base, monkeypatch):
-    from svfit_dreambooth import library
-    from svfit_dreambooth.web_export import LAYOUTS, LoraMaker
+    from svfit_dreambooth.web import library
+    from svfit_dreambooth.web.export_tab import LAYOUTS, LoraMaker
 
     _, app, _ = served
     visitor = app.visitor(Request("a" * 32))
@@ -129,8 +130,8 @@ def test_lora_of_a_library_adapter(served, adapter_path, tiny_base, monkeypatch)
 
 
 def test_adapters_are_added_into_one(served, adapter_path):
-    from svfit_dreambooth import library
-    from svfit_dreambooth.web_library import Shelf
+    from svfit_dreambooth.web import library
+    from svfit_dreambooth.web.library_tab import Shelf
 
     _, app, _ = served
     request = Request("a" * 32)
@@ -148,7 +149,7 @@ def test_the_page_is_open_to_nobody_else_unless_told(tmp_path, monkeypatch, caps
     launched = {}
     monkeypatch.setattr(gr.Blocks, "launch", lambda self, **options: launched.update(options))
     monkeypatch.setattr(web, "WARM_UP_AFTER", 10_000)
-    monkeypatch.setattr("svfit_dreambooth.jobs.Jobs.start_queue", lambda self: None)
+    monkeypatch.setattr("svfit_dreambooth.web.jobs.Jobs.start_queue", lambda self: None)
     monkeypatch.setenv("GRADIO_SHARE", "True")
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
     assert web.main(["--data_dir", str(tmp_path)]) == 0

@@ -73,7 +73,7 @@ def server(tmp_path_factory):
     for job in (server.folder / "jobs").glob("[0-9]*/job.json"):  # a failed test may leave a run behind
         pid = json.loads(job.read_text())["pid"]
         lock = job.parent / ".process"
-        from svfit_dreambooth.locks import is_locked
+        from svfit_dreambooth.web.locks import is_locked
 
         if pid and is_locked(lock):
             os.kill(pid, signal.SIGKILL)

@@ -13,13 +13,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from svfit_dreambooth import TrainConfig, jobs, library, pictures, read_adapter, save_adapter, train
+from svfit_dreambooth import TrainConfig, read_adapter, save_adapter, train
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.generation import free_path, save_picture
-from svfit_dreambooth.jobs import Jobs
-from svfit_dreambooth.progress import sum_up
-from svfit_dreambooth.studio import AS_TRAINED, Bases, Order, Studio
-from svfit_dreambooth.workspace import Workspace, add_photos, file_name, photo_files, photo_remarks, rotate_photo, serve
+from svfit_dreambooth.web import jobs, library, pictures
+from svfit_dreambooth.web.jobs import Jobs
+from svfit_dreambooth.web.progress import sum_up
+from svfit_dreambooth.web.studio import AS_TRAINED, Bases, Order, Studio
+from svfit_dreambooth.web.workspace import (
+    Workspace,
+    add_photos,
+    file_name,
+    photo_files,
+    photo_remarks,
+    rotate_photo,
+    serve,
+)
 
 SIZE = {"num_inference_steps": 2, "width": 16, "height": 16}
 

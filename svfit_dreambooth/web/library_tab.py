@@ -7,13 +7,14 @@ from typing import Any
 
 import gradio as gr
 
-from svfit_dreambooth import library, web_export
 from svfit_dreambooth.adapter import read_adapter, save_adapter
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.web_app import App, plainly
-from svfit_dreambooth.web_cards import card
-from svfit_dreambooth.web_generate import PRIVATE, GenerateTab
-from svfit_dreambooth.workspace import file_name
+from svfit_dreambooth.web import export_tab as web_export
+from svfit_dreambooth.web import library
+from svfit_dreambooth.web.app import App, plainly
+from svfit_dreambooth.web.cards import card
+from svfit_dreambooth.web.generate_tab import PRIVATE, GenerateTab
+from svfit_dreambooth.web.workspace import file_name
 
 EMPTY = (
     '<div class="empty"><b>No adapters yet.</b><br>Train one from your photos, or import a file that somebody '
@@ -73,7 +74,7 @@ class Shelf:
     @plainly
     def combine(self, names: list[str], strengths: str, new_name: str, changed: int, request: gr.Request) -> Any:
         """Adds several adapters into a new file of the library."""
-        from svfit_dreambooth.combine import combine_adapters
+        from svfit_dreambooth.sharing.combine import combine_adapters
 
         folder = self.app.visitor(request).library
         if len(names or []) < 2:
@@ -123,7 +124,7 @@ def build(app: App, tabs: gr.Tabs, tab: gr.Tab, generate_tab: GenerateTab) -> No
     load.upload(shelf.load_files, [load, changed], [changed, load], **PRIVATE)
     undo.click(shelf.undo, [deleted, changed], [changed, deleted, undo_row], **PRIVATE)
     dropdowns: list[gr.Dropdown] = []
-    if find_spec("svfit_dreambooth.combine") is not None:
+    if find_spec("svfit_dreambooth.sharing.combine") is not None:
         with gr.Accordion("Add several into one", open=False):
             gr.Markdown("One file that acts as several together, for subjects of the same base.", elem_classes="note")
             with gr.Row():

@@ -68,10 +68,10 @@ def _export(options: argparse.Namespace) -> None:
     import torch
 
     from svfit_dreambooth.adapter import read_adapter
-    from svfit_dreambooth.export import export_lora
     from svfit_dreambooth.generation import split_strength
-    from svfit_dreambooth.lora_plan import size_text
-    from svfit_dreambooth.merged_model import export_merged, merged_bytes
+    from svfit_dreambooth.sharing.export import export_lora
+    from svfit_dreambooth.sharing.lora_plan import size_text
+    from svfit_dreambooth.sharing.merged_model import export_merged, merged_bytes
 
     path, scale = split_strength(options.adapter)
     if options.format == "merged" and (options.rank is not None or options.error is not None):
@@ -104,7 +104,7 @@ def _export(options: argparse.Namespace) -> None:
 
 def _import(options: argparse.Namespace) -> None:
     from svfit_dreambooth.adapter import save_adapter
-    from svfit_dreambooth.svdiff import import_svdiff
+    from svfit_dreambooth.sharing.svdiff import import_svdiff
 
     if options.pretrained_model_name_or_path is None:
         raise SVFitError("an SVDiff file does not say what it was trained on: add --pretrained_model_name_or_path.")
@@ -120,8 +120,8 @@ def _combine(options: argparse.Namespace) -> None:
     import torch
 
     from svfit_dreambooth.adapter import read_adapter, save_adapter
-    from svfit_dreambooth.combine import combine_adapters
     from svfit_dreambooth.generation import split_strength
+    from svfit_dreambooth.sharing.combine import combine_adapters
 
     named = [split_strength(text) for text in options.adapters]
     adapters = [(read_adapter(path), strength) for path, strength in named]
@@ -142,8 +142,8 @@ def _combine(options: argparse.Namespace) -> None:
 
 
 def _annotate(options: argparse.Namespace) -> None:
-    from svfit_dreambooth.metadata import TEXT_FIELDS, annotate_adapter
     from svfit_dreambooth.photos import open_photo
+    from svfit_dreambooth.sharing.metadata import TEXT_FIELDS, annotate_adapter
 
     picture = None if options.thumbnail is None else open_photo(options.thumbnail)
     path = annotate_adapter(

@@ -6,10 +6,10 @@ import gradio as gr
 
 from svfit_dreambooth.config import TOYBOX
 from svfit_dreambooth.presets import DEFAULT, preset_names
-from svfit_dreambooth.web_app import App
-from svfit_dreambooth.web_draft import Draft, bundled_subjects
-from svfit_dreambooth.web_generate import PRIVATE, GenerateTab
-from svfit_dreambooth.web_runs import NONE, Runs
+from svfit_dreambooth.web.app import App
+from svfit_dreambooth.web.draft import Draft, bundled_subjects
+from svfit_dreambooth.web.generate_tab import PRIVATE, GenerateTab
+from svfit_dreambooth.web.runs import NONE, Runs
 
 PRESETS = {
     "fast": "a first look",

@@ -5,14 +5,14 @@ from typing import Any
 
 import gradio as gr
 
-from svfit_dreambooth import library
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.jobs import Job
-from svfit_dreambooth.progress import Progress, sum_up
-from svfit_dreambooth.web_app import App, plainly
-from svfit_dreambooth.web_cards import curve
-from svfit_dreambooth.web_draft import Draft, duration
-from svfit_dreambooth.workspace import Visitor, library_of
+from svfit_dreambooth.web import library
+from svfit_dreambooth.web.app import App, plainly
+from svfit_dreambooth.web.cards import curve
+from svfit_dreambooth.web.draft import Draft, duration
+from svfit_dreambooth.web.jobs import Job
+from svfit_dreambooth.web.progress import Progress, sum_up
+from svfit_dreambooth.web.workspace import Visitor, library_of
 
 NONE = (
     '<div class="empty"><b>No runs yet.</b><br>Add photos, say what they show, and press Start training. '

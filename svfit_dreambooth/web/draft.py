@@ -10,11 +10,11 @@ import gradio as gr
 
 from svfit_dreambooth.config import TOYBOX, TrainConfig
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.progress import sum_up
-from svfit_dreambooth.web_app import App, number, plainly
-from svfit_dreambooth.workspace import Visitor, add_photos, photo_files, photo_remarks, rotate_photo
+from svfit_dreambooth.web.app import App, number, plainly
+from svfit_dreambooth.web.progress import sum_up
+from svfit_dreambooth.web.workspace import Visitor, add_photos, photo_files, photo_remarks, rotate_photo
 
-SUBJECTS = Path(__file__).resolve().parent.parent / "toybox" / "subjects"
+SUBJECTS = Path(__file__).resolve().parents[2] / "toybox" / "subjects"
 BUNDLED = ".bundled"  # file beside the photos: the toy whose photos, untouched, they are
 RESOLUTION = {TOYBOX: 64}  # pixels; other bases train at 512 or more
 NAMES = {field.name for field in dataclasses.fields(TrainConfig)}  # options that a run knows

@@ -6,11 +6,11 @@ from typing import Any
 
 import gradio as gr
 
-from svfit_dreambooth import library
 from svfit_dreambooth.adapter import read_adapter
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.web_app import App, plainly, whole
-from svfit_dreambooth.web_generate import PRIVATE
+from svfit_dreambooth.web import library
+from svfit_dreambooth.web.app import App, plainly, whole
+from svfit_dreambooth.web.generate_tab import PRIVATE
 
 LAYOUTS = {"for A1111, Forge, ComfyUI (kohya)": "kohya", "for diffusers": "diffusers"}
 
@@ -24,8 +24,8 @@ class LoraMaker:
     @plainly
     def plan(self, name: str | None, layout: str, rank: str, request: gr.Request) -> tuple[str, Any]:
         """What the LoRA would hold and weigh; the file made before is taken back."""
-        from svfit_dreambooth.export import layer_shapes
-        from svfit_dreambooth.lora_plan import plan_lora
+        from svfit_dreambooth.sharing.export import layer_shapes
+        from svfit_dreambooth.sharing.lora_plan import plan_lora
 
         path = library.find(self.app.visitor(request).library, name or "")
         with self.app.studio.bare(path) as base:
@@ -36,7 +36,7 @@ class LoraMaker:
     @plainly
     def make(self, name: str | None, layout: str, rank: str, request: gr.Request) -> tuple[str, Any]:
         """Writes it, compared with the adapter; then it can be downloaded."""
-        from svfit_dreambooth.export import export_lora
+        from svfit_dreambooth.sharing.export import export_lora
 
         visitor = self.app.visitor(request)
         path = library.find(visitor.library, name or "")
@@ -53,7 +53,7 @@ class LoraMaker:
 
 def build(app: App) -> gr.Dropdown | None:
     """The section, where this installation can export; returns the dropdown of adapters, which the tab keeps full."""
-    if find_spec("svfit_dreambooth.export") is None:
+    if find_spec("svfit_dreambooth.sharing.export") is None:
         return None
     maker = LoraMaker(app)
     with gr.Accordion("Make a LoRA of one, for other programs", open=False, elem_id="lora"):

@@ -6,15 +6,15 @@ from typing import Any
 
 import gradio as gr
 
-from svfit_dreambooth import library, pictures
 from svfit_dreambooth.config import TOYBOX
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.progress import sum_up
-from svfit_dreambooth.studio import AS_TRAINED, Order, Told
-from svfit_dreambooth.web_app import App, plainly
-from svfit_dreambooth.web_draft import ADVANCED, Draft
-from svfit_dreambooth.web_painting import keep_picture
-from svfit_dreambooth.workspace import add_photos, photo_files
+from svfit_dreambooth.web import library, pictures
+from svfit_dreambooth.web.app import App, plainly
+from svfit_dreambooth.web.draft import ADVANCED, Draft
+from svfit_dreambooth.web.painting import keep_picture
+from svfit_dreambooth.web.progress import sum_up
+from svfit_dreambooth.web.studio import AS_TRAINED, Order, Told
+from svfit_dreambooth.web.workspace import add_photos, photo_files
 
 
 class Endpoints:

@@ -9,9 +9,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from svfit_dreambooth.commands_files import add_file_commands
-from svfit_dreambooth.commands_inspect import add_inspect
-from svfit_dreambooth.commands_push import add_push
+from svfit_dreambooth.commands.files import add_file_commands
+from svfit_dreambooth.commands.inspect import add_inspect
+from svfit_dreambooth.commands.push import add_push
 from svfit_dreambooth.errors import SVFitError
 
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import gradio as gr
 
-from svfit_dreambooth import library
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.jobs import Jobs
-from svfit_dreambooth.studio import Studio
-from svfit_dreambooth.workspace import WORD, Visitor, Workspace, serve, word_for
+from svfit_dreambooth.web import library
+from svfit_dreambooth.web.jobs import Jobs
+from svfit_dreambooth.web.studio import Studio
+from svfit_dreambooth.web.workspace import WORD, Visitor, Workspace, serve, word_for
 
 COOKIE = "svfit_visitor"
 YEAR = 365 * 24 * 3600  # seconds

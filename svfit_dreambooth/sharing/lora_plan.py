@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.lora_names import Layout
+from svfit_dreambooth.sharing.lora_names import Layout
 
 BYTES = {torch.float16: 2, torch.float32: 4}
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import gradio as gr
 
-from svfit_dreambooth import library, pictures
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.studio import AS_TRAINED, STRIP, Order, Told
-from svfit_dreambooth.web_app import App, number, plainly, whole
-from svfit_dreambooth.workspace import Visitor, library_of
+from svfit_dreambooth.web import library, pictures
+from svfit_dreambooth.web.app import App, number, plainly, whole
+from svfit_dreambooth.web.studio import AS_TRAINED, STRIP, Order, Told
+from svfit_dreambooth.web.workspace import Visitor, library_of
 
 ONCE, COMPARED, STRENGTHS = "just paint", "beside the base model", "strengths 0 to 1.5"
 FACTORS: dict[str, tuple[float, ...]] = {ONCE: (1.0,), COMPARED: (0.0, 1.0), STRENGTHS: STRIP}

@@ -18,7 +18,7 @@ def add_push(commands: Any) -> None:
 
 
 def _push(options: argparse.Namespace) -> None:
-    from svfit_dreambooth.hub import push_adapter
+    from svfit_dreambooth.sharing.hub import push_adapter
 
     upload = push_adapter(
         options.folder,

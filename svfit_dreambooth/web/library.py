@@ -15,7 +15,7 @@ from typing import Any
 
 from svfit_dreambooth.adapter import Adapter, describe_adapter, read_adapter
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.workspace import MAX_ADAPTER_BYTES, file_name
+from svfit_dreambooth.web.workspace import MAX_ADAPTER_BYTES, file_name
 
 SUFFIX = ".safetensors"
 TRASH = ".deleted"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from svfit_dreambooth.commands_files import open_base
+from svfit_dreambooth.commands.files import open_base
 from svfit_dreambooth.errors import SVFitError
 
 SHOWN = {  # header field -> how it is called
@@ -37,7 +37,7 @@ def add_inspect(commands: Any, add_base: Callable[[argparse.ArgumentParser], Non
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from svfit_dreambooth.lora_file import is_lora
+    from svfit_dreambooth.sharing.lora_file import is_lora
 
     if is_lora(options.adapter):
         if options.plot is not None:
@@ -61,7 +61,7 @@ def _inspect(options: argparse.Namespace) -> None:
             print(f"{key.replace('_', ' ')}: {description[key]}")
     _print_metadata(adapter.metadata)
     if "modelspec.license" not in adapter.metadata:
-        from svfit_dreambooth.metadata import licence_note
+        from svfit_dreambooth.sharing.metadata import licence_note
 
         print(f"licence: {licence_note(adapter)}")
     for key, value in description["training"].items():
@@ -74,7 +74,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _inspect_lora(options: argparse.Namespace) -> None:
-    from svfit_dreambooth.lora_file import describe_lora
+    from svfit_dreambooth.sharing.lora_file import describe_lora
 
     description = describe_lora(options.adapter)
     metadata = description["metadata"]
@@ -97,7 +97,7 @@ def _inspect_lora(options: argparse.Namespace) -> None:
 
 
 def _print_metadata(metadata: dict[str, str]) -> None:
-    from svfit_dreambooth.metadata import read_thumbnail
+    from svfit_dreambooth.sharing.metadata import read_thumbnail
 
     for key, name in SHOWN.items():
         if metadata.get(key):
@@ -118,10 +118,10 @@ def _presentable(metadata: dict[str, str]) -> dict[str, str]:
 
 
 def _plot(options: argparse.Namespace, adapter: Any) -> Any:
-    from svfit_dreambooth.metadata import read_thumbnail
     from svfit_dreambooth.photos import open_photo
     from svfit_dreambooth.plots import plot_adapter, strongest_layer
     from svfit_dreambooth.preparation import TOYBOX_SUBJECTS
+    from svfit_dreambooth.sharing.metadata import read_thumbnail
 
     layer = options.layer or strongest_layer(adapter)
     if layer not in adapter.shifts:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.workspace import Workspace, default_data_dir
+from svfit_dreambooth.web.workspace import Workspace, default_data_dir
 
 PORT = 7860
 ADDRESS = "127.0.0.1"
@@ -67,8 +67,8 @@ def serve_page(options: argparse.Namespace) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     from starlette.middleware import Middleware
 
-    from svfit_dreambooth.web_app import RememberBrowser
-    from svfit_dreambooth.web_style import CSS, HEAD, theme
+    from svfit_dreambooth.web.app import RememberBrowser
+    from svfit_dreambooth.web.style import CSS, HEAD, theme
 
     page, app = build_page(workspace, options.adapter, tuple(options.base), options.dtype, download=not public)
     app.jobs.start_queue()
@@ -104,11 +104,15 @@ def build_page(
     """The page and what is behind it.  `adapters` are put into the library; `download`: hub ids may be fetched."""
     import gradio as gr
 
-    from svfit_dreambooth import library, web_api, web_generate, web_library, web_train
-    from svfit_dreambooth.jobs import Jobs
-    from svfit_dreambooth.studio import Bases, Studio
-    from svfit_dreambooth.web_app import App
-    from svfit_dreambooth.workspace import library_of
+    from svfit_dreambooth.web import api as web_api
+    from svfit_dreambooth.web import generate_tab as web_generate
+    from svfit_dreambooth.web import library
+    from svfit_dreambooth.web import library_tab as web_library
+    from svfit_dreambooth.web import train_tab as web_train
+    from svfit_dreambooth.web.app import App
+    from svfit_dreambooth.web.jobs import Jobs
+    from svfit_dreambooth.web.studio import Bases, Studio
+    from svfit_dreambooth.web.workspace import library_of
 
     own = library_of(workspace, "")
     library.empty_trash(own)
@@ -133,8 +137,8 @@ def build_page(
 
 def _from_command_line(folder: Path, path: Path) -> str:
     """The name in the library of the adapter file `path`, which is copied there unless it is there already."""
-    from svfit_dreambooth import library
     from svfit_dreambooth.adapter import read_adapter
+    from svfit_dreambooth.web import library
 
     read_adapter(path)
     for name in library.names(folder):

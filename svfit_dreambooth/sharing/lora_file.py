@@ -16,7 +16,7 @@ from torch import Tensor
 
 from svfit_dreambooth.adapter_checks import check_container
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.lora_names import DOWN, UP, Layout, lora_name
+from svfit_dreambooth.sharing.lora_names import DOWN, UP, Layout, lora_name
 
 
 def pack_layer(

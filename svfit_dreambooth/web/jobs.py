@@ -24,14 +24,14 @@ from typing import Any
 
 import yaml
 
-from svfit_dreambooth import library
 from svfit_dreambooth.config import TrainConfig
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.locks import is_locked, locked
 from svfit_dreambooth.run_folder import read_progress
-from svfit_dreambooth.workspace import Visitor, Workspace, file_name, library_of, photo_files
+from svfit_dreambooth.web import library
+from svfit_dreambooth.web.locks import is_locked, locked
+from svfit_dreambooth.web.workspace import Visitor, Workspace, file_name, library_of, photo_files
 
-COMMAND = Path(__file__).resolve().parent.parent / "train_dreambooth_svfit.py"
+COMMAND = Path(__file__).resolve().parents[2] / "train_dreambooth_svfit.py"
 TICK = 1.0  # seconds between looks at the queue
 MAX_QUEUED = 20  # runs of one owner that may wait
 

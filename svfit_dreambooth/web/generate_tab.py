@@ -5,11 +5,11 @@ from typing import Any
 
 import gradio as gr
 
-from svfit_dreambooth import library
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.studio import AS_TRAINED
-from svfit_dreambooth.web_app import App, told
-from svfit_dreambooth.web_painting import FACTORS, IDLE, ONCE, UNSELECTED, Painting
+from svfit_dreambooth.web import library
+from svfit_dreambooth.web.app import App, told
+from svfit_dreambooth.web.painting import FACTORS, IDLE, ONCE, UNSELECTED, Painting
+from svfit_dreambooth.web.studio import AS_TRAINED
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 OPEN: dict[str, Any] = {"interactive": True}  # which Gradio cannot see where only a rendered event reads a field

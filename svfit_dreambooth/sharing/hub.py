@@ -28,7 +28,7 @@ from PIL import Image
 
 from svfit_dreambooth.adapter import read_adapter
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.model_card import model_card
+from svfit_dreambooth.sharing.model_card import model_card
 
 logger = logging.getLogger(__name__)
 

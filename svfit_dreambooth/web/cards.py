@@ -6,8 +6,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from svfit_dreambooth.library import Entry
-from svfit_dreambooth.web_app import size_text
+from svfit_dreambooth.web.app import size_text
+from svfit_dreambooth.web.library import Entry
 
 WIDTH, HEIGHT, MARGIN = 640, 200, 34  # of a curve, in its own units
 SMOOTHING = 0.9  # share of the past in the running mean of a noisy loss

@@ -1,0 +1,1 @@
+"""Adapters on their way to other people and programs."""

@@ -1,0 +1,1 @@
+"""The page: train, generate and share in a browser."""
