@@ -30,6 +30,9 @@ def measure(subject: str, rate: float, steps: int, options: argparse.Namespace) 
             max_train_steps=steps,
             train_batch_size=options.batch_size,
             train_text_encoder=options.train_text_encoder,
+            keep="last",
+            validation_steps=0,
+            final_pictures=False,
         )
         result = train(config)
         model = open_for_adapters([(result.adapter_path, 1.0)])

@@ -19,7 +19,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from toybox.architecture import WEIGHTS, load_pipeline
 from toybox.judge import Judge, load_judge
 from toybox.stages import contact_sheet
-from toybox.world import COLOURS, KINDS, SETTINGS, canonical_caption, is_held_out
+from toybox.world import (
+    COLOURS,
+    KINDS,
+    SETTINGS,
+    canonical_caption,
+    is_held_out,
+    render,
+    sample_individual,
+    sample_scene,
+)
 
 TRAITS = ("kind", "colour", "setting")
 
@@ -64,6 +73,21 @@ def score(judge: Judge, images: Sequence[Image.Image], wanted: Sequence[tuple[st
     }
 
 
+def beside_the_world(
+    images: Sequence[Image.Image], wanted: Sequence[tuple[str, str, str]], columns: int
+) -> Image.Image:
+    """Rows of the model's pictures, each above a row of the world's own pictures of the same words."""
+    rng = np.random.default_rng(0)
+    true = [
+        render(sample_scene(rng, sample_individual(rng, kind, colour), setting, "photo"))
+        for kind, colour, setting in wanted
+    ]
+    rows: list[Image.Image] = []
+    for start in range(0, len(images), columns):
+        rows += [*images[start : start + columns], *true[start : start + columns]]
+    return contact_sheet(rows, columns)
+
+
 def print_table(table: dict[str, dict]) -> None:
     """The scores, a row for each sort of prompt."""
     print(f"{'prompts':10s} {'n':>4s} {'kind':>7s} {'colour':>7s} {'setting':>8s} {'all three':>10s}")
@@ -83,7 +107,11 @@ def main() -> None:
     parser.add_argument("--guidance_scale", type=float, nargs="+", default=[4.0], help="several: a table for each")
     parser.add_argument("--num_threads", type=int, help="processor threads; None: all cores")
     parser.add_argument("--output", type=Path, help="JSON file for the numbers; None: only printed")
-    parser.add_argument("--contact_sheet", type=Path, help="PNG of the first 60 pictures; None: not drawn")
+    parser.add_argument(
+        "--contact_sheet",
+        type=Path,
+        help="PNG of the first 24 pictures, each row above the world's own; None: not drawn",
+    )
     args = parser.parse_args()
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
@@ -97,7 +125,7 @@ def main() -> None:
         print(f"guidance {guidance_scale}, {args.num_inference_steps} steps")
         print_table(results[str(guidance_scale)])
     if args.contact_sheet:
-        contact_sheet(images[:60], columns=10).save(args.contact_sheet)
+        beside_the_world(images[:24], wanted[:24], columns=12).save(args.contact_sheet)
     if args.output:
         settings = {"num_inference_steps": args.num_inference_steps, "num_prompts": args.num_prompts}
         args.output.write_text(json.dumps({**settings, "by_guidance_scale": results}, indent=2) + "\n")

@@ -165,7 +165,7 @@ class OutputOptions:
         8, "Noises and timesteps, fixed by the seed, on which the loss before and after is compared; 0: skip it."
     )
     also: str | None = _option(
-        None, "Write a LoRA, at most 10 % off, beside the adapter: kohya or diffusers; None: none."
+        None, "Write a LoRA, at most a tenth off, beside the adapter: kohya or diffusers; None: none."
     )
     push_to_hub: bool = _option(False, "Upload the adapter with a model card at the end, to be seen by you alone.")
     hub_model_id: str | None = _option(None, "OWNER/NAME of the upload; None: the adapter's name, your account.")

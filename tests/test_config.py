@@ -91,3 +91,11 @@ def test_help_is_grouped(capsys):
     text = capsys.readouterr().out
     for group in ("base model:", "photos and words:", "what is trained:", "optimization:", "output:"):
         assert group in text
+
+
+def test_help_can_be_read(capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse("--help")
+    assert exit.value.code == 0
+    text = capsys.readouterr().out
+    assert "seeing how it goes" in text and all(f"--{name}" in text for name in ("preset", "budget", "also", "keep"))
