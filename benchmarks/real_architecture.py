@@ -55,6 +55,8 @@ def measure(base: Path, options: argparse.Namespace, work: Path) -> dict:
         train_text_encoder=options.train_text_encoder,
         mixed_precision=options.mixed_precision,
         fixed_loss_examples=0,
+        validation_steps=0,
+        final_pictures=False,
     )
     figures: dict = {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
     figures |= {name: getattr(options, name) for name in ("resolution", "batch_size", "mixed_precision")}

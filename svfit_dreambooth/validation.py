@@ -40,12 +40,13 @@ class Measure:
 
     @property
     def score(self) -> float | None:
-        """Likeness less harm, by which the best step is kept; without features, the loss on fixed noise, negated.
+        """Likeness plus fit to the prompts less harm elsewhere, by which the best step is kept.
 
-        Both are cosines of features, so one unit of likeness is weighed against one unit of change elsewhere.
+        All three are cosines of features, weighed alike.  Without a network that sees likeness and harm: the loss on
+        fixed noise, negated.
         """
         if self.subject is not None and self.drift is not None:
-            return self.subject - self.drift
+            return self.subject + (self.prompt or 0.0) - self.drift
         return None if self.fixed_loss is None else -self.fixed_loss
 
     def values(self) -> dict[str, float]:

@@ -47,7 +47,7 @@ def test_looks_paint_measure_and_compare_with_the_base(run, tmp_path):
     assert texts == ["a photo of a dog on the beach", "a photo of a dog"]  # no reader of pictures knows what sks is
     set_shifts(run.base.pipeline.unet, {name: torch.full_like(shift, 0.5) for name, shift in shifts.items()})
     after = watch.look(3, 0.4)
-    assert after.drift > 1e-6 and after.score == pytest.approx(after.subject - after.drift)
+    assert after.drift > 1e-6 and after.score == pytest.approx(after.subject + after.prompt - after.drift)
     folder = tmp_path / "run" / "validation"
     first, second = (Image.open(folder / f"step_00000{step}.png") for step in (0, 3))
     assert first.size == (32, 16) and np.any(np.asarray(first) != np.asarray(second))
