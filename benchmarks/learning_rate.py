@@ -10,8 +10,11 @@ import argparse
 import dataclasses
 import itertools
 import json
+import sys
 import tempfile
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from svfit_dreambooth import TrainConfig, train
 from svfit_dreambooth.generation import open_for_adapters

@@ -11,6 +11,7 @@ import itertools
 import json
 import platform
 import resource
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,6 +19,8 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from svfit_dreambooth import TrainConfig, train
 from svfit_dreambooth.basis import cached_files, model_basis

@@ -187,9 +187,13 @@ def test_the_training_command_end_to_end(tiny_base, photo_folder, tmp_path, caps
     assert "3 steps in" in text and "624 singular values trained" in text
     assert Image.open(tmp_path / "out dir" / "my-dog.png").width > 500
     assert {path.name for path in (tmp_path / "out dir").iterdir()} == {
+        ".lock",
+        "checkpoints",
         "config.yaml",
+        "curve.png",
         "my-dog.png",
         "my-dog.safetensors",
+        "progress.jsonl",
     }
 
 

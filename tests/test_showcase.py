@@ -21,6 +21,8 @@ def demo(tmp_path_factory):
             "2",
             "--fixed_loss_examples",
             "1",
+            "--validation_steps",
+            "0",
         ]
     )
     assert code == 0
@@ -34,7 +36,18 @@ def test_without_arguments_a_toybox_subject_is_trained(demo):
 
 
 def test_the_judge_speaks_of_base_and_adapter(tmp_path, capsys):
-    main_train(["--output_dir", str(tmp_path), "--max_train_steps", "1", "--num_inference_steps", "1"])
+    main_train(
+        [
+            "--output_dir",
+            str(tmp_path),
+            "--max_train_steps",
+            "1",
+            "--num_inference_steps",
+            "1",
+            "--validation_steps",
+            "0",
+        ]
+    )
     text = capsys.readouterr().out
     assert "judged in settings without a photo" in text
     rows = {
