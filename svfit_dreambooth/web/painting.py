@@ -89,7 +89,8 @@ class Painting:
         try:
             worker.start()
             busy = (gr.Button(interactive=False), gr.Button(interactive=True))
-            yield (_status("Starting"), [], [], None, UNSELECTED, order.seed, *busy, off, off, off, off)
+            empty = gr.Gallery([], selected_index=None, preview=False)  # not the large view of an earlier picture
+            yield (_status("Starting"), empty, [], None, UNSELECTED, order.seed, *busy, off, off, off, off)
             while (event := news.get()) is not None:
                 if isinstance(event, Exception):
                     failure = event
