@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -327,5 +328,5 @@ def test_visitors_see_no_photos_of_others_and_phones_have_room(visit, tmp_path):
 def test_no_file_is_served_by_its_path(server, path):
     path = path.format(folder=server.folder, root=ROOT)
     with pytest.raises(urllib.error.HTTPError) as refusal:
-        urllib.request.urlopen(f"{server.url}gradio_api/file={path}", timeout=PATIENCE)
+        urllib.request.urlopen(f"{server.url}gradio_api/file={urllib.parse.quote(path)}", timeout=PATIENCE)
     assert refusal.value.code == 403
