@@ -6,12 +6,9 @@ An adapter is one short vector a projection: `shift`, shape (rank,), along the b
 
 import hashlib
 import json
-import os
 import re
-import secrets
 import struct
 import time
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -39,6 +36,7 @@ from svfit_dreambooth.adapter_checks import (
 )
 from svfit_dreambooth.adapter_words import HEADER_KEY, LearnedWord, read_words, word_key, word_metadata, word_tensors
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.files import write_atomically
 
 MODELSPEC = {"sai_model_spec", "architecture", "implementation", "title", "date", "hash_sha256", "trigger_phrase"}
 OWN_METADATA = {f"modelspec.{name}" for name in MODELSPEC} | {"format", "format_version", "payload_sha256"}
@@ -113,7 +111,7 @@ def save_adapter(adapter: Adapter, path: str | Path, dtype: torch.dtype = torch.
         content = serialize(tensors, _metadata(adapter, path, ranks, _payload_sha256(tensors)))
     except UnicodeEncodeError as error:
         raise SVFitError(f"The metadata holds text that isn't valid Unicode ({error.object!r}): correct it.") from None
-    _write_atomically(path, content)
+    write_atomically(path, content)
     return path
 
 
@@ -209,23 +207,6 @@ def _without_paths(value: Any) -> Any:
     ):
         return _display_name(value)
     return value
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.parent / f".svfit-{secrets.token_hex(8)}.tmp"  # same folder: os.replace can't cross disks
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise SVFitError(f"'{path}' can't be written ({reason}): choose another place.") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- reading

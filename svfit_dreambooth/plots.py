@@ -3,10 +3,8 @@
 Drawn with matplotlib, which is only asked for here.
 """
 
-import os
+import io
 import re
-import secrets
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from svfit_dreambooth.adapter import Adapter, block_name, describe_adapter
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.files import write_atomically
 from svfit_dreambooth.svfit import decompose, resolve_rank
 
 ENERGY = 0.99  # what the paper's top singular values hold of a matrix
@@ -157,14 +156,6 @@ def _draw_pictures(part: Any, picture: Image.Image) -> None:
 
 
 def _save(figure: Any, path: Path) -> Path:
-    temporary = path.parent / f".svfit-{secrets.token_hex(8)}.tmp"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(temporary, format="png")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise SVFitError(f"'{path}' can't be written ({error.strerror or error}): choose another place.") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    return path
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    return write_atomically(path, content.getvalue())

@@ -4,7 +4,6 @@ Nothing here was run against the hub itself, which the authors' machines do not 
 `huggingface_hub.HfApi`, by a stand-in that is held to the real one's signatures.
 """
 
-import json
 import logging
 import re
 import shutil
@@ -28,6 +27,7 @@ from PIL import Image
 
 from svfit_dreambooth.adapter import read_adapter
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.run_folder import read_progress
 from svfit_dreambooth.sharing.model_card import model_card
 
 logger = logging.getLogger(__name__)
@@ -155,17 +155,8 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 def _figures(adapter_path: Path) -> dict[str, Any] | None:
     """What the run measured at its end, if it was the run that wrote this adapter."""
-    progress = adapter_path.parent / "progress.jsonl"
-    if not progress.is_file():
-        return None
-    for line in reversed(progress.read_text(encoding="utf-8").splitlines()):
-        try:
-            event = json.loads(line)
-        except ValueError:  # a run that was killed may have left half a line
-            continue
-        if isinstance(event, dict) and event.get("event") == "end":
-            return event.get("figures") if event.get("adapter") == adapter_path.name else None
-    return None
+    ends = [event for event in read_progress(adapter_path.parent) if event["event"] == "end"]
+    return ends[-1].get("figures") if ends and ends[-1].get("adapter") == adapter_path.name else None
 
 
 # ---------------------------------------------------------------- finding
