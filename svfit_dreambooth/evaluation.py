@@ -4,6 +4,8 @@ Features are rows of unit length: DINO's or a judge's identity embedding for wha
 the judge's joint space for how a picture fits a prompt.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,33 @@ def prompt_fidelity(generated: Tensor, prompts: Tensor) -> float:
 def drift(adapted: Tensor, base: Tensor) -> float:
     """1 - mean cosine of each picture with the base's own for the same prompt and seed, both (n, d); 0 is none."""
     return 1 - (_unit(adapted) * _unit(base)).sum(-1).mean().item()
+
+
+def diversity(generated: Tensor) -> float:
+    """1 - mean cosine of different pictures of one prompt, (prompts, pictures, d); 0: they all look alike.
+
+    Ruiz et al., 2022, take LPIPS for it; here it is whatever the features see.  Raises ValueError for one picture a
+    prompt, which has none to differ from.
+    """
+    count = generated.shape[1]
+    if count < 2:
+        raise ValueError("diversity needs two pictures of a prompt or more.")
+    features = _unit(generated)
+    cosines = (features @ features.mT).sum((1, 2)) - count  # without each picture's 1 with itself
+    return 1 - (cosines / (count * (count - 1))).mean().item()
+
+
+def bootstrap_interval(
+    values: Sequence[float], coverage: float = 0.95, draws: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile interval of the mean of `values` under resampling them (Efron and Tibshirani, 1993, chapter 13)."""
+    generator = torch.Generator().manual_seed(seed)
+    sample = torch.tensor(values, dtype=torch.float64)
+    rows = torch.randint(len(sample), (draws, len(sample)), generator=generator)
+    means = sample[rows].mean(1)  # (draws,)
+    tail = (1 - coverage) / 2
+    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return low, high
 
 
 def _unit(features: Tensor) -> Tensor:

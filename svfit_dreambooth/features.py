@@ -25,6 +25,7 @@ class Features:
     subject: See | None = None  # what a subject looks like: DINO, else CLIP, or the judge's identity embedding
     picture: See | None = None  # what a picture shows, in the space shared with texts: CLIP or the judge
     text: Callable[[Sequence[str]], Tensor] | None = None  # what a text asks for, in that space
+    attributes: Callable[[Sequence[Image.Image]], list[dict[str, str]]] | None = None  # the judge's names of things
 
     @property
     def any(self) -> See | None:
@@ -51,7 +52,7 @@ def open_features(
         from toybox.judge import load_judge
 
         judge = load_judge(str(device))
-        features = Features(judge.identity_features, judge.image_features, judge.text_features)
+        features = Features(judge.identity_features, judge.image_features, judge.text_features, judge.attributes)
     return features
 
 

@@ -1,0 +1,168 @@
+"""Ways of adapting a UNet, all as one thing: a function that makes some of its numbers trainable and names them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftConfig, TinyLoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from svfit_dreambooth.attention import apply_svfit, find_projections, svfit_layers
+from svfit_dreambooth.basis import model_basis
+from svfit_dreambooth.budget import allocate, score_values
+from svfit_dreambooth.encoding import Examples
+from svfit_dreambooth.preparation import Run
+from svfit_dreambooth.svfit import as_matrix
+
+Values = dict[str, nn.Parameter]
+PutIn = Callable[[Run, Examples], Values]
+
+
+@dataclass(frozen=True)
+class Method:
+    """How to adapt `run.base.pipeline.unet`, and the learning rates at which its own sweep begins."""
+
+    put_in: PutIn
+    rates: tuple[float, ...]
+    options: dict[str, Any] = field(default_factory=dict)  # of TrainConfig, where they differ from the common ones
+
+
+def nothing(run: Run, examples: Examples) -> Values:
+    """The base as it is."""
+    return {}
+
+
+def full(run: Run, examples: Examples) -> Values:
+    """Every weight."""
+    unet = run.base.pipeline.unet.requires_grad_(True)
+    return dict(unet.named_parameters())
+
+
+def peft(make: Callable[[list[str]], PeftConfig], run: Run, examples: Examples) -> Values:
+    """An adapter of PEFT on the attention projections."""
+    unet = run.base.pipeline.unet
+    targets = list(find_projections(unet))
+    wrapper = get_peft_model(unet, make(targets))  # type: ignore[arg-type]
+    run.base.pipeline.unet.__dict__["peft"] = wrapper  # which TinyLoRA keeps its values in; not as a submodule
+    return {name: value for name, value in wrapper.named_parameters() if value.requires_grad}
+
+
+def lora(rank: int, init: bool | str = True) -> PutIn:
+    """alpha = rank as in diffusers' scripts; `init` "pissa" starts from the leading singular directions."""
+    return partial(
+        peft, lambda targets: LoraConfig(r=rank, lora_alpha=rank, init_lora_weights=init, target_modules=targets)
+    )
+
+
+def tinylora(values: int) -> PutIn:
+    """`values` numbers a layer, mapped by fixed random matrices into its leading 8x8 singular block."""
+    return partial(peft, lambda targets: TinyLoraConfig(r=8, u=values, target_modules=targets))
+
+
+def svfit(
+    targets: Sequence[str] | None = None,
+    share: float = 1.0,
+    choose: Literal["top", "bottom", "random", "budget"] = "top",
+    relative: bool = False,
+) -> PutIn:
+    """A `share` of the singular values of every layer; `choose` "budget" takes as many where gradients are largest.
+
+    `relative`: steps proportional to the singular value (of mean 1 in each layer) in place of equal steps.
+    """
+    return partial(_svfit, targets=targets, share=share, choose=choose, relative=relative)
+
+
+def _svfit(
+    run: Run, examples: Examples, targets: Sequence[str] | None, share: float, choose: str, relative: bool
+) -> Values:
+    unet = run.base.pipeline.unet
+    weights = {
+        name: as_matrix(layer.weight.detach()) for name, (_, _, layer) in find_projections(unet, targets).items()
+    }
+    positions: dict[str, Tensor] = {}
+    for number, (name, weight) in enumerate(weights.items()):
+        size = min(weight.shape)
+        count = max(1, round(share * size))
+        start = {"top": 0, "bottom": size - count}.get(choose, 0)
+        positions[name] = torch.arange(start, start + count)
+        if choose == "random":
+            generator = torch.Generator().manual_seed(1000 * run.config.seed + number)
+            positions[name] = torch.randperm(size, generator=generator)[:count].sort().values
+    if choose == "budget":
+        scores = score_values(run, examples, torch.device("cpu"), torch.float32)
+        chosen = allocate(scores, sum(len(own) for own in positions.values()))
+        positions = {name.removeprefix("unet."): own for name, own in chosen.items()}
+        weights = {name: weights[name] for name in positions}
+    bases = model_basis(weights, positions)
+    values = {name: shift for name, shift in apply_svfit(unet, target_modules=list(bases), basis=bases).items()}
+    for shift in values.values():
+        shift.requires_grad_(True)
+    return _relative(unet, weights, positions) if relative else values
+
+
+class _Scaled(nn.Module):
+    """shift = scale * value"""
+
+    def __init__(self, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale)
+
+    def forward(self, value: Tensor) -> Tensor:
+        return self.scale * value
+
+    def right_inverse(self, shift: Tensor) -> Tensor:
+        return shift / self.scale
+
+
+def _relative(unet: nn.Module, weights: dict[str, Tensor], positions: dict[str, Tensor]) -> Values:
+    values = {}
+    for name, layer in svfit_layers(unet).items():
+        S = torch.linalg.svdvals(weights[name])[positions[name]]
+        parametrize.register_parametrization(layer, "shift", _Scaled(S / S.mean()))
+        values[name] = layer.parametrizations.shift.original
+    return values
+
+
+def with_text_encoder(put_in: PutIn) -> PutIn:
+    """The attention projections of the text encoder as well, by SVFit at full rank."""
+
+    def both(run: Run, examples: Examples) -> Values:
+        encoder = run.base.pipeline.text_encoder
+        layers = find_projections(encoder)
+        bases = model_basis({name: as_matrix(layer.weight.detach()) for name, (_, _, layer) in layers.items()})
+        shifts = apply_svfit(encoder, target_modules=list(bases), basis=bases)
+        for shift in shifts.values():
+            shift.requires_grad_(True)
+        return put_in(run, examples) | {f"text_encoder.{name}": shift for name, shift in shifts.items()}
+
+    return both
+
+
+WIDER = ("attention", "feed-forward")
+# 1, 2, 5, 10 ...: a sweep that ends at one of its ends goes on
+METHODS = {
+    "none": Method(nothing, ()),
+    "svfit": Method(svfit(), (2e-2, 5e-2, 1e-1, 2e-1)),
+    "svfit-half": Method(svfit(share=1 / 2), (2e-2, 5e-2, 1e-1, 2e-1)),
+    "svfit-eighth": Method(svfit(share=1 / 8), (5e-2, 1e-1, 2e-1, 5e-1)),
+    "svfit-wider": Method(svfit(WIDER), (2e-2, 5e-2, 1e-1, 2e-1)),
+    "svdiff": Method(svfit(("all",)), (1e-2, 2e-2, 5e-2, 1e-1)),
+    "lora-1": Method(lora(1), (2e-3, 5e-3, 1e-2, 2e-2)),
+    "lora-4": Method(lora(4), (1e-3, 2e-3, 5e-3, 1e-2)),
+    "lora-8": Method(lora(8), (1e-3, 2e-3, 5e-3, 1e-2)),
+    "pissa-8": Method(lora(8, "pissa"), (2e-4, 5e-4, 1e-3, 2e-3)),
+    "tinylora": Method(tinylora(64), (1e-2, 2e-2, 5e-2, 1e-1)),
+    "full": Method(full, (5e-5, 1e-4, 2e-4, 5e-4)),
+}
+ABLATIONS = {
+    "svfit-1/32": Method(svfit(share=1 / 32), (5e-2, 1e-1, 2e-1, 5e-1)),
+    "svfit-eighth-bottom": Method(svfit(share=1 / 8, choose="bottom"), (5e-2, 1e-1, 2e-1, 5e-1)),
+    "svfit-eighth-random": Method(svfit(share=1 / 8, choose="random"), (5e-2, 1e-1, 2e-1, 5e-1)),
+    "svfit-eighth-budget": Method(svfit(share=1 / 8, choose="budget"), (5e-2, 1e-1, 2e-1, 5e-1)),
+    "svfit-relative": Method(svfit(relative=True), (2e-2, 5e-2, 1e-1, 2e-1)),
+    "svfit-text": Method(with_text_encoder(svfit()), (2e-2, 5e-2, 1e-1, 2e-1), {"train_text_encoder": True}),
+    "svfit-prior": Method(svfit(), (2e-2, 5e-2, 1e-1, 2e-1), {"with_prior_preservation": True}),
+}
