@@ -5,13 +5,16 @@ class without it; likeness, fit to the prompts, preservation of the class, diver
 change of pictures that have nothing to do with the subject.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.evaluation import diversity, drift, prompt_fidelity, subject_fidelity
 from svfit_dreambooth.features import Features
 from svfit_dreambooth.validation import UNRELATED_PROMPTS
@@ -19,6 +22,20 @@ from svfit_dreambooth.validation import UNRELATED_PROMPTS
 Paint = Callable[[Sequence[str], int], list[Image.Image]]  # prompts, seed of the first; one picture each, counting up
 
 TRUE_PICTURES = 4  # of a toybox subject in each setting
+PROMPTS = (  # {} is the subject; the 25 of Ruiz et al. come from a file
+    "a photo of {} on the beach",
+    "a photo of {} in the snow",
+    "a photo of {} on a wooden table",
+    "a photo of {} in the forest",
+    "a photo of {} in front of a city at night",
+    "a photo of {} on a red carpet",
+    "a photo of {} floating on water",
+    "a photo of {} in a kitchen",
+    "a watercolour painting of {}",
+    "a pencil drawing of {}",
+    "a photo of {} wearing a yellow hat",
+    "a photo of {} beside a bicycle",
+)
 
 
 @dataclass
@@ -74,6 +91,56 @@ def toybox_questions(subject: str, pictures_per_prompt: int = 1, seed: int = 100
     )
 
 
+def subject_questions(
+    references: list[Image.Image],
+    words: str,
+    class_words: str,
+    templates: Sequence[str] = PROMPTS,
+    pictures_per_prompt: int = 4,
+) -> Questions:
+    """Any subject: `words` ("sks dog") and `class_words` ("dog") stand for {} in `templates`; `references` are photos."""
+    return Questions(
+        [template.replace("{}", words) for template in templates],
+        [re.sub(r"(\b(?:an?|the) )?\{\}", lambda found: (found[1] or "a ") + class_words, t) for t in templates],
+        [f"a photo of a {class_words}"] * pictures_per_prompt,
+        references,
+        pictures_per_prompt=pictures_per_prompt,
+    )
+
+
+def read_templates(path: Path) -> list[str]:
+    """Prompts from a file, one a line, with {} for the subject's words.
+
+    Lines of the DreamBooth dataset's own list, `'a {0} {1} in the jungle'.format(unique_token, class_token),`, mean
+    the same.  Empty lines and lines that begin with # are passed over.  Raises SVFitError for a file that cannot be
+    read or holds nothing, and for a line without {}.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SVFitError(
+            f"the prompts {path} cannot be read ({error}): give a text file, one prompt a line."
+        ) from error
+    templates = []
+    for number, line in enumerate(lines, 1):
+        text = line.strip()
+        if not text or text.startswith("#"):
+            continue
+        formatted = re.match(r"""['"](.*)['"]\.format\(""", text)
+        template = (formatted.group(1) if formatted else text).replace("{0} {1}", "{}")
+        if "{}" not in template:
+            raise SVFitError(f"line {number} of {path}, {text!r}, has no {{}} where the subject's words belong.")
+        templates.append(template)
+    if not templates:
+        raise SVFitError(f"{path} holds no prompts: give one a line, such as 'a photo of {{}} on the beach'.")
+    return templates
+
+
+def subject_words(prompt: str) -> str:
+    """What an instance or class prompt shows: "sks dog" of "a photo of sks dog", "dog" of "a photo of a dog"."""
+    return re.sub(r"^((a|an|the|one)\s+)?([\w-]+\s+of\s+)?((a|an|the)\s+)?", "", prompt.strip(), flags=re.IGNORECASE)
+
+
 def ask(paint: Paint, questions: Questions, seed: int) -> Answers:
     """Paints all answers; the first picture of every kind of prompt has the seed `seed`."""
     prompts = [prompt for prompt in questions.prompts for _ in range(questions.pictures_per_prompt)]
@@ -95,11 +162,15 @@ def score(answers: Answers, untouched: Answers, questions: Questions, features: 
         scores.prompt = prompt_fidelity(features.picture(answers.subject), texts)
     if features.attributes is not None and questions.wanted is not None:
         wanted = [want for want in questions.wanted for _ in range(count)]
-        found = features.attributes(answers.subject)
-        scores.right = float(np.mean([want.items() <= each.items() for want, each in zip(wanted, found, strict=True)]))
+        scores.right = share_right(features.attributes(answers.subject), wanted)
     if features.any is not None:
         scores.drift = drift(features.any(answers.unrelated), features.any(untouched.unrelated))
         if count > 1:
             seen: Tensor = features.any(answers.subject)  # (prompts * count, d)
             scores.diversity = diversity(seen.view(len(questions.prompts), count, -1))
     return scores
+
+
+def share_right(found: Sequence[dict[str, str]], wanted: Sequence[dict[str, str]]) -> float:
+    """Share of pictures in which everything that was `wanted` of them was `found`."""
+    return float(np.mean([want.items() <= each.items() for want, each in zip(wanted, found, strict=True)]))

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -14,6 +13,7 @@ from svfit_dreambooth.evaluation import drift, subject_fidelity
 from svfit_dreambooth.generation import generate, open_for_adapters
 from svfit_dreambooth.pipeline import loaded_adapters, set_adapters
 from svfit_dreambooth.preparation import Run
+from svfit_dreambooth.protocol import share_right, toybox_questions
 from svfit_dreambooth.sheets import contact_sheet, save_sheet
 from svfit_dreambooth.validation import (
     SEED,
@@ -23,8 +23,6 @@ from svfit_dreambooth.validation import (
     toybox_subject,
     validation_prompts,
 )
-
-TRUE_IMAGES = 4  # true pictures of the subject in each setting
 
 
 @dataclass
@@ -86,28 +84,19 @@ def judge_subject(model: BaseModel, subject: str, options: dict[str, Any]) -> di
     prompts that have nothing to do with it; compared with are true renderings in the same settings.
     """
     from toybox.judge import load_judge
-    from toybox.world import PHOTO_SETTINGS, SETTING_PHRASES, SUBJECTS, render, sample_scene
 
-    judge = load_judge()
-    individual = SUBJECTS[subject]
-    places = [place for place in SETTING_PHRASES if place not in PHOTO_SETTINGS[subject]]
-    rng = np.random.default_rng(SEED)
-    scenes = [sample_scene(rng, individual, place, "photo") for place in places for _ in range(TRUE_IMAGES)]
-    true = judge.identity_features([render(scene) for scene in scenes])  # (n, d)
-    prompts = [f"a photo of sks {individual.kind} {SETTING_PHRASES[place]}" for place in places]
+    judge, questions = load_judge(), toybox_questions(subject)
+    true = judge.identity_features(questions.references)  # (n, d)
     options = {**options, "seed": SEED + 1}
     figures = {"true pictures": Figures(_off_diagonal(true), 1.0, None)}
     unrelated: dict[str, torch.Tensor] = {}
     for name, strength in (("base", 0.0), ("adapter", 1.0)):
-        images = _paint(model, prompts, strength, options)
-        fits = [
-            found["kind"] == individual.kind and found["setting"] == place
-            for found, place in zip(judge.attributes(images), places, strict=True)
-        ]
+        images = _paint(model, questions.prompts, strength, options)
+        fits = share_right(judge.attributes(images), questions.wanted or [])
         unrelated[name] = judge.image_features(_paint(model, UNRELATED_PROMPTS, strength, options))  # (n, d)
         figures[name] = Figures(
             subject_fidelity(judge.identity_features(images), true),
-            float(np.mean(fits)),
+            fits,
             drift(unrelated[name], unrelated["base"]),
         )
     return figures

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from svfit_dreambooth.evaluation import drift, prompt_fidelity, subject_fidelity
+from svfit_dreambooth.evaluation import bootstrap_interval, diversity, drift, prompt_fidelity, subject_fidelity
 
 EAST, NORTH, NORTHEAST = [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]
 COS45 = 2**-0.5
@@ -24,3 +24,22 @@ def test_drift_is_zero_for_equal_pictures_and_one_for_unrelated_ones():
     pictures = torch.tensor([EAST, NORTHEAST])
     assert drift(pictures, 3 * pictures) == pytest.approx(0.0, abs=1e-12)
     assert drift(torch.tensor([EAST]), torch.tensor([NORTH])) == pytest.approx(1.0)
+
+
+def test_diversity_is_zero_for_equal_pictures_and_the_mean_over_pairs_otherwise():
+    equal, mixed = torch.tensor([NORTH, NORTH, NORTH]), torch.tensor([EAST, NORTH, NORTHEAST])
+    assert diversity(equal[None]) == pytest.approx(0.0)
+    # pairs: east-north 0, the two others cos 45 each
+    assert diversity(mixed[None]) == pytest.approx(1 - 2 * COS45 / 3)
+    assert diversity(torch.stack([equal, mixed])) == pytest.approx((1 - 2 * COS45 / 3) / 2)  # the mean over prompts
+    with pytest.raises(ValueError, match="two pictures"):
+        diversity(torch.tensor([[EAST]]))
+
+
+def test_bootstrap_interval_holds_the_mean_and_narrows_as_its_root():
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0)).tolist()
+    low, high = bootstrap_interval(values)
+    mean, error = sum(values) / 400, torch.tensor(values).std().item() / 20
+    assert low < mean < high and high - low == pytest.approx(2 * 1.96 * error, rel=0.05)  # of normal values
+    assert bootstrap_interval([3.0] * 5) == (3.0, 3.0)
+    assert bootstrap_interval(values) == (low, high)  # repeats

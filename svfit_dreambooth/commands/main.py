@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from svfit_dreambooth.commands.evaluate import add_evaluate
 from svfit_dreambooth.commands.files import add_file_commands
 from svfit_dreambooth.commands.inspect import add_inspect
 from svfit_dreambooth.commands.push import add_push
@@ -108,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     cache.add_argument("--clear", action="store_true", help="delete them; they are computed again when needed")
     cache.add_argument("--basis_cache_dir", type=Path, help="default: $SVFIT_CACHE or the user's cache folder")
     cache.set_defaults(run=_cache)
+    add_evaluate(commands, _add_base)
     add_inspect(commands, _add_base)
     add_file_commands(commands, _add_base)
     add_push(commands)

@@ -1,0 +1,82 @@
+"""`evaluate`: how well adapters learnt their subjects, by the DreamBooth protocol."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from svfit_dreambooth.errors import SVFitError
+
+LEGEND = (
+    "subject: likeness to the photos (toybox's own subjects: to true renderings); prompt: fit to the prompts; right: "
+    "share with\neverything that was asked for; drift: change of unrelated pictures; preservation: likeness of the "
+    "*class* to the subject,\nbest as low as the base's; diversity: difference of pictures of one prompt."
+)
+
+
+def add_evaluate(commands: Any, add_base: Callable[[argparse.ArgumentParser], None]) -> None:
+    """Adds it to `commands`, what `add_subparsers` returned; `add_base` adds the options that name a base model."""
+    evaluate = commands.add_parser("evaluate", help="measure adapters: likeness, fit to prompts, drift ...")
+    evaluate.add_argument("--adapter", action="append", required=True, metavar="PATH[:WEIGHT]", help="may be repeated")
+    evaluate.add_argument(
+        "--instance_data_dir", action="append", type=Path, required=True, metavar="PHOTOS",
+        help="photos of the subject, best others than those of the training; once for all adapters, or once for each",
+    )  # fmt: skip
+    evaluate.add_argument("--output_dir", type=Path, required=True, help="for scores.json, sheet.png and the pictures")
+    evaluate.add_argument(
+        "--prompts", type=Path, metavar="FILE",
+        help="one prompt a line, {} for the subject's words; default: 12 of ours, for toybox subjects their own",
+    )  # fmt: skip
+    evaluate.add_argument("--subject_words", help='such as "sks dog"; default: from the adapter')
+    evaluate.add_argument("--class_words", help='such as "dog"; default: from the adapter')
+    evaluate.add_argument("--dino_path", help="folder or hub id of a DINO model: likeness; default: CLIP, or the judge")
+    evaluate.add_argument("--clip_path", help="folder or hub id of a CLIP model: prompts, drift; default: the judge")
+    evaluate.add_argument("--num_images", type=int, default=4, help="pictures of each prompt (default: 4)")
+    evaluate.add_argument("--seed", type=int, default=0, help="of the first picture, counting up (default: 0)")
+    evaluate.add_argument("--num_inference_steps", type=int, default=25, help="denoising steps (default: 25)")
+    evaluate.add_argument("--guidance_scale", type=float, help="default: what suits the base, 7.5 for Stable Diffusion")
+    evaluate.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
+    add_base(evaluate)
+    evaluate.set_defaults(run=_evaluate)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from svfit_dreambooth.features import open_features
+    from svfit_dreambooth.generation import DTYPES, open_for_adapters, split_strength
+    from svfit_dreambooth.protocol import read_templates
+    from svfit_dreambooth.scoring import Candidate, evaluate_adapters, table
+
+    if options.num_images < 1:
+        raise SVFitError(f"--num_images is {options.num_images}, but must be 1 or more.")
+    adapters = [split_strength(text) for text in options.adapter]
+    folders = options.instance_data_dir * (len(adapters) if len(options.instance_data_dir) == 1 else 1)
+    if len(folders) != len(adapters):
+        raise SVFitError(
+            f"{len(adapters)} adapters and {len(folders)} folders of photos were given: give --instance_data_dir once "
+            "for all adapters, or once for each."
+        )
+    templates = None if options.prompts is None else read_templates(options.prompts)
+    model = open_for_adapters(
+        adapters,
+        options.pretrained_model_name_or_path,
+        basis_cache_dir=options.basis_cache_dir,
+        dtype=DTYPES[options.dtype],
+        revision=options.revision,
+        variant=options.variant,
+        base_config=options.base_config,
+    )
+    features = open_features(model.name, options.dino_path, options.clip_path, model.pipeline.device)
+    rows = evaluate_adapters(
+        model,
+        [Candidate(Path(path), strength, folder, options.subject_words, options.class_words)
+         for (path, strength), folder in zip(adapters, folders, strict=True)],
+        features,
+        options.output_dir,
+        templates=templates,
+        num_images=options.num_images,
+        seed=options.seed,
+        num_inference_steps=options.num_inference_steps,
+        guidance_scale=options.guidance_scale,
+    )  # fmt: skip
+    print("\n".join([*table(rows), LEGEND]))
+    print(f"{options.output_dir / 'scores.json'}, {options.output_dir / 'sheet.png'}")
