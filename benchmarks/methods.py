@@ -32,6 +32,7 @@ class Method:
 
 def nothing(run: Run, examples: Examples) -> Values:
     """The base as it is."""
+    run.base.pipeline.unet.requires_grad_(False)
     return {}
 
 
@@ -92,7 +93,7 @@ def _svfit(
             generator = torch.Generator().manual_seed(1000 * run.config.seed + number)
             positions[name] = torch.randperm(size, generator=generator)[:count].sort().values
     if choose == "budget":
-        scores = score_values(run, examples, torch.device("cpu"), torch.float32)
+        scores = score_values(run, examples, unet.device, torch.float32)
         chosen = allocate(scores, sum(len(own) for own in positions.values()))
         positions = {name.removeprefix("unet."): own for name, own in chosen.items()}
         weights = {name: weights[name] for name in positions}

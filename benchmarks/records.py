@@ -8,13 +8,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-TUNING_SUBJECTS = ("cat_tiger", "car_racer")
-TEST_SUBJECTS = (
-    "dog_patch", "duck_dots", "fish_queen", "boat_breeze", "rocket_band", "teapot_lady", "mug_king", "lamp_stripes",
-)  # fmt: skip
 SEEDS = (0, 1, 2)
 TUNING_SEED = 100
-STEPS = (100, 200)  # when a run is measured; the last is its length
 MOST_RATES = 9  # of one sweep
 
 
@@ -52,10 +47,17 @@ class Record:
     def reading(self, step: int) -> dict[str, Any]:
         return self.readings[str(step)]
 
-    def score(self, step: int = STEPS[-1]) -> float:
-        """By which rates are chosen: likeness plus share of right pictures less drift; below all if numbers went bad."""
-        reading = self.reading(step)
-        parts = [reading[name] for name in ("subject", "right", "drift")]
+    @property
+    def last(self) -> dict[str, Any]:
+        return self.readings[max(self.readings, key=int)]
+
+    def score(self) -> float:
+        """By which rates are chosen: likeness plus fit to the prompts less drift; below all if numbers went bad.
+
+        The fit is the share of right pictures where a judge names things, else the cosine with the prompts.
+        """
+        fit = self.last["prompt"] if self.last["right"] is None else self.last["right"]
+        parts = [self.last["subject"], fit, self.last["drift"]]
         return parts[0] + parts[1] - parts[2] if all(part is not None for part in parts) else -math.inf
 
 
@@ -86,8 +88,10 @@ def neighbour(rate: float, up: bool) -> float:
     return float(f"{(larger if up else smaller) * 10.0**power:.3g}")
 
 
-def sweep(method: str, rates: Sequence[float], records: Iterable[Record]) -> tuple[list[Job], float | None]:
-    """The tuning runs of `method` that are missing; and the best rate as soon as none are.
+def sweep(
+    method: str, rates: Sequence[float], records: Iterable[Record], subjects: Sequence[str]
+) -> tuple[list[Job], float | None]:
+    """The tuning runs of `method` on `subjects` that are missing; and the best rate as soon as none are.
 
     The sweep begins with `rates` and goes on beyond the better end until the best rate is not at an end.
     """
@@ -99,12 +103,12 @@ def sweep(method: str, rates: Sequence[float], records: Iterable[Record]) -> tup
         missing = [
             Job(method, subject, TUNING_SEED, rate)
             for rate in tried
-            for subject in TUNING_SUBJECTS
+            for subject in subjects
             if (subject, rate) not in done
         ]
         if missing:
             return missing, None
-        best = max(tried, key=lambda rate: mean(done[subject, rate] for subject in TUNING_SUBJECTS))
+        best = max(tried, key=lambda rate: mean(done[subject, rate] for subject in subjects))
         if best not in (tried[0], tried[-1]) or len(tried) >= MOST_RATES:
             return [], best
         tried = sorted([*tried, neighbour(best, best == tried[-1])])
