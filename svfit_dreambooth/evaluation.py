@@ -22,7 +22,7 @@ def prompt_fidelity(generated: Tensor, prompts: Tensor) -> float:
 
 def drift(adapted: Tensor, base: Tensor) -> float:
     """1 - mean cosine of each picture with the base's own for the same prompt and seed, both (n, d); 0 is none."""
-    return 1 - (_unit(adapted) * _unit(base)).sum(-1).mean().item()
+    return max(0.0, 1 - (_unit(adapted) * _unit(base)).sum(-1).mean().item())  # a cosine may round to above 1
 
 
 def diversity(generated: Tensor) -> float:

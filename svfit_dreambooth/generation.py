@@ -1,5 +1,6 @@
 """Prompt and adapters to pictures, each a PNG that tells how it was made."""
 
+import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from svfit_dreambooth.base_model import (
 )
 from svfit_dreambooth.config import TOYBOX
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.files import write_atomically
 from svfit_dreambooth.pipeline import load_adapter, loaded_adapters, merge_adapters
 from svfit_dreambooth.sharing.hub import find_adapter
 
@@ -217,16 +219,9 @@ def save_picture(picture: Picture, path: Path) -> Path:
         f"Adapters: {adapters or 'none'}, Version: svfit-dreambooth {__version__}"
     )
     info.add_itxt("parameters", "\n".join(lines))
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.image.save(temporary, format="PNG", pnginfo=info)
-        temporary.replace(path)
-    except OSError as error:
-        raise SVFitError(f"{path} cannot be written ({error.strerror}): choose another folder.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    content = io.BytesIO()
+    picture.image.save(content, format="PNG", pnginfo=info)
+    return write_atomically(path, content.getvalue())
 
 
 def free_path(folder: Path, stem: str) -> Path:
