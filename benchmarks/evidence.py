@@ -55,16 +55,27 @@ def with_interval(values: Sequence[float]) -> str:
     return f"{mean(values):.3f} [{low:.3f}, {high:.3f}]"
 
 
+def measured(table: dict[str, list[Record]]) -> list[str]:
+    """The scores that every run has."""
+    readings = [reading for runs in table.values() for run in runs for reading in run.readings.values()]
+    return [score for score in SCORES if all(reading[score] is not None for reading in readings)]
+
+
+def fit_score(table: dict[str, list[Record]]) -> str:
+    """What tells how pictures fit their prompts: the judge's share, else the cosine, else likeness alone."""
+    return next((score for score in ("right", "prompt") if score in measured(table)), "subject")
+
+
 def main_table(table: dict[str, list[Record]], step: int) -> list[str]:
     """Markdown: what each method cost and reached at `step`."""
+    scores = measured(table)
     lines = [
-        "| method | rate | trained values | file, kB | " + " | ".join(SCORES) + " |",
-        "|---|---|---|---|" + "---|" * len(SCORES),
+        "| method | rate | trained values | file, kB | " + " | ".join(scores) + " |",
+        "|---|---|---|---|" + "---|" * len(scores),
     ]
     for name, runs in table.items():
         rate = "" if name == NONE else f"{runs[0].rate:g}"
-        cells = [with_interval(list(by_subject(runs, step, score).values())) for score in SCORES[:4]]
-        cells += [f"{mean(by_subject(runs, step, score).values()):.3f}" for score in SCORES[4:]]
+        cells = [with_interval(list(by_subject(runs, step, score).values())) for score in scores]
         lines.append(
             f"| {name} | {rate} | {runs[0].values:,} | {runs[0].file_bytes / 1e3:,.0f} | {' | '.join(cells)} |"
         )
@@ -73,12 +84,13 @@ def main_table(table: dict[str, list[Record]], step: int) -> list[str]:
 
 def paired_table(table: dict[str, list[Record]], step: int, against: str) -> list[str]:
     """Markdown: differences from the method `against`, subject by subject."""
-    lines = [f"| less {against} | subject | right | drift |", "|---|---|---|---|"]
+    scores = [score for score in ("subject", fit_score(table), "drift") if score in measured(table)]
+    lines = [f"| less {against} | {' | '.join(scores)} |", "|---" * (len(scores) + 1) + "|"]
     for name, runs in table.items():
         if name in (against, NONE):
             continue
         cells = []
-        for score in ("subject", "right", "drift"):
+        for score in scores:
             own, other = by_subject(runs, step, score), by_subject(table[against], step, score)
             cells.append(with_interval([own[subject] - other[subject] for subject in sorted(own)]))
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -109,7 +121,8 @@ def plot(table: dict[str, list[Record]], steps: Sequence[int], path: Path) -> No
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2)
-    for axis, score in zip(axes, ("right", "drift"), strict=True):
+    fit = fit_score(table)
+    for axis, score in zip(axes, (fit, "drift"), strict=True):
         for number, (name, runs) in enumerate(table.items()):
             points = [[mean(by_subject(runs, step, s).values()) for step in steps] for s in ("subject", score)]
             colour = "black" if name == NONE else f"C{number % 10}"
@@ -122,8 +135,8 @@ def plot(table: dict[str, list[Record]], steps: Sequence[int], path: Path) -> No
                 x, y, xerr=[[x - left], [right - x]], yerr=[[y - low], [high - y]], color=colour, elinewidth=0.6,
                 marker=marker, markersize=6, label=name,
             )  # fmt: skip
-        axis.set_xlabel("likeness to true pictures in unseen settings")
-    axes[0].set_ylabel("share with the right kind and setting")
+        axis.set_xlabel("likeness to the subject")
+    axes[0].set_ylabel("share with the right kind and setting" if fit == "right" else f"fit to the prompts ({fit})")
     axes[1].set_ylabel("drift of unrelated pictures")
     axes[1].legend(fontsize=8, loc="upper left")
     figure.savefig(path, dpi=110)

@@ -2,21 +2,29 @@
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_pipeline
+from PIL import Image
 
 from svfit_dreambooth.attention import find_projections, svfit_layers
 from svfit_dreambooth.config import TrainConfig
 from svfit_dreambooth.encoding import encode_examples
+from svfit_dreambooth.features import Features
 from svfit_dreambooth.preparation import prepare
+from svfit_dreambooth.sheets import CELL
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import compare_methods
+import evidence
 import methods
+import records
 from records import Job, Record, neighbour, pack, read_records, sweep
 
 RATES = (0.01, 0.02, 0.05, 0.1)
@@ -123,3 +131,39 @@ def test_relative_steps_move_values_in_proportion(run):
         value += 1
     S = torch.linalg.svdvals(layer.weight.detach())
     assert torch.allclose(layer.shift, S / S.mean(), rtol=1e-3)
+
+
+def pixels(images):
+    return torch.tensor(np.stack([np.asarray(image.resize((4, 4))).reshape(-1) for image in images])).float() - 128
+
+
+def test_it_runs_on_any_base_leaves_what_is_finished_and_tells_what_it_found(
+    tiny_base, photo_folder, tmp_path, monkeypatch, capsys
+):
+    for name in ("dog1", "dog2", "dog6"):
+        shutil.copytree(photo_folder, tmp_path / "subjects" / name)
+    monkeypatch.setattr(records, "MOST_RATES", 1)
+    monkeypatch.setitem(compare_methods.METHODS, "lora-1", methods.Method(methods.lora(1), (0.01,)))
+    monkeypatch.setattr(compare_methods, "open_features", lambda *_: Features(pixels))
+    arguments = ["--pretrained_model_name_or_path", tiny_base, "--subjects", tmp_path / "subjects", "--steps", 1, 2]
+    arguments += ["--methods", "none", "lora-1", "--seeds", 0, "--train_batch_size", 1, "--num_inference_steps", 1]
+    results = tmp_path / "results"
+    monkeypatch.setattr(sys, "argv", [str(a) for a in ["compare", *arguments, "--results", results]])
+    compare_methods.main()
+    names = {path.name for path in results.glob("*.json")}
+    tuned = {f"lora-1-{subject}-100-0.01.json" for subject in ("dog1", "dog2")}
+    assert names == {*tuned, "none-dog6-0-0.json", "lora-1-dog6-0-0.01.json"}
+    done = {r.job: r for r in records.read_records(results)}
+    learnt = done[Job("lora-1", "dog6", 0, 0.01)]
+    assert set(learnt.readings) == {"1", "2"} and learnt.readings["2"]["drift"] > 0 and learnt.values > 0
+    assert learnt.readings["2"]["loss"] > 0 and done[Job("none", "dog6", 0, 0.0)].readings["2"]["drift"] == 0
+    before = {path: path.stat().st_mtime_ns for path in results.glob("*.json")}
+    compare_methods.main()  # nothing is missing
+    assert before == {path: path.stat().st_mtime_ns for path in results.glob("*.json")}
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", [str(a) for a in ["evidence", "--results", results, "--against", "none",
+                        "--sheet", tmp_path / "s.png", "--subject", "dog6"]])  # fmt: skip
+    evidence.main()
+    text = capsys.readouterr().out
+    assert "1 subjects, 1 seeds" in text and "| lora-1 | 0.01 |" in text
+    assert Image.open(tmp_path / "s.png").height > 2 * CELL
