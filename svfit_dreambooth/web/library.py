@@ -11,11 +11,13 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from svfit_dreambooth.adapter import Adapter, describe_adapter, read_adapter
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web.workspace import MAX_ADAPTER_BYTES, file_name
+
+if TYPE_CHECKING:  # the page opens before torch is imported
+    from svfit_dreambooth.adapter import Adapter
 
 SUFFIX = ".safetensors"
 TRASH = ".deleted"
@@ -78,6 +80,8 @@ _described: dict[tuple[str, int, int], dict[str, Any]] = {}
 
 
 def _describe(path: str, mtime: int, size: int) -> dict[str, Any]:
+    from svfit_dreambooth.adapter import describe_adapter, read_adapter
+
     key = (path, mtime, size)
     if key not in _described:
         if len(_described) > 1000:
@@ -86,8 +90,10 @@ def _describe(path: str, mtime: int, size: int) -> dict[str, Any]:
     return _described[key]
 
 
-def check_upload(upload: Path) -> Adapter:
+def check_upload(upload: Path) -> "Adapter":
     """The adapter in an uploaded file.  Raises SVFitError, naming the file without its folder."""
+    from svfit_dreambooth.adapter import read_adapter
+
     if upload.stat().st_size > MAX_ADAPTER_BYTES:
         raise SVFitError(f"{upload.name!r} is larger than {MAX_ADAPTER_BYTES >> 20} MB, which no adapter is.")
     try:

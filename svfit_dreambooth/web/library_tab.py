@@ -7,7 +7,6 @@ from typing import Any
 
 import gradio as gr
 
-from svfit_dreambooth.adapter import read_adapter, save_adapter
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web import export_tab as web_export
 from svfit_dreambooth.web import library
@@ -74,6 +73,7 @@ class Shelf:
     @plainly
     def combine(self, names: list[str], strengths: str, new_name: str, changed: int, request: gr.Request) -> Any:
         """Adds several adapters into a new file of the library."""
+        from svfit_dreambooth.adapter import read_adapter, save_adapter
         from svfit_dreambooth.sharing.combine import combine_adapters
 
         folder = self.app.visitor(request).library
