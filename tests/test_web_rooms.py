@@ -16,6 +16,7 @@ from PIL import Image
 from svfit_dreambooth import TrainConfig, read_adapter, save_adapter, train
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.generation import free_path, save_picture
+from svfit_dreambooth.sharing.metadata import annotate_adapter
 from svfit_dreambooth.web import jobs, library, pictures
 from svfit_dreambooth.web.jobs import Jobs
 from svfit_dreambooth.web.progress import sum_up
@@ -134,6 +135,25 @@ def test_library_renames_deletes_and_brings_back(tmp_path, adapter_path):
     assert (folder / "Bello.safetensors").read_bytes() == content and (folder / "Bello.png").is_file()
     with pytest.raises(SVFitError, match="gone for good"):
         library.restore(folder, token)
+
+
+def test_the_picture_in_a_file_stands_for_it(tmp_path, adapter_path):
+    folder, red = tmp_path / "adapters", Image.new("RGB", (8, 8), "red")
+    source = Path(shutil.copy(adapter_path, tmp_path / "rex.safetensors"))
+    annotate_adapter(source, thumbnail=red)
+    library.add(folder, source)
+    shown = Image.open(library.entry(folder, "rex").picture)
+    assert np.abs(np.asarray(shown, int) - np.asarray(red, int)).max() <= 3  # it went through JPEG
+    blue = tmp_path / "blue.png"
+    Image.new("RGB", (8, 8), "blue").save(blue)
+    library.set_picture(folder, "rex", blue)
+    library.replace(folder, "rex", source)
+    assert Image.open(folder / "rex.png").getpixel((0, 0)) == (0, 0, 255)  # a person chose it
+    adapter = read_adapter(source)
+    for text in ("data:image/png;base64,iVBORw0KGgo=", "data:text/html;base64,PGI+", "https://example.org/a.png"):
+        adapter.metadata["modelspec.thumbnail"] = text
+        name = library.add(folder, save_adapter(adapter, tmp_path / "other.safetensors"))
+        assert library.entry(folder, name).picture is None
 
 
 @pytest.mark.parametrize("name", ["../dog", "/etc/passwd", "dog.safetensors", "", ".deleted"])

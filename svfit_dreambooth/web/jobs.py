@@ -258,16 +258,14 @@ class Jobs:
     def _file(self, job: Job) -> None:
         """The adapter that a run has left, into its owner's library."""
         adapter = self.run_folder(job) / f"{job.name}.safetensors"
-        picture = self.run_folder(job) / f"{job.name}.png"
         folder = library_of(self.workspace, job.owner)
         name = job.library_name
         if adapter.is_file():
-            shown = picture if picture.is_file() else None
             try:
                 if name is not None and name in library.names(folder):
-                    library.replace(folder, name, adapter, shown)
+                    library.replace(folder, name, adapter)
                 else:
-                    name = library.add(folder, adapter, shown)
+                    name = library.add(folder, adapter)
             except SVFitError as error:  # the others in line must not wait for this one
                 print(f"warning: {job.name} is not in the library: {error}", file=sys.stderr)
         with self._changing(job.id) as changed:

@@ -103,8 +103,11 @@ def check_upload(upload: Path) -> "Adapter":
 
 
 def add(folder: Path, source: Path, picture: Path | None = None, name: str | None = None) -> str:
-    """Copies an adapter file, checked, into the library; returns its name there: `name` or a free one like it."""
-    check_upload(source)
+    """Copies an adapter file, checked, into the library; returns its name there: `name` or a free one like it.
+
+    Without `picture`, the one that the file carries stands for it, if there is one.
+    """
+    adapter = check_upload(source)
     wanted = file_name(name or source.stem)
     folder.mkdir(parents=True, exist_ok=True)
     number, chosen = 1, wanted
@@ -113,18 +116,20 @@ def add(folder: Path, source: Path, picture: Path | None = None, name: str | Non
         chosen = f"{wanted}-{number}"
     if picture is not None:
         set_picture(folder, chosen, picture)
+    else:
+        _take_thumbnail(adapter, folder / f"{chosen}.png")
     return chosen
 
 
-def replace(folder: Path, name: str, source: Path, picture: Path | None = None) -> None:
-    """Puts a newer file in the place of the adapter `name`."""
-    check_upload(source)
+def replace(folder: Path, name: str, source: Path) -> None:
+    """Puts a newer file in the place of the adapter `name`; a picture that stands for it stays."""
+    adapter = check_upload(source)
     path = find(folder, name)
     temporary = folder / f".{secrets.token_hex(8)}.tmp"
     shutil.copyfile(source, temporary)
     temporary.replace(path)
-    if picture is not None:
-        set_picture(folder, name, picture)
+    if not (shown := folder / f"{name}.png").exists():
+        _take_thumbnail(adapter, shown)
 
 
 def set_picture(folder: Path, name: str, picture: Path) -> None:
@@ -133,6 +138,17 @@ def set_picture(folder: Path, name: str, picture: Path) -> None:
     temporary = folder / f".{secrets.token_hex(8)}.tmp"
     shutil.copyfile(picture, temporary)
     temporary.replace(folder / f"{name}.png")
+
+
+def _take_thumbnail(adapter: "Adapter", target: Path) -> None:
+    """Writes the picture that an adapter file carries, if it does, as `target`: pixels alone, whatever it was."""
+    from svfit_dreambooth.sharing.metadata import read_thumbnail
+
+    picture = read_thumbnail(adapter.metadata)
+    if picture is not None:
+        temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
+        picture.save(temporary, format="PNG")
+        temporary.replace(target)
 
 
 def _place(source: Path, target: Path) -> bool:

@@ -153,7 +153,7 @@ class Runs:
             right = f"step {progress.step} of {progress.of}"
             kept = progress.kept_step if state in OVER else None
             if kept is not None and kept != progress.step:
-                right += f" · step {kept} was kept, the best of those measured"
+                right += f" · kept: step {kept}, the best measured"
             if state == "running" and progress.step == progress.of:
                 right += " · measuring and painting the result"
             elif state == "running" and progress.seconds_left is not None:

@@ -63,6 +63,7 @@ CSS = """
 #new-seed { display: flex; align-items: flex-end; padding-bottom: 18px; }
 .html-container { padding-top: 0 !important; padding-bottom: 0 !important; }
 footer .divider { display: none !important; }
+#photo-remarks, #estimate { padding: 0 12px; }
 .inset { padding: 8px 14px !important; background: var(--block-background-fill) !important; }
 .settings { font-size: .86rem; color: var(--body-text-color-subdued); overflow-wrap: anywhere; min-height: 2.8em; }
 .settings b { color: var(--body-text-color); }
@@ -71,7 +72,8 @@ footer .divider { display: none !important; }
 .cards { display: grid !important; grid-template-columns: repeat(auto-fill, minmax(290px, 1fr)); gap: 14px; }
 .card { border: 1px solid var(--border-color-primary); border-radius: 10px; background: var(--block-background-fill);
         overflow: hidden; padding: 0 !important; gap: 0 !important; min-width: 0 !important; }
-.card .face { height: 190px; background: #fff; display: flex; align-items: center; justify-content: center; overflow: hidden; }
+.card .html-container { padding: 0 !important; }
+.card .face { height: 190px; background: var(--background-fill-secondary); display: flex; align-items: center; justify-content: center; overflow: hidden; }
 .card .face img { width: 100%; height: 100%; object-fit: contain; }
 .card .face.none { background: var(--background-fill-secondary); color: var(--body-text-color-subdued); font-size: .9rem; }
 .card .text { padding: 10px 14px 4px; font-size: .88rem; line-height: 1.5; }
