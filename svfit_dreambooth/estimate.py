@@ -25,6 +25,7 @@ from svfit_dreambooth.preparation import Run
 BYTES = {"no": 4, "fp16": 2, "bf16": 2}
 CHECKPOINTED = (ResnetBlock2D, BasicTransformerBlock)
 WORKSPACE = 1.15  # peak over sum, measured on the SD 1.5 architecture: gradients of activations, fragments
+COUNTED_OPTIONS = ("mixed_precision", "train_batch_size", "rank", "energy", "gradient_checkpointing")
 RUNTIME = 600_000_000  # bytes of torch, diffusers and a device context themselves
 
 
@@ -104,11 +105,27 @@ def _estimate(run: Run, config: TrainConfig, available: int | None) -> Estimate:
     return Estimate(networks, bases, _activations(run, config), available)
 
 
+_counted: dict[str, int] = {}  # what `_activations` found, by all that it depends on: counting takes a second
+
+
 def _activations(run: Run, config: TrainConfig) -> int:
     """Bytes kept for the backward pass of one batch of square pictures; the text encoders' share is small beside."""
     pipeline = run.base.pipeline
-    dtype = torch.float32 if config.mixed_precision == "no" else torch.bfloat16
     side = int(config.resolution or run.base.resolution) // pipeline.vae_scale_factor
+    shapes = {name: tuple(weight.shape) for name, weight in run.weights.items()}
+    options = [getattr(config, name) for name in COUNTED_OPTIONS]
+    text_2 = getattr(pipeline, "text_encoder_2", None)
+    networks = (pipeline.unet.config, text_2 and text_2.config, pipeline.tokenizer.model_max_length)
+    key = repr((type(pipeline.unet), networks, shapes, side, options))
+    if key not in _counted:
+        _counted[key] = _count_activations(run, config, side)
+    return _counted[key]
+
+
+def _count_activations(run: Run, config: TrainConfig, side: int) -> int:
+    """`side`: of the latents."""
+    pipeline = run.base.pipeline
+    dtype = torch.float32 if config.mixed_precision == "no" else torch.bfloat16
     batch, unet_config = config.train_batch_size, pipeline.unet.config
     with FakeTensorMode(), _default_dtype(dtype):
         unet = type(pipeline.unet).from_config(unet_config).train()

@@ -153,8 +153,8 @@ def photo_report(photos: list[Photo], resolution: int) -> list[str]:
     captioned = sum(photo.caption is not None for photo in photos)
     lines = [f"{len(photos)} photo{'s' * (len(photos) != 1)}"]
     if photos:
-        lines[0] += f", {_times(by_area[0].size)} to {_times(by_area[-1].size)} pixels" if len(photos) > 1 else ""
-        lines[0] += f", {_times(photos[0].size)} pixels" if len(photos) == 1 else ""
+        sizes = dict.fromkeys(_times(photo.size) for photo in (by_area[0], by_area[-1]))
+        lines[0] += f", {' to '.join(sizes)} pixels"
     if small:
         named = ", ".join(f"{photo.path.name} ({_times(photo.size)})" for photo in small[:5])
         more = f" and {len(small) - 5} more" if len(small) > 5 else ""

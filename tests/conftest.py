@@ -1,5 +1,6 @@
 """Tiny pipelines built from configs: the real classes, random weights, no network."""
 
+import gc
 import os
 import tempfile
 
@@ -24,6 +25,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from toybox.tokenizer import build_tokenizer
 
 torch.set_num_threads(1)  # the models are too small for more, and test runs share the machine
+
+
+def pytest_collection_finish():
+    """What was imported stays: every run clears memory, which need not walk through all of torch each time."""
+    gc.collect()
+    gc.freeze()
+
 
 WORDS = ["a", "photo", "of", "dog", "cat", "mug", "on", "the", "beach", "in", "snow", "sks"]
 

@@ -312,6 +312,6 @@ def test_report(tmp_path):
     assert "resolution of 64" in report and "small.png (40x30)" in report and "wide.png" not in report
     assert "few photos" in report and "captions: 1 of 2" in report
     assert photo_report(find_photos(tmp_path)[1:] * 3, 64) == [
-        "3 photos, 200x100 to 200x100 pixels",
+        "3 photos, 200x100 pixels",
         "captions: 3 of 3",
     ]

@@ -1,5 +1,8 @@
 """The picture and the figures at the end of a run on the embedded base."""
 
+import contextlib
+import io
+
 import pytest
 from PIL import Image
 
@@ -10,45 +13,23 @@ from svfit_dreambooth.sheets import CELL
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("demo")
-    code = main_train(
-        [
-            "--output_dir",
-            str(folder),
-            "--max_train_steps",
-            "2",
-            "--num_inference_steps",
-            "2",
-            "--fixed_loss_examples",
-            "1",
-            "--validation_steps",
-            "0",
-        ]
-    )
-    assert code == 0
-    return folder
+    """The folder of the command's run without arguments but those that make it short, and what it printed."""
+    folder, printed = tmp_path_factory.mktemp("demo"), io.StringIO()
+    arguments = ["--output_dir", str(folder), "--max_train_steps", "2", "--num_inference_steps", "2"]
+    with contextlib.redirect_stdout(printed):
+        assert main_train([*arguments, "--fixed_loss_examples", "1", "--validation_steps", "0"]) == 0
+    return folder, printed.getvalue()
 
 
 def test_without_arguments_a_toybox_subject_is_trained(demo):
-    adapter = read_adapter(demo / "dog_patch.safetensors")
+    folder, _ = demo
+    adapter = read_adapter(folder / "dog_patch.safetensors")
     assert adapter.base_model == "toybox" and adapter.instance_prompt == "a photo of sks dog"
-    assert Image.open(demo / "dog_patch.png").height > 3 * CELL
+    assert Image.open(folder / "dog_patch.png").height > 3 * CELL
 
 
-def test_the_judge_speaks_of_base_and_adapter(tmp_path, capsys):
-    main_train(
-        [
-            "--output_dir",
-            str(tmp_path),
-            "--max_train_steps",
-            "1",
-            "--num_inference_steps",
-            "1",
-            "--validation_steps",
-            "0",
-        ]
-    )
-    text = capsys.readouterr().out
+def test_the_judge_speaks_of_base_and_adapter(demo):
+    _, text = demo
     assert "judged in settings without a photo" in text
     rows = {
         line[:15].strip(): line[15:].split() for line in text.splitlines() if line.startswith(("base  ", "adapter  "))
@@ -62,7 +43,7 @@ def test_the_adapter_finds_the_embedded_base_from_anywhere(demo, tmp_path, monke
     arguments = [
         "generate",
         "--adapter",
-        str(demo / "dog_patch.safetensors"),
+        str(demo[0] / "dog_patch.safetensors"),
         "--prompt",
         "a photo of sks dog in the snow",
     ]

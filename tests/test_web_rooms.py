@@ -16,6 +16,7 @@ from PIL import Image
 from svfit_dreambooth import TrainConfig, read_adapter, save_adapter, train
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.generation import free_path, save_picture
+from svfit_dreambooth.sharing.metadata import annotate_adapter
 from svfit_dreambooth.web import jobs, library, pictures
 from svfit_dreambooth.web.jobs import Jobs
 from svfit_dreambooth.web.progress import sum_up
@@ -134,6 +135,25 @@ def test_library_renames_deletes_and_brings_back(tmp_path, adapter_path):
     assert (folder / "Bello.safetensors").read_bytes() == content and (folder / "Bello.png").is_file()
     with pytest.raises(SVFitError, match="gone for good"):
         library.restore(folder, token)
+
+
+def test_the_picture_in_a_file_stands_for_it(tmp_path, adapter_path):
+    folder, red = tmp_path / "adapters", Image.new("RGB", (8, 8), "red")
+    source = Path(shutil.copy(adapter_path, tmp_path / "rex.safetensors"))
+    annotate_adapter(source, thumbnail=red)
+    library.add(folder, source)
+    shown = Image.open(library.entry(folder, "rex").picture)
+    assert np.abs(np.asarray(shown, int) - np.asarray(red, int)).max() <= 3  # it went through JPEG
+    blue = tmp_path / "blue.png"
+    Image.new("RGB", (8, 8), "blue").save(blue)
+    library.set_picture(folder, "rex", blue)
+    library.replace(folder, "rex", source)
+    assert Image.open(folder / "rex.png").getpixel((0, 0)) == (0, 0, 255)  # a person chose it
+    adapter = read_adapter(source)
+    for text in ("data:image/png;base64,iVBORw0KGgo=", "data:text/html;base64,PGI+", "https://example.org/a.png"):
+        adapter.metadata["modelspec.thumbnail"] = text
+        name = library.add(folder, save_adapter(adapter, tmp_path / "other.safetensors"))
+        assert library.entry(folder, name).picture is None
 
 
 @pytest.mark.parametrize("name", ["../dog", "/etc/passwd", "dog.safetensors", "", ".deleted"])
@@ -270,6 +290,30 @@ def test_strangers_see_neither_runs_nor_results(tmp_path, photo_folder, command)
         server.find(theirs, job.id)
 
 
+def test_a_removed_run_comes_back_to_its_owner(tmp_path, photo_folder, command):
+    workspace = Workspace(tmp_path / "home", shared=False)
+    mine, theirs = workspace.visitor("a" * 32), workspace.visitor("b" * 32)
+    server = Jobs(workspace)
+    job = submit(server, mine, photo_folder)
+    before = sorted(path.name for path in (workspace.jobs / job.id).rglob("*"))
+    server.remove(job)
+    assert server.listed(mine) == []
+    for visitor, id in ((theirs, job.id), (mine, "../home"), (mine, "")):
+        with pytest.raises(SVFitError, match="gone for good"):
+            server.restore(visitor, id)
+    server.restore(mine, job.id)
+    assert server.state(server.find(mine, job.id)) == "queued"
+    assert sorted(path.name for path in (workspace.jobs / job.id).rglob("*")) == before
+    server.remove(job)
+    server.empty_trash()
+    server.restore(mine, job.id)  # it was kept
+    server.remove(job)
+    os.utime(workspace.jobs / ".deleted" / job.id, (0, 0))
+    server.empty_trash()
+    with pytest.raises(SVFitError, match="gone for good"):
+        server.restore(mine, job.id)
+
+
 def test_what_no_run_could_use_is_refused_before_it_waits(workspace, visitor, photo_folder):
     server = Jobs(workspace)
     with pytest.raises(SVFitError, match="no photos yet"):
@@ -378,7 +422,10 @@ def test_progress_of_a_resumed_run_reads_as_one(tmp_path):
         {"event": "step", "step": 2, "of": 4, "loss": 0.3, "seconds": 2.0},
         {"event": "unheard of", "step": 2},
     ]
+    end = {"event": "end", "step": 4, "status": "finished", "kept_step": 3}
     (tmp_path / "progress.jsonl").write_text("\n".join(map(json.dumps, events)) + '\n{"event": "st')
     state = sum_up(tmp_path)
     assert state.losses == [(1, 0.5), (2, 0.3)] and (state.step, state.of) == (2, 4)
     assert state.seconds_a_step == 2.0 and state.seconds_left == 4.0 and state.pictures == [] and state.status is None
+    (tmp_path / "progress.jsonl").write_text("\n".join(map(json.dumps, [*events, end])))
+    assert sum_up(tmp_path).kept_step == 3 and state.kept_step is None

@@ -88,7 +88,7 @@ def read_thumbnail(metadata: dict[str, str]) -> Image.Image | None:
         if max(picture.size) > 1024:
             return None
         return picture.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError):
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
 
 

@@ -61,8 +61,13 @@ def _plain(block: str) -> str:
     return re.sub(r"_blocks?\.?", " ", block.removeprefix("unet ")).replace("_", " ").strip()
 
 
-def curve(losses: Sequence[tuple[int, float]], fixed: Sequence[tuple[int, float]], of: int) -> str:
-    """Loss over steps as a drawing: faint as measured, bold as a running mean, dots on noise that never changes."""
+def curve(
+    losses: Sequence[tuple[int, float]], fixed: Sequence[tuple[int, float]], of: int, kept: int | None = None
+) -> str:
+    """Loss over steps as a drawing: faint as measured, bold as a running mean, dots on noise that never changes.
+
+    `kept`: the step whose values were kept, where a line stands.
+    """
     if len(losses) < 2:
         return '<div class="empty">The loss curve appears after the first steps.</div>'
     smooth, mean = [], losses[0][1]
@@ -92,12 +97,20 @@ def curve(losses: Sequence[tuple[int, float]], fixed: Sequence[tuple[int, float]
         f'<circle cx="{x(s):.1f}" cy="{y(v):.1f}" r="3.5" fill="#d97706"><title>step {s}: {v:.4f}</title></circle>'
         for s, v in fixed
     )
+    mark = ""
+    if kept:
+        anchor = "start" if x(kept) < WIDTH - 90 else "end"
+        mark = (
+            f'<line x1="{x(kept):.1f}" x2="{x(kept):.1f}" y1="12" y2="{HEIGHT - 22}" stroke="currentColor" '
+            f'stroke-dasharray="4 3"/><text x="{x(kept) + (4 if anchor == "start" else -4):.1f}" y="20" '
+            f'text-anchor="{anchor}" fill="currentColor">kept: step {kept}</text>'
+        )
     key = '<tspan fill="#d97706">●</tspan> on fixed noise' if fixed else ""
     return (
         f'<div class="curve"><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="loss over steps" font-size="11">'
         f'<line x1="{MARGIN + 8}" x2="{WIDTH - 8}" y1="{HEIGHT - 22}" y2="{HEIGHT - 22}" stroke="currentColor" opacity=".4"/>'
         f'<polyline points="{line(thin)}" fill="none" stroke="currentColor" opacity=".3"/>'
-        f'<polyline points="{line(bold)}" fill="none" stroke="var(--primary-500)" stroke-width="2.5"/>{dots}'
+        f'<polyline points="{line(bold)}" fill="none" stroke="var(--primary-500)" stroke-width="2.5"/>{dots}{mark}'
         f'<g fill="currentColor"><text x="{MARGIN}" y="{y(high) + 4:.0f}" text-anchor="end">{high:.2f}</text>'
         f'<text x="{MARGIN}" y="{y(low) + 4:.0f}" text-anchor="end">{low:.2f}</text>'
         f'<text x="{MARGIN + 8}" y="{HEIGHT - 6}">0</text>'

@@ -119,7 +119,8 @@ class Draft:
         subject = self._bundled(visitor)
         if subject is not None and place == TOYBOX:
             options["instance_data_dir"] = str(SUBJECTS / subject)  # so that the run's judge knows the toy
-        return {name: value for name, value in options.items() if name in NAMES and value not in (None, "", False)}
+        given = {n: value for n, value in options.items() if n in NAMES and value is not None and value != ""}
+        return {name: value for name, value in given.items() if value is not False}  # 0 is an answer, False is none
 
     def estimate(self, visitor: Visitor, options: dict[str, Any]) -> list[str]:
         """What a run would take, in plain lines: memory, and time as far as earlier runs tell."""

@@ -6,7 +6,6 @@ from typing import Any
 
 import gradio as gr
 
-from svfit_dreambooth.adapter import read_adapter
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web import library
 from svfit_dreambooth.web.app import App, plainly, whole
@@ -24,6 +23,7 @@ class LoraMaker:
     @plainly
     def plan(self, name: str | None, layout: str, rank: str, request: gr.Request) -> tuple[str, Any]:
         """What the LoRA would hold and weigh; the file made before is taken back."""
+        from svfit_dreambooth.adapter import read_adapter
         from svfit_dreambooth.sharing.export import layer_shapes
         from svfit_dreambooth.sharing.lora_plan import plan_lora
 

@@ -33,6 +33,7 @@ from svfit_dreambooth.web.workspace import Visitor, Workspace, file_name, librar
 
 COMMAND = Path(__file__).resolve().parents[2] / "train_dreambooth_svfit.py"
 TICK = 1.0  # seconds between looks at the queue
+TRASH = ".deleted"
 MAX_QUEUED = 20  # runs of one owner that may wait
 
 
@@ -67,6 +68,7 @@ class Jobs:
 
     def start_queue(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.empty_trash()
         threading.Thread(target=self._serve_queue, name="training queue", daemon=True).start()
 
     def submit(self, visitor: Visitor, name: str, options: dict[str, Any]) -> Job:
@@ -180,9 +182,25 @@ class Jobs:
         """Puts the folder of a run that is over aside; its adapter stays in the library."""
         if self.state(job) in ("running", "stopping"):
             raise SVFitError(f"{job.name} is running: stop it first.")
-        trash = self.folder / ".deleted"
+        trash = self.folder / TRASH
         trash.mkdir(exist_ok=True)
         (self.folder / job.id).rename(trash / job.id)
+        os.utime(trash / job.id)  # from now on it is kept for a while
+
+    def restore(self, visitor: Visitor, id: str) -> None:
+        """Brings back a run that the visitor removed.  Raises SVFitError for any other word."""
+        for path in (self.folder / TRASH).glob("[0-9]*/job.json"):
+            job = self._read(path)
+            if path.parent.name == id and job is not None and job.owner == visitor.owner:
+                path.parent.rename(self.folder / id)
+                return
+        raise SVFitError("that run is gone for good: it was removed too long ago, or brought back already.")
+
+    def empty_trash(self) -> None:
+        """Removes for good the runs that were put aside more than 30 days ago."""
+        for path in (self.folder / TRASH).glob("[0-9]*"):
+            if time.time() - path.stat().st_mtime > library.KEPT_SECONDS:
+                shutil.rmtree(path)
 
     # ------------------------------------------------------------ the queue
 
@@ -240,16 +258,14 @@ class Jobs:
     def _file(self, job: Job) -> None:
         """The adapter that a run has left, into its owner's library."""
         adapter = self.run_folder(job) / f"{job.name}.safetensors"
-        picture = self.run_folder(job) / f"{job.name}.png"
         folder = library_of(self.workspace, job.owner)
         name = job.library_name
         if adapter.is_file():
-            shown = picture if picture.is_file() else None
             try:
                 if name is not None and name in library.names(folder):
-                    library.replace(folder, name, adapter, shown)
+                    library.replace(folder, name, adapter)
                 else:
-                    name = library.add(folder, adapter, shown)
+                    name = library.add(folder, adapter)
             except SVFitError as error:  # the others in line must not wait for this one
                 print(f"warning: {job.name} is not in the library: {error}", file=sys.stderr)
         with self._changing(job.id) as changed:

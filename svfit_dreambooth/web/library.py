@@ -11,11 +11,13 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from svfit_dreambooth.adapter import Adapter, describe_adapter, read_adapter
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web.workspace import MAX_ADAPTER_BYTES, file_name
+
+if TYPE_CHECKING:  # the page opens before torch is imported
+    from svfit_dreambooth.adapter import Adapter
 
 SUFFIX = ".safetensors"
 TRASH = ".deleted"
@@ -78,6 +80,8 @@ _described: dict[tuple[str, int, int], dict[str, Any]] = {}
 
 
 def _describe(path: str, mtime: int, size: int) -> dict[str, Any]:
+    from svfit_dreambooth.adapter import describe_adapter, read_adapter
+
     key = (path, mtime, size)
     if key not in _described:
         if len(_described) > 1000:
@@ -86,8 +90,10 @@ def _describe(path: str, mtime: int, size: int) -> dict[str, Any]:
     return _described[key]
 
 
-def check_upload(upload: Path) -> Adapter:
+def check_upload(upload: Path) -> "Adapter":
     """The adapter in an uploaded file.  Raises SVFitError, naming the file without its folder."""
+    from svfit_dreambooth.adapter import read_adapter
+
     if upload.stat().st_size > MAX_ADAPTER_BYTES:
         raise SVFitError(f"{upload.name!r} is larger than {MAX_ADAPTER_BYTES >> 20} MB, which no adapter is.")
     try:
@@ -97,8 +103,11 @@ def check_upload(upload: Path) -> Adapter:
 
 
 def add(folder: Path, source: Path, picture: Path | None = None, name: str | None = None) -> str:
-    """Copies an adapter file, checked, into the library; returns its name there: `name` or a free one like it."""
-    check_upload(source)
+    """Copies an adapter file, checked, into the library; returns its name there: `name` or a free one like it.
+
+    Without `picture`, the one that the file carries stands for it, if there is one.
+    """
+    adapter = check_upload(source)
     wanted = file_name(name or source.stem)
     folder.mkdir(parents=True, exist_ok=True)
     number, chosen = 1, wanted
@@ -107,18 +116,20 @@ def add(folder: Path, source: Path, picture: Path | None = None, name: str | Non
         chosen = f"{wanted}-{number}"
     if picture is not None:
         set_picture(folder, chosen, picture)
+    else:
+        _take_thumbnail(adapter, folder / f"{chosen}.png")
     return chosen
 
 
-def replace(folder: Path, name: str, source: Path, picture: Path | None = None) -> None:
-    """Puts a newer file in the place of the adapter `name`."""
-    check_upload(source)
+def replace(folder: Path, name: str, source: Path) -> None:
+    """Puts a newer file in the place of the adapter `name`; a picture that stands for it stays."""
+    adapter = check_upload(source)
     path = find(folder, name)
     temporary = folder / f".{secrets.token_hex(8)}.tmp"
     shutil.copyfile(source, temporary)
     temporary.replace(path)
-    if picture is not None:
-        set_picture(folder, name, picture)
+    if not (shown := folder / f"{name}.png").exists():
+        _take_thumbnail(adapter, shown)
 
 
 def set_picture(folder: Path, name: str, picture: Path) -> None:
@@ -127,6 +138,17 @@ def set_picture(folder: Path, name: str, picture: Path) -> None:
     temporary = folder / f".{secrets.token_hex(8)}.tmp"
     shutil.copyfile(picture, temporary)
     temporary.replace(folder / f"{name}.png")
+
+
+def _take_thumbnail(adapter: "Adapter", target: Path) -> None:
+    """Writes the picture that an adapter file carries, if it does, as `target`: pixels alone, whatever it was."""
+    from svfit_dreambooth.sharing.metadata import read_thumbnail
+
+    picture = read_thumbnail(adapter.metadata)
+    if picture is not None:
+        temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
+        picture.save(temporary, format="PNG")
+        temporary.replace(target)
 
 
 def _place(source: Path, target: Path) -> bool:

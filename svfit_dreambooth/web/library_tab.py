@@ -7,7 +7,6 @@ from typing import Any
 
 import gradio as gr
 
-from svfit_dreambooth.adapter import read_adapter, save_adapter
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web import export_tab as web_export
 from svfit_dreambooth.web import library
@@ -62,7 +61,7 @@ class Shelf:
     @plainly
     def delete(self, name: str, changed: int, request: gr.Request) -> tuple[Any, ...]:
         token = library.delete(self.app.visitor(request).library, name)
-        return changed + 1, (token, name), gr.Row(visible=True), f"{name} was deleted."
+        return changed + 1, (token, name), gr.Row(visible=True), html.escape(f"{name} was deleted.")
 
     @plainly
     def undo(self, deleted: tuple[str, str] | None, changed: int, request: gr.Request) -> tuple[Any, ...]:
@@ -74,6 +73,7 @@ class Shelf:
     @plainly
     def combine(self, names: list[str], strengths: str, new_name: str, changed: int, request: gr.Request) -> Any:
         """Adds several adapters into a new file of the library."""
+        from svfit_dreambooth.adapter import read_adapter, save_adapter
         from svfit_dreambooth.sharing.combine import combine_adapters
 
         folder = self.app.visitor(request).library
@@ -103,11 +103,17 @@ def build(app: App, tabs: gr.Tabs, tab: gr.Tab, generate_tab: GenerateTab) -> No
     changed, deleted = gr.State(0), gr.State(None)
     with gr.Row():
         load = gr.UploadButton(
-            "Import adapter files", file_count="multiple", file_types=[".safetensors"], elem_id="import", size="md"
+            "Import adapter files",
+            file_count="multiple",
+            file_types=[".safetensors"],
+            elem_id="import",
+            size="md",
+            min_width=220,
+            scale=0,
         )
-    with gr.Row(visible=False, elem_id="undo-row") as undo_row:
+    with gr.Row(visible=False, elem_classes="undo") as undo_row:
         said = gr.Markdown(elem_classes="note")
-        undo = gr.Button("Undo", size="sm", elem_id="undo")
+        undo = gr.Button("Undo", size="sm", elem_id="undo", min_width=80, scale=0)
 
     @gr.render(inputs=[changed], triggers=[tab.select, changed.change], show_progress="hidden")
     def cards(_: int, request: gr.Request) -> None:

@@ -23,6 +23,7 @@ class Progress:
     status: str | None = None  # finished, stopped or failed; None: not ended
     message: str | None = None  # why it ended
     adapter: Path | None = None
+    kept_step: int | None = None  # whose values the adapter holds; None: not ended
     sheet: Path | None = None  # photos, the base's answers, the adapter's
     figures: dict[str, dict[str, float | None]] = field(default_factory=dict)  # "base", "adapter" -> measures
     remarks: list[str] = field(default_factory=list)
@@ -45,7 +46,7 @@ def sum_up(folder: Path) -> Progress:
         kind, step = event.get("event"), int(event.get("step") or 0)
         if kind == "start":
             state.of, state.step = int(event.get("of") or 0), step
-            state.status = state.message = None
+            state.status = state.message = state.kept_step = None
             clock = 0.0
             for series in (losses, fixed, subjects, pictures):
                 for later in [known for known in series if known > step]:
@@ -67,6 +68,7 @@ def sum_up(folder: Path) -> Progress:
             state.remarks.append(f"went back to step {step}: {event.get('reason')}")
         elif kind == "end":
             state.status, state.message = event.get("status"), event.get("message")
+            state.kept_step = event.get("kept_step") if isinstance(event.get("kept_step"), int) else None
             state.figures = event.get("figures") or {}
             state.adapter, state.sheet = _inside(folder, event.get("adapter")), _inside(folder, event.get("sheet"))
     state.losses, state.fixed_losses, state.subjects, state.pictures = (

@@ -75,9 +75,19 @@ class Runs:
 
     @plainly
     def remove(self, id: str | None, request: gr.Request) -> tuple[Any, ...]:
+        """The panel without it; then its id, and the row that offers to bring it back."""
         visitor = self.app.visitor(request)
-        self.app.jobs.remove(self.app.jobs.find(visitor, id or ""))
-        return self._panel(visitor, None, None)
+        job = self.app.jobs.find(visitor, id or "")
+        self.app.jobs.remove(job)
+        said = f"The run of {html.escape(job.name)} was removed; its adapter is still in the library."
+        return *self._panel(visitor, None, None), job.id, gr.Row(visible=True), said
+
+    @plainly
+    def undo(self, removed: str | None, request: gr.Request) -> tuple[Any, ...]:
+        """The panel with the run that was removed last, which is back."""
+        visitor = self.app.visitor(request)
+        self.app.jobs.restore(visitor, removed or "")
+        return *self._panel(visitor, removed, None), None, gr.Row(visible=False)
 
     @plainly
     def try_it(self, id: str | None, request: gr.Request) -> tuple[Any, Any]:
@@ -122,7 +132,9 @@ class Runs:
             gr.skip() if same[0] and job.id == id else gr.Dropdown(choices, value=job.id),
             now,
             gr.skip() if same[1] else self._status(job, state, progress, ahead),
-            gr.skip() if same[1] else curve(progress.losses, progress.fixed_losses, progress.of),
+            gr.skip()
+            if same[1]
+            else curve(progress.losses, progress.fixed_losses, progress.of, progress.kept_step if over else None),
             gr.skip() if same[1] and same[2] else self._pictures(progress, over),
             gr.skip() if same[1] else f'<pre class="log">{html.escape(jobs.log(job))}</pre>',
             gr.Button(interactive=state in ("queued", "running")),
@@ -139,6 +151,9 @@ class Runs:
             right = f"{ahead} run{'s' * (ahead != 1)} before it" if ahead else "starts in a moment"
         elif progress.of:
             right = f"step {progress.step} of {progress.of}"
+            kept = progress.kept_step if state in OVER else None
+            if kept is not None and kept != progress.step:
+                right += f" · kept: step {kept}, the best measured"
             if state == "running" and progress.step == progress.of:
                 right += " · measuring and painting the result"
             elif state == "running" and progress.seconds_left is not None:

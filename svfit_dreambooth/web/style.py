@@ -17,6 +17,17 @@ def theme() -> gr.themes.Base:
         button_primary_background_fill_hover="*primary_700",
         button_primary_background_fill_dark="*primary_600",
         button_primary_text_color="white",
+        button_secondary_background_fill_hover_dark="*neutral_500",  # also that of buttons that are off
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_400",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_400",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
+        block_title_text_color="*primary_600",
+        block_title_padding="0",
+        block_label_text_color="*primary_600",
+        block_label_border_width="0px",
         block_label_background_fill="transparent",
         block_label_background_fill_dark="transparent",
     )
@@ -44,9 +55,15 @@ CSS = """
 /* pictures: as many in a row as fit */
 .pictures .grid-container { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)) !important; }
 .pictures .caption-label { max-width: 100% !important; font-size: .7rem; }
+.photos .caption-label { font-size: .68rem; padding: 0 5px; opacity: .9; }
 .photos .grid-container { grid-template-columns: repeat(auto-fill, minmax(84px, 1fr)) !important; }
 .photos .grid-wrap, .photos .gallery-container, .photos { height: auto !important; min-height: 0 !important; max-height: 320px; }
-.bottom { align-items: flex-end; }
+.undo { align-items: center; padding: 2px 12px; }
+.toys { gap: 8px !important; align-items: stretch; }
+#new-seed { display: flex; align-items: flex-end; padding-bottom: 18px; }
+.html-container { padding-top: 0 !important; padding-bottom: 0 !important; }
+footer .divider { display: none !important; }
+#photo-remarks, #estimate { padding: 0 12px; }
 .inset { padding: 8px 14px !important; background: var(--block-background-fill) !important; }
 .settings { font-size: .86rem; color: var(--body-text-color-subdued); overflow-wrap: anywhere; min-height: 2.8em; }
 .settings b { color: var(--body-text-color); }
@@ -55,7 +72,8 @@ CSS = """
 .cards { display: grid !important; grid-template-columns: repeat(auto-fill, minmax(290px, 1fr)); gap: 14px; }
 .card { border: 1px solid var(--border-color-primary); border-radius: 10px; background: var(--block-background-fill);
         overflow: hidden; padding: 0 !important; gap: 0 !important; min-width: 0 !important; }
-.card .face { height: 190px; background: #fff; display: flex; align-items: center; justify-content: center; overflow: hidden; }
+.card .html-container { padding: 0 !important; }
+.card .face { height: 190px; background: var(--background-fill-secondary); display: flex; align-items: center; justify-content: center; overflow: hidden; }
 .card .face img { width: 100%; height: 100%; object-fit: contain; }
 .card .face.none { background: var(--background-fill-secondary); color: var(--body-text-color-subdued); font-size: .9rem; }
 .card .text { padding: 10px 14px 4px; font-size: .88rem; line-height: 1.5; }
@@ -73,9 +91,12 @@ CSS = """
 .curve svg { width: 100%; height: auto; display: block; color: var(--body-text-color-subdued); }
 .sheet img { width: 100%; max-width: 720px; border-radius: 8px; display: block; }
 .empty { text-align: center; padding: 34px 16px; color: var(--body-text-color-subdued); border: 1px dashed var(--border-color-primary); border-radius: 10px; }
-.figures { border-collapse: collapse; margin: 8px 0; font-size: .9rem; border: 0 !important; }
-.figures td, .figures th { padding: 3px 18px 3px 0 !important; text-align: right; font-weight: 400; border: 0 !important; }
-.figures th:first-child, .figures td:first-child { text-align: left; }
+.figures { border-collapse: collapse; margin: 10px 0 4px; font-size: .9rem; width: 100%; max-width: 720px; border: 0 !important; }
+.figures tr { border: 0 !important; }
+.figures td, .figures th { padding: 4px 0 4px 12px !important; text-align: right; font-weight: 400; border: 0 !important;
+        border-top: 1px solid var(--border-color-primary) !important; vertical-align: bottom; }
+.figures th { border-top: 0 !important; color: var(--body-text-color-subdued); font-size: .8rem; line-height: 1.2; }
+.figures th:first-child, .figures td:first-child { text-align: left; padding-left: 0 !important; }
 pre.log { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .78rem; max-height: 220px; overflow-y: auto; }
 
 @media (max-width: 640px) {

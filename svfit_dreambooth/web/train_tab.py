@@ -24,7 +24,7 @@ LIVE: dict[str, Any] = {**PRIVATE, "queue": False}
 def build(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: GenerateTab) -> None:
     draft = Draft(app)
     runs = Runs(app, draft)
-    selected, seen = gr.State(None), gr.State(None)
+    selected, seen, removed = gr.State(None), gr.State(None), gr.State(None)
     with gr.Row():
         with gr.Column(scale=5, min_width=300):
             drop = gr.File(
@@ -40,9 +40,12 @@ def build(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: GenerateTab) -
                 rotate = gr.Button("Rotate", size="sm", interactive=False)
                 remove = gr.Button("Remove", size="sm", interactive=False)
                 clear = gr.Button("Remove all", size="sm")
-            with gr.Row(elem_classes="bottom"):
-                toy = gr.Dropdown(bundled_subjects(), value="dog_patch", label="No photos at hand?", min_width=120)
-                take = gr.Button("Take this toy's photos", size="sm", min_width=120, elem_id="take-toy")
+            gr.HTML("<div class='note'>No photos at hand? Take those of a toy:</div>")
+            with gr.Row(elem_classes="toys"):
+                toy = gr.Dropdown(
+                    bundled_subjects(), value="dog_patch", show_label=False, container=False, label="Toy", min_width=120
+                )
+                take = gr.Button("Take its photos", size="md", min_width=130, elem_id="take-toy")
             with gr.Group():
                 name = gr.Textbox(
                     label="Name", placeholder="my-dog", info="What the adapter and its file are called.", elem_id="name"
@@ -50,11 +53,11 @@ def build(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: GenerateTab) -
                 with gr.Row():
                     word = gr.Textbox(
                         "sks", label="Its word", min_width=120, elem_id="word",
-                        info="A rare word that will mean your subject.",
+                        info="A rare word to call it by.",
                     )  # fmt: skip
                     kind = gr.Textbox(
                         label="What it is", placeholder="dog", min_width=120, elem_id="kind",
-                        info="A plain word for its kind: dog, mug, woman.",
+                        info="A plain word: dog, mug.",
                     )  # fmt: skip
                 shown_prompt = gr.Markdown(value=_say_prompt("sks", ""), elem_classes=["note", "inset"])
             base = gr.Dropdown(
@@ -68,8 +71,10 @@ def build(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: GenerateTab) -
             )  # fmt: skip
             advanced = _advanced()
             with gr.Row():
-                estimate = gr.Button("What will it take?", size="sm")
-                start = gr.Button("Start training", variant="primary", elem_id="start-training")
+                estimate = gr.Button("What will it take?", size="md", min_width=170, scale=1)
+                start = gr.Button(
+                    "Start training", variant="primary", size="md", min_width=170, scale=2, elem_id="start-training"
+                )
             estimated = gr.Markdown(elem_classes="note", elem_id="estimate")
         with gr.Column(scale=6, min_width=300):
             listed = gr.Dropdown([], label="Runs", interactive=True, elem_id="runs")
@@ -80,6 +85,9 @@ def build(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: GenerateTab) -
                 try_it = gr.Button("Try it", size="sm", interactive=False, elem_id="try-run")
                 download = gr.DownloadButton("Download", size="sm", interactive=False, elem_id="download-run")
                 forget = gr.Button("Remove", size="sm", interactive=False, elem_id="remove-run")
+            with gr.Row(visible=False, elem_classes="undo") as undo_row:
+                said = gr.Markdown(elem_classes="note")
+                undo = gr.Button("Undo", size="sm", elem_id="undo-remove-run", min_width=80, scale=0)
             curve = gr.HTML(elem_id="curve")
             sheet = gr.HTML(elem_id="sheet")
             with gr.Accordion("Log", open=False):
@@ -101,8 +109,10 @@ def build(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: GenerateTab) -
         field.change(_say_prompt, [word, kind], shown_prompt, **LIVE)
     estimate.click(runs.estimate, words, estimated, **{**PRIVATE, "show_progress": "minimal"})
     start.click(runs.submit, [name, *words], panel, **PRIVATE)
-    for button, act in ((stop, runs.stop), (resume, runs.resume), (forget, runs.remove)):
+    for button, act in ((stop, runs.stop), (resume, runs.resume)):
         button.click(act, listed, panel, **PRIVATE)
+    forget.click(runs.remove, listed, [*panel, removed, undo_row, said], **PRIVATE)
+    undo.click(runs.undo, removed, [*panel, removed, undo_row], **PRIVATE)
     try_it.click(runs.try_it, listed, [tabs, generate_tab.adapters], **PRIVATE)
     listed.input(runs.tick, [listed, gr.State(None)], panel, **LIVE)
     gr.Timer(EVERY).tick(runs.tick, [listed, seen], panel, **LIVE)
