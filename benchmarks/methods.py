@@ -42,25 +42,29 @@ def full(run: Run, examples: Examples) -> Values:
     return dict(unet.named_parameters())
 
 
-def peft(make: Callable[[list[str]], PeftConfig], run: Run, examples: Examples) -> Values:
-    """An adapter of PEFT on the attention projections."""
+def peft(
+    make: Callable[[list[str]], PeftConfig], run: Run, examples: Examples, targets: Sequence[str] | None = None
+) -> Values:
+    """An adapter of PEFT on `targets` as `find_projections` takes them; None: the attention projections."""
     unet = run.base.pipeline.unet
-    targets = list(find_projections(unet))
-    wrapper = get_peft_model(unet, make(targets))  # type: ignore[arg-type]
+    layers = list(find_projections(unet, targets))
+    wrapper = get_peft_model(unet, make(layers))  # type: ignore[arg-type]
     run.base.pipeline.unet.__dict__["peft"] = wrapper  # which TinyLoRA keeps its values in; not as a submodule
     return {name: value for name, value in wrapper.named_parameters() if value.requires_grad}
 
 
-def lora(rank: int, init: bool | str = True) -> PutIn:
+def lora(rank: int, init: bool | str = True, targets: Sequence[str] | None = None) -> PutIn:
     """alpha = rank as in diffusers' scripts; `init` "pissa" starts from the leading singular directions."""
-    return partial(
-        peft, lambda targets: LoraConfig(r=rank, lora_alpha=rank, init_lora_weights=init, target_modules=targets)
-    )
+
+    def make(layers: list[str]) -> PeftConfig:
+        return LoraConfig(r=rank, lora_alpha=rank, init_lora_weights=init, target_modules=layers)
+
+    return partial(peft, make, targets=targets)
 
 
 def tinylora(values: int) -> PutIn:
     """`values` numbers a layer, mapped by fixed random matrices into its leading 8x8 singular block."""
-    return partial(peft, lambda targets: TinyLoraConfig(r=8, u=values, target_modules=targets))
+    return partial(peft, lambda layers: TinyLoraConfig(r=8, u=values, target_modules=layers))
 
 
 def svfit(
@@ -142,7 +146,7 @@ def with_text_encoder(put_in: PutIn) -> PutIn:
     return both
 
 
-WIDER = ("attention", "feed-forward")
+WIDER, ALL = ("attention", "feed-forward"), ("all",)
 # 1, 2, 5, 10 ...: a sweep that ends at one of its ends goes on
 METHODS = {
     "none": Method(nothing, ()),
@@ -150,13 +154,15 @@ METHODS = {
     "svfit-half": Method(svfit(share=1 / 2), (2e-2, 5e-2, 1e-1, 2e-1)),
     "svfit-eighth": Method(svfit(share=1 / 8), (5e-2, 1e-1, 2e-1, 5e-1)),
     "svfit-wider": Method(svfit(WIDER), (2e-2, 5e-2, 1e-1, 2e-1)),
-    "svdiff": Method(svfit(("all",)), (1e-2, 2e-2, 5e-2, 1e-1)),
+    "svdiff": Method(svfit(ALL), (1e-2, 2e-2, 5e-2, 1e-1)),
     "lora-1": Method(lora(1), (2e-3, 5e-3, 1e-2, 2e-2)),
     "lora-4": Method(lora(4), (1e-3, 2e-3, 5e-3, 1e-2)),
     "lora-8": Method(lora(8), (1e-3, 2e-3, 5e-3, 1e-2)),
-    "pissa-8": Method(lora(8, "pissa"), (2e-4, 5e-4, 1e-3, 2e-3)),
+    "pissa-8": Method(lora(8, "pissa"), (1e-4, 2e-4, 5e-4, 1e-3)),
     "tinylora": Method(tinylora(64), (1e-2, 2e-2, 5e-2, 1e-1)),
     "full": Method(full, (5e-5, 1e-4, 2e-4, 5e-4)),
+    "lora-1-all": Method(lora(1, targets=ALL), (5e-4, 1e-3, 2e-3, 5e-3)),
+    "lora-4-all": Method(lora(4, targets=ALL), (2e-4, 5e-4, 1e-3, 2e-3)),
 }
 ABLATIONS = {
     "svfit-1/32": Method(svfit(share=1 / 32), (5e-2, 1e-1, 2e-1, 5e-1)),
