@@ -27,8 +27,10 @@ from svfit_dreambooth.web.workspace import (
     file_name,
     photo_files,
     photo_remarks,
+    remove_photo,
     rotate_photo,
     serve,
+    thumbnail,
 )
 
 SIZE = {"num_inference_steps": 2, "width": 16, "height": 16}
@@ -87,6 +89,20 @@ def test_uploaded_photos_are_looked_at(visitor, tmp_path, photo_folder):
     before = np.asarray(Image.open(visitor.photos / "001.png"))
     rotate_photo(visitor.photos / "001.png")
     assert np.array_equal(np.asarray(Image.open(visitor.photos / "001.png")), np.rot90(before, -1))
+
+
+def test_thumbnails_are_small_and_follow_their_photos(visitor, tmp_path):
+    gradient = Image.fromarray(np.stack([np.arange(1200).repeat(900).reshape(1200, 900) // 5] * 3, -1).astype(np.uint8))
+    gradient.save(tmp_path / "photo.png")
+    add_photos(visitor.photos, [tmp_path / "photo.png"])
+    (photo,) = photo_files(visitor.photos)
+    before = Image.open(thumbnail(photo))
+    assert before.size == (192, 256)
+    rotate_photo(photo)
+    after = Image.open(thumbnail(photo))
+    assert np.abs(np.asarray(after, int) - np.rot90(np.asarray(before, int), -1)).max() <= 3
+    remove_photo(photo)
+    assert list(visitor.photos.iterdir()) == []
 
 
 def test_photos_lose_their_notes_and_alike_ones_are_told(visitor, tmp_path):

@@ -54,7 +54,7 @@ CSS = """
 
 /* pictures: as many in a row as fit */
 .pictures .grid-container { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)) !important; }
-.pictures .caption-label { max-width: 100% !important; font-size: .7rem; }
+.pictures .caption-label { max-width: calc(100% - 12px) !important; font-size: .7rem; padding: 1px 6px; white-space: normal !important; overflow-wrap: anywhere; }
 .photos .caption-label { font-size: .68rem; padding: 0 5px; opacity: .9; }
 .photos .grid-container { grid-template-columns: repeat(auto-fill, minmax(84px, 1fr)) !important; }
 .photos .grid-wrap, .photos .gallery-container, .photos { height: auto !important; min-height: 0 !important; max-height: 320px; }
