@@ -12,7 +12,7 @@ from svfit_dreambooth.web import export_tab as web_export
 from svfit_dreambooth.web import library
 from svfit_dreambooth.web.app import App, plainly
 from svfit_dreambooth.web.cards import card
-from svfit_dreambooth.web.generate_tab import PRIVATE, GenerateTab
+from svfit_dreambooth.web.generate_tab import OPEN, PRIVATE, GenerateTab
 from svfit_dreambooth.web.workspace import file_name
 
 EMPTY = (
@@ -153,8 +153,10 @@ def _card(
     with gr.Column(elem_classes="card"):
         gr.HTML(card(entry, app.url(entry.picture) if entry.picture else None))
         name = gr.State(entry.name)
-        with gr.Row(visible=False, elem_classes="actions") as renaming:
-            new_name = gr.Textbox(entry.name, show_label=False, container=False, min_width=120, scale=3)
+        with gr.Row(visible=False, elem_classes="rename") as renaming:
+            new_name = gr.Textbox(
+                entry.name, show_label=False, container=False, min_width=120, scale=3, **OPEN, label="New name"
+            )
             save = gr.Button("Save", size="sm", min_width=60, scale=1)
         with gr.Row(elem_classes="actions"):
             use = gr.Button("Use", size="sm", variant="primary")

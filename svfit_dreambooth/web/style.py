@@ -84,7 +84,7 @@ footer .divider { display: none !important; }
 .card .bars span { flex: 1; background: var(--primary-400); border-radius: 2px 2px 0 0; min-height: 1px; }
 .card .bars span.text-encoder { background: #d97706; }
 .card .legend { font-size: .72rem; color: var(--body-text-color-subdued); }
-.card .row, .card .form { padding: 6px 14px; }
+.rename { padding: 4px 12px; align-items: center; gap: 6px !important; }
 .actions { gap: 6px !important; padding: 6px 12px 12px !important; flex-wrap: wrap !important; }
 .actions button, .actions a { min-width: 0 !important; flex: 1 1 auto !important; }
 
