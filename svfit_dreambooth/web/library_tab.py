@@ -135,7 +135,7 @@ def build(app: App, tabs: gr.Tabs, tab: gr.Tab, generate_tab: GenerateTab) -> No
             gr.Markdown("One file that acts as several together, for subjects of the same base.", elem_classes="note")
             with gr.Row():
                 parts = gr.Dropdown([], multiselect=True, label="Adapters")
-                factors = gr.Textbox(label="Strengths", placeholder="1, 1", info="One for each, in order.")
+                factors = gr.Textbox(label="Strengths", placeholder="1, 1: one for each, in order")
                 sum_name = gr.Textbox(label="Name of the sum", placeholder="dog-and-mug")
             add = gr.Button("Add them", size="sm")
         add.click(shelf.combine, [parts, factors, sum_name, changed], changed, **PRIVATE)
