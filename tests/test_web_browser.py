@@ -127,16 +127,12 @@ def events(server, name):
     return [json.loads(line) for line in (folder / "run" / "progress.jsonl").read_text().splitlines()]
 
 
-def start_run(page, name, steps):
+def start_run(page, name, steps, pictures_every):
+    """`pictures_every`: steps between looks on the way; 0: none, not even at the start."""
     fill(page, "#name", name)
     fill(page, "#train-steps", steps)
+    fill(page, "#train-every", pictures_every)
     page.locator("#start-training").click()
-
-
-def paint_little(page):
-    page.locator("#advanced button").first.click()
-    for id, value in (("#train-every", 10_000), ("#train-painting", 1)):
-        fill(page, id, value)
 
 
 def reaches(page, step):
@@ -162,10 +158,11 @@ def test_train_reload_kill_stop_resume_paint_download(server, visit, tmp_path):
     open_tab(page, "Train")
     page.locator("#take-toy").click()
     says(page, "#photo-remarks", "5 photos, 64x64")
-    paint_little(page)
-    start_run(page, "long", 10_000)
+    page.locator("#advanced button").first.click()
+    fill(page, "#train-painting", 1)
+    start_run(page, "long", 10_000, pictures_every=10_000)
     says(page, "#run-status", "long · running")
-    start_run(page, "../Bello", 3)
+    start_run(page, "../Bello", 3, pictures_every=0)
     says(page, "#run-status", "Bello · waiting")
     says(page, "#run-status", "1 run before it")
 

@@ -422,7 +422,7 @@ def test_settings_are_read_back_and_others_refused(workspace, tiny_base, tmp_pat
     with pytest.raises(SVFitError, match="bare.png holds no settings"):
         pictures.read_settings(tmp_path / "bare.png")
     (tmp_path / "text.png").write_text("no picture")
-    with pytest.raises(SVFitError, match="text.png is not a readable PNG"):
+    with pytest.raises(SVFitError, match="^text.png is not a readable PNG file: choose"):
         pictures.read_settings(tmp_path / "text.png")
     with pytest.raises(SVFitError, match="not there any more"):
         pictures.find(tmp_path, "../secret")
