@@ -148,8 +148,11 @@ class Draft:
         alike = ("pretrained_model_name_or_path", "preset", "resolution", "train_batch_size", "train_text_encoder")
         for job in self.app.jobs.listed(visitor):
             state = sum_up(self.app.jobs.run_folder(job))
-            if state.seconds_a_step and all(job.options.get(name) == options.get(name) for name in alike):
-                return f"time: about {duration(steps * state.seconds_a_step)}, going by {job.name}"
+            if not state.seconds_a_step or any(job.options.get(name) != options.get(name) for name in alike):
+                continue
+            whole = state.seconds is not None and state.status == "finished" and state.of == steps
+            seconds = state.seconds if whole else steps * state.seconds_a_step
+            return f"time: about {duration(seconds)}{'' if whole else ' for the steps alone'}, going by {job.name}"
         return "time: told after the first steps, as no run like it has been made on this computer yet"
 
     def _shown(self, visitor: Visitor) -> tuple[Any, ...]:
