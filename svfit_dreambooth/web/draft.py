@@ -150,9 +150,10 @@ class Draft:
             state = sum_up(self.app.jobs.run_folder(job))
             if not state.seconds_a_step or any(job.options.get(name) != options.get(name) for name in alike):
                 continue
-            whole = state.seconds is not None and state.status == "finished" and state.of == steps
-            seconds = state.seconds if whole else steps * state.seconds_a_step
-            return f"time: about {duration(seconds)}{'' if whole else ' for the steps alone'}, going by {job.name}"
+            if state.seconds is not None and state.status == "finished" and state.of == steps:
+                return f"time: about {duration(state.seconds)}, going by {job.name}"
+            seconds = steps * state.seconds_a_step
+            return f"time: about {duration(seconds)} for the steps alone, going by {job.name}"
         return "time: told after the first steps, as no run like it has been made on this computer yet"
 
     def _shown(self, visitor: Visitor) -> tuple[Any, ...]:

@@ -93,8 +93,8 @@ def serve_page(options: argparse.Namespace) -> None:
             show_error=False,
         )
     except OSError as error:
-        place = f"{options.listen or ADDRESS}, port {options.port or PORT}"
-        raise SVFitError(f"the page cannot be opened at {place}: choose another --port or --listen.") from error
+        where = f"{options.listen or ADDRESS}, port {options.port or PORT}"
+        raise SVFitError(f"the page cannot be opened at {where}: choose another --port or --listen.") from error
 
 
 def build_page(
