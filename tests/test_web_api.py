@@ -1,7 +1,9 @@
 """The page's endpoints, through Gradio's own client, and how the page is opened to others."""
 
+import errno
 import json
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from PIL import Image
 pytest.importorskip("gradio", reason="gradio is not installed")
 
 from svfit_dreambooth import TrainConfig, read_adapter, train
+from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web import page as web
 from svfit_dreambooth.web.painting import STRENGTHS, Painting
 from svfit_dreambooth.web.studio import STRIP
@@ -141,6 +144,45 @@ def test_adapters_are_added_into_one(served, adapter_path):
     assert Shelf(app).combine(["one", "two"], "0.5 0.25", "both", 3, request) == 4
     shifts, sums = read_adapter(adapter_path).shifts, read_adapter(folder / "both.safetensors").shifts
     assert all(abs(sums[name] - 0.75 * shift).max() < 2e-3 for name, shift in shifts.items())
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device.*see whether the disk is full"),
+        (MemoryError(), "the memory is full"),
+        (RuntimeError("CUDA out of memory. Tried to allocate"), "the memory is full"),
+        (ZeroDivisionError("secret"), r"nobody foresaw \(ZeroDivisionError\)"),
+        (SVFitError("say <b>dog</b>."), "say &lt;b&gt;dog&lt;/b&gt;."),
+    ],
+)
+def test_whatever_goes_wrong_is_said_in_words(error, sentence, capsys):
+    import gradio as gr
+
+    from svfit_dreambooth.web.app import plainly
+
+    def handler():
+        raise error
+
+    def generator():
+        yield 1
+        raise error
+
+    for call in (plainly(handler), lambda: list(plainly(generator)())):
+        with pytest.raises(gr.Error, match=sentence):
+            call()
+
+
+def test_a_port_that_is_taken_is_told(tmp_path, monkeypatch, capsys):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        monkeypatch.setattr(web, "WARM_UP_AFTER", 10_000)
+        monkeypatch.setattr("svfit_dreambooth.web.jobs.Jobs.start_queue", lambda self: None)
+        monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+        assert web.main(["--data_dir", str(tmp_path), "--port", str(port)]) == 2
+    assert f"cannot be opened at 127.0.0.1, port {port}: choose another" in capsys.readouterr().err
 
 
 def test_the_page_is_open_to_nobody_else_unless_told(tmp_path, monkeypatch, capsys):

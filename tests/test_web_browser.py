@@ -127,16 +127,12 @@ def events(server, name):
     return [json.loads(line) for line in (folder / "run" / "progress.jsonl").read_text().splitlines()]
 
 
-def start_run(page, name, steps):
+def start_run(page, name, steps, pictures_every):
+    """`pictures_every`: steps between looks on the way; 0: none, not even at the start."""
     fill(page, "#name", name)
     fill(page, "#train-steps", steps)
+    fill(page, "#train-every", pictures_every)
     page.locator("#start-training").click()
-
-
-def paint_little(page):
-    page.locator("#advanced button").first.click()
-    for id, value in (("#train-every", 10_000), ("#train-painting", 1)):
-        fill(page, id, value)
 
 
 def reaches(page, step):
@@ -162,10 +158,11 @@ def test_train_reload_kill_stop_resume_paint_download(server, visit, tmp_path):
     open_tab(page, "Train")
     page.locator("#take-toy").click()
     says(page, "#photo-remarks", "5 photos, 64x64")
-    paint_little(page)
-    start_run(page, "long", 10_000)
+    page.locator("#advanced button").first.click()
+    fill(page, "#train-painting", 1)
+    start_run(page, "long", 10_000, pictures_every=10_000)
     says(page, "#run-status", "long · running")
-    start_run(page, "../Bello", 3)
+    start_run(page, "../Bello", 3, pictures_every=0)
     says(page, "#run-status", "Bello · waiting")
     says(page, "#run-status", "1 run before it")
 
@@ -210,6 +207,12 @@ def test_train_reload_kill_stop_resume_paint_download(server, visit, tmp_path):
     steps = [event["step"] for event in events(server, "long") if event["event"] == "step"]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) > stopped["step"]  # none was done twice
 
+    page.locator("#remove-run").click()
+    page.get_by_text("The run of long was removed").wait_for()
+    says(page, "#run-status", "Bello · finished")
+    page.locator("#undo-remove-run").click()
+    says(page, "#run-status", "long · stopped")
+
 
 def paint_one(page):
     for id, value in (("#count", 1), ("#steps", 2)):
@@ -250,7 +253,7 @@ def adapter_path(tmp_path_factory):
     return save_adapter(adapter, tmp_path_factory.mktemp("adapter") / "Rex.safetensors")
 
 
-def test_import_paint_reuse_change_strength_delete_undo(server, visit, adapter_path, tmp_path):
+def test_import_paint_reuse_change_strength_rename_delete_undo(server, visit, adapter_path, tmp_path):
     page = visit()
     open_tab(page, "Adapters")
     (tmp_path / "evil.safetensors").write_bytes(b"\x80\x04\x95" + bytes(64))
@@ -283,11 +286,16 @@ def test_import_paint_reuse_change_strength_delete_undo(server, visit, adapter_p
     assert Image.open(tmp_path / "first.png").tobytes() != Image.open(tmp_path / "second.png").tobytes()
 
     open_tab(page, "Adapters")
-    rex.get_by_role("button", name="Delete").click()
-    page.get_by_text("Rex was deleted.").wait_for()
+    rex.get_by_role("button", name="Rename").click()
+    rex.get_by_label("New name").fill("../Mia")
+    rex.get_by_role("button", name="Save").click()
     rex.wait_for(state="detached")
+    mia = page.locator(".card", has=page.locator("h3", has_text="Mia"))
+    mia.get_by_role("button", name="Delete").click()
+    page.get_by_text("Mia was deleted.").wait_for()
+    mia.wait_for(state="detached")
     page.locator("#undo").click()
-    rex.wait_for()
+    mia.wait_for()
 
 
 def test_visitors_see_no_photos_of_others_and_phones_have_room(visit, tmp_path):

@@ -27,8 +27,10 @@ from svfit_dreambooth.web.workspace import (
     file_name,
     photo_files,
     photo_remarks,
+    remove_photo,
     rotate_photo,
     serve,
+    thumbnail,
 )
 
 SIZE = {"num_inference_steps": 2, "width": 16, "height": 16}
@@ -87,6 +89,20 @@ def test_uploaded_photos_are_looked_at(visitor, tmp_path, photo_folder):
     before = np.asarray(Image.open(visitor.photos / "001.png"))
     rotate_photo(visitor.photos / "001.png")
     assert np.array_equal(np.asarray(Image.open(visitor.photos / "001.png")), np.rot90(before, -1))
+
+
+def test_thumbnails_are_small_and_follow_their_photos(visitor, tmp_path):
+    gradient = Image.fromarray(np.stack([np.arange(1200).repeat(900).reshape(1200, 900) // 5] * 3, -1).astype(np.uint8))
+    gradient.save(tmp_path / "photo.png")
+    add_photos(visitor.photos, [tmp_path / "photo.png"])
+    (photo,) = photo_files(visitor.photos)
+    before = Image.open(thumbnail(photo))
+    assert before.size == (192, 256)
+    rotate_photo(photo)
+    after = Image.open(thumbnail(photo))
+    assert np.abs(np.asarray(after, int) - np.rot90(np.asarray(before, int), -1)).max() <= 3
+    remove_photo(photo)
+    assert list(visitor.photos.iterdir()) == []
 
 
 def test_photos_lose_their_notes_and_alike_ones_are_told(visitor, tmp_path):
@@ -406,7 +422,7 @@ def test_settings_are_read_back_and_others_refused(workspace, tiny_base, tmp_pat
     with pytest.raises(SVFitError, match="bare.png holds no settings"):
         pictures.read_settings(tmp_path / "bare.png")
     (tmp_path / "text.png").write_text("no picture")
-    with pytest.raises(SVFitError, match="text.png is not a readable PNG"):
+    with pytest.raises(SVFitError, match="^text.png is not a readable PNG file: choose"):
         pictures.read_settings(tmp_path / "text.png")
     with pytest.raises(SVFitError, match="not there any more"):
         pictures.find(tmp_path, "../secret")
@@ -422,10 +438,17 @@ def test_progress_of_a_resumed_run_reads_as_one(tmp_path):
         {"event": "step", "step": 2, "of": 4, "loss": 0.3, "seconds": 2.0},
         {"event": "unheard of", "step": 2},
     ]
-    end = {"event": "end", "step": 4, "status": "finished", "kept_step": 3}
+    end = {"event": "end", "step": 4, "status": "finished", "kept_step": 3, "time": 160.0}
     (tmp_path / "progress.jsonl").write_text("\n".join(map(json.dumps, events)) + '\n{"event": "st')
     state = sum_up(tmp_path)
     assert state.losses == [(1, 0.5), (2, 0.3)] and (state.step, state.of) == (2, 4)
     assert state.seconds_a_step == 2.0 and state.seconds_left == 4.0 and state.pictures == [] and state.status is None
     (tmp_path / "progress.jsonl").write_text("\n".join(map(json.dumps, [*events, end])))
     assert sum_up(tmp_path).kept_step == 3 and state.kept_step is None
+    assert sum_up(tmp_path).seconds is None  # not in one go
+    at_once = [{"event": "start", "step": 0, "of": 2, "time": 100.0}, *events[1:3], end]
+    (tmp_path / "progress.jsonl").write_text("\n".join(map(json.dumps, at_once)))
+    assert sum_up(tmp_path).seconds == 60.0
+    resumed = [at_once[0], events[1], {**events[2], "seconds": 1.0}, end]  # a run that goes on counts from 0 again
+    (tmp_path / "progress.jsonl").write_text("\n".join(map(json.dumps, resumed)))
+    assert sum_up(tmp_path).seconds is None

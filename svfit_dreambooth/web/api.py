@@ -14,7 +14,7 @@ from svfit_dreambooth.web.draft import ADVANCED, Draft
 from svfit_dreambooth.web.painting import keep_picture
 from svfit_dreambooth.web.progress import sum_up
 from svfit_dreambooth.web.studio import AS_TRAINED, Order, Told
-from svfit_dreambooth.web.workspace import add_photos, photo_files
+from svfit_dreambooth.web.workspace import add_photos, photo_files, remove_photo
 
 
 class Endpoints:
@@ -88,7 +88,7 @@ class Endpoints:
         """Queues a run on the given photos; returns its id. steps: 0 takes the preset's."""
         visitor = self.app.visitor(request)
         for path in photo_files(visitor.photos):
-            path.unlink()
+            remove_photo(path)
         if refused := add_photos(visitor.photos, [Path(photo) for photo in photos or []]):
             raise SVFitError(" ".join(refused))
         advanced = dict.fromkeys(ADVANCED) | {"max_train_steps": str(int(steps)) if steps else None}

@@ -4,7 +4,9 @@ import functools
 import html
 import inspect
 import math
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
@@ -96,26 +98,42 @@ def told(error: Exception) -> gr.Error:
 
 
 def plainly(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """`handler`, with SVFitError as a toast."""
+    """`handler`, with whatever goes wrong as a toast: SVFitError in its own words, a full disk or memory in ours."""
     if inspect.isgeneratorfunction(handler):
 
         @functools.wraps(handler)
         def generator(*args: Any, **kwargs: Any) -> Any:
-            try:
+            with _told():
                 yield from handler(*args, **kwargs)
-            except SVFitError as error:
-                raise told(error) from None
 
         return generator
 
     @functools.wraps(handler)
     def function(*args: Any, **kwargs: Any) -> Any:
-        try:
+        with _told():
             return handler(*args, **kwargs)
-        except SVFitError as error:
-            raise told(error) from None
 
     return function
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except (SVFitError, gr.Error) as error:
+        raise (told(error) if isinstance(error, SVFitError) else error) from None
+    except OSError as error:
+        traceback.print_exc()
+        why = error.strerror or str(error)
+        sentence = f"a file could not be read or written ({why}): see whether the disk is full or the folder is gone."
+        raise told(SVFitError(sentence)) from error
+    except Exception as error:  # nobody should look at a page that says nothing
+        traceback.print_exc()
+        if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+            sentence = "the memory is full: ask for smaller pictures, or wait until a run is over."
+        else:
+            sentence = f"something went wrong that nobody foresaw ({type(error).__name__}); the server's log says more."
+        raise told(SVFitError(sentence)) from error
 
 
 def number(name: str, text: str | None) -> int | float | None:

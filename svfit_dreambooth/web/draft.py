@@ -3,6 +3,7 @@
 import dataclasses
 import html
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,15 @@ from svfit_dreambooth.config import TOYBOX, TrainConfig
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web.app import App, number, plainly
 from svfit_dreambooth.web.progress import sum_up
-from svfit_dreambooth.web.workspace import Visitor, add_photos, photo_files, photo_remarks, rotate_photo
+from svfit_dreambooth.web.workspace import (
+    Visitor,
+    add_photos,
+    photo_files,
+    photo_remarks,
+    remove_photo,
+    rotate_photo,
+    thumbnail,
+)
 
 SUBJECTS = Path(__file__).resolve().parents[2] / "toybox" / "subjects"
 BUNDLED = ".bundled"  # file beside the photos: the toy whose photos, untouched, they are
@@ -41,14 +50,16 @@ class Draft:
         self.app = app
 
     @plainly
-    def add(self, files: list[str] | None, request: gr.Request) -> tuple[Any, ...]:
-        """The drop zone, emptied; then thumbnails, remarks and the selected photo."""
-        visitor = self.app.visitor(request)
-        remarks = add_photos(visitor.photos, [Path(file) for file in files or []])
+    def add(self, files: list[str] | None, request: gr.Request) -> Iterator[tuple[Any, ...]]:
+        """How far it is; at the end the drop zone, emptied, then thumbnails, remarks and the selected photo."""
+        visitor, files, keep = self.app.visitor(request), files or [], gr.skip()
         (visitor.photos / BUNDLED).unlink(missing_ok=True)
-        for sentence in remarks:
-            gr.Warning(html.escape(sentence), duration=12)
-        return (None, *self._shown(visitor))
+        for i, file in enumerate(files, 1):
+            if len(files) > 1:
+                yield keep, keep, f"Looking at photo {i} of {len(files)} …", keep, keep
+            for sentence in add_photos(visitor.photos, [Path(file)]):
+                gr.Warning(html.escape(sentence), duration=12)
+        yield (None, *self._shown(visitor))
 
     @plainly
     def take_bundled(self, subject: str | None, request: gr.Request) -> tuple[Any, ...]:
@@ -72,7 +83,7 @@ class Draft:
     @plainly
     def remove(self, selected: int | None, request: gr.Request) -> tuple[Any, ...]:
         visitor = self.app.visitor(request)
-        self._selected(visitor, selected).unlink()
+        remove_photo(self._selected(visitor, selected))
         (visitor.photos / BUNDLED).unlink(missing_ok=True)
         return self._shown(visitor)
 
@@ -99,11 +110,11 @@ class Draft:
 
     def options(self, visitor: Visitor, word: str, kind: str, base: str, preset: str | None, *advanced: Any) -> dict:
         """The form as options of a run; what is left empty is left to the run.  Raises SVFitError for bad words."""
-        for text, what in ((word, "word that means your subject"), (kind, "kind of thing that it is")):
+        for text, what, example in ((word, "Its word", "sks"), (kind, "What it is", "dog")):
             if not (text or "").strip():
-                raise SVFitError(f"the {what} is missing: sks and dog, for example.")
+                raise SVFitError(f"“{what}” is empty: write a word, such as {example}.")
             if len(text) > 60:
-                raise SVFitError(f"the {what} is {len(text)} characters long: one to three words are enough.")
+                raise SVFitError(f"“{what}” has {len(text)} characters: one to three words are enough.")
         place, opening = self.app.studio.bases.resolve(base or TOYBOX, typed=True)
         options: dict[str, Any] = {
             "pretrained_model_name_or_path": place,
@@ -137,13 +148,17 @@ class Draft:
         alike = ("pretrained_model_name_or_path", "preset", "resolution", "train_batch_size", "train_text_encoder")
         for job in self.app.jobs.listed(visitor):
             state = sum_up(self.app.jobs.run_folder(job))
-            if state.seconds_a_step and all(job.options.get(name) == options.get(name) for name in alike):
-                return f"time: about {duration(steps * state.seconds_a_step)}, going by {job.name}"
+            if not state.seconds_a_step or any(job.options.get(name) != options.get(name) for name in alike):
+                continue
+            if state.seconds is not None and state.status == "finished" and state.of == steps:
+                return f"time: about {duration(state.seconds)}, going by {job.name}"
+            seconds = steps * state.seconds_a_step
+            return f"time: about {duration(seconds)} for the steps alone, going by {job.name}"
         return "time: told after the first steps, as no run like it has been made on this computer yet"
 
     def _shown(self, visitor: Visitor) -> tuple[Any, ...]:
         paths = photo_files(visitor.photos)
-        thumbs = [(self.app.serve(path), f"photo {i}") for i, path in enumerate(paths, 1)]
+        thumbs = [(self.app.serve(thumbnail(path)), f"photo {i}") for i, path in enumerate(paths, 1)]
         lines = photo_remarks(visitor.photos, RESOLUTION[TOYBOX])
         text = "" if not lines else f"**{lines[0]}**" + "".join(f"\n- {html.escape(line)}" for line in lines[1:])
         return gr.Gallery(thumbs, visible=bool(paths)), text, None, gr.Row(visible=bool(paths))
@@ -156,7 +171,7 @@ class Draft:
 
     def _clear(self, visitor: Visitor) -> None:
         for path in photo_files(visitor.photos):
-            path.unlink()
+            remove_photo(path)
         (visitor.photos / BUNDLED).unlink(missing_ok=True)
 
     def _bundled(self, visitor: Visitor) -> str | None:

@@ -64,7 +64,7 @@ def build(app: App) -> gr.Dropdown | None:
         with gr.Row():
             adapter = gr.Dropdown([], label="Adapter", interactive=True)
             layout = gr.Dropdown(list(LAYOUTS), value=next(iter(LAYOUTS)), label="Made", interactive=True)
-            rank = gr.Textbox(label="Rank", placeholder="all: exact", max_lines=1, info="Directions a layer.")
+            rank = gr.Textbox(label="Rank", placeholder="all: exact; fewer: smaller", max_lines=1)
         said = gr.Markdown(elem_classes="note")
         with gr.Row(elem_classes="actions"):
             plan = gr.Button("How large?", size="sm")

@@ -49,6 +49,7 @@ def build(app: App, page: gr.Blocks, chosen: list[str]) -> GenerateTab:
                     try:
                         file = app.adapter_file(visitor, value)
                         words = library.entry(file.parent, file.stem).instance_prompt
+                        words = words.replace("](", "]\u200b(")  # a stranger's file puts no links into the page
                     except SVFitError as error:
                         raise told(error) from None
                     rows.append(

@@ -12,7 +12,7 @@ from svfit_dreambooth.web import export_tab as web_export
 from svfit_dreambooth.web import library
 from svfit_dreambooth.web.app import App, plainly
 from svfit_dreambooth.web.cards import card
-from svfit_dreambooth.web.generate_tab import PRIVATE, GenerateTab
+from svfit_dreambooth.web.generate_tab import OPEN, PRIVATE, GenerateTab
 from svfit_dreambooth.web.workspace import file_name
 
 EMPTY = (
@@ -135,7 +135,7 @@ def build(app: App, tabs: gr.Tabs, tab: gr.Tab, generate_tab: GenerateTab) -> No
             gr.Markdown("One file that acts as several together, for subjects of the same base.", elem_classes="note")
             with gr.Row():
                 parts = gr.Dropdown([], multiselect=True, label="Adapters")
-                factors = gr.Textbox(label="Strengths", placeholder="1, 1", info="One for each, in order.")
+                factors = gr.Textbox(label="Strengths", placeholder="1, 1: one for each, in order")
                 sum_name = gr.Textbox(label="Name of the sum", placeholder="dog-and-mug")
             add = gr.Button("Add them", size="sm")
         add.click(shelf.combine, [parts, factors, sum_name, changed], changed, **PRIVATE)
@@ -153,8 +153,10 @@ def _card(
     with gr.Column(elem_classes="card"):
         gr.HTML(card(entry, app.url(entry.picture) if entry.picture else None))
         name = gr.State(entry.name)
-        with gr.Row(visible=False, elem_classes="actions") as renaming:
-            new_name = gr.Textbox(entry.name, show_label=False, container=False, min_width=120, scale=3)
+        with gr.Row(visible=False, elem_classes="rename") as renaming:
+            new_name = gr.Textbox(
+                entry.name, show_label=False, container=False, min_width=120, scale=3, **OPEN, label="New name"
+            )
             save = gr.Button("Save", size="sm", min_width=60, scale=1)
         with gr.Row(elem_classes="actions"):
             use = gr.Button("Use", size="sm", variant="primary")

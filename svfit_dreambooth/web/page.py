@@ -75,22 +75,26 @@ def serve_page(options: argparse.Namespace) -> None:
     warming = threading.Timer(WARM_UP_AFTER, _warm_up)
     warming.daemon = True
     warming.start()
-    page.launch(
-        server_name=options.listen or ADDRESS,
-        server_port=options.port,
-        share=options.share,
-        auth=accounts or None,
-        inbrowser=options.open,
-        allowed_paths=[],
-        max_file_size=MAX_UPLOAD,
-        ssr_mode=False,
-        footer_links=["api"],
-        app_kwargs={"middleware": [Middleware(RememberBrowser)]},
-        theme=theme(),
-        css=CSS,
-        head=HEAD,
-        show_error=False,
-    )
+    try:
+        page.launch(
+            server_name=options.listen or ADDRESS,
+            server_port=options.port,
+            share=options.share,
+            auth=accounts or None,
+            inbrowser=options.open,
+            allowed_paths=[],
+            max_file_size=MAX_UPLOAD,
+            ssr_mode=False,
+            footer_links=["api"],
+            app_kwargs={"middleware": [Middleware(RememberBrowser)]},
+            theme=theme(),
+            css=CSS,
+            head=HEAD,
+            show_error=False,
+        )
+    except OSError as error:
+        where = f"{options.listen or ADDRESS}, port {options.port or PORT}"
+        raise SVFitError(f"the page cannot be opened at {where}: choose another --port or --listen.") from error
 
 
 def build_page(

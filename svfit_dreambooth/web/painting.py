@@ -13,7 +13,7 @@ import gradio as gr
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web import library, pictures
 from svfit_dreambooth.web.app import App, number, plainly, whole
-from svfit_dreambooth.web.studio import AS_TRAINED, STRIP, Order, Told
+from svfit_dreambooth.web.studio import AS_TRAINED, STRIP, Order, Told, check
 from svfit_dreambooth.web.workspace import Visitor, library_of
 
 ONCE, COMPARED, STRENGTHS = "just paint", "beside the base model", "strengths 0 to 1.5"
@@ -80,6 +80,7 @@ class Painting:
         if visitor.word in self._working:
             raise SVFitError("your last pictures are still being painted: wait, or press Stop.")
         order, mode = self._order(visitor, *values)
+        check(order)  # before the pictures that are there make room
         cancelled = self._working[visitor.word] = threading.Event()
         news: queue.Queue[Told | Exception | None] = queue.Queue()
         worker = threading.Thread(target=_work, args=(self.app, order, news, cancelled), daemon=True)

@@ -31,8 +31,8 @@ def read_settings(path: Path) -> dict[str, Any]:
         with Image.open(path, formats=["PNG"]) as picture:
             picture.load()  # text may stand after the pixels
             text = getattr(picture, "text", {}).get("svfit")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise SVFitError(f"{path.name} is not a readable PNG file ({error}): choose a picture made here.") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        raise SVFitError(f"{path.name} is not a readable PNG file: choose a picture made here.") from None
     try:
         settings = json.loads(text) if text and len(text) <= MAX_TEXT else None
     except (ValueError, RecursionError):

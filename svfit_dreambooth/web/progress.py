@@ -20,6 +20,7 @@ class Progress:
     subjects: list[tuple[int, float]] = field(default_factory=list)  # likeness to the subject
     pictures: list[tuple[int, Path]] = field(default_factory=list)  # contact sheets of the validation prompts
     seconds_a_step: float | None = None  # lately
+    seconds: float | None = None  # from start to end; None: not ended, or not in one go
     status: str | None = None  # finished, stopped or failed; None: not ended
     message: str | None = None  # why it ended
     adapter: Path | None = None
@@ -41,13 +42,13 @@ def sum_up(folder: Path) -> Progress:
     subjects: dict[int, float] = {}
     pictures: dict[int, Path] = {}
     seconds: list[float] = []  # that each step took
-    clock = 0.0
+    clock, began, at_once = 0.0, None, True
     for event in read_progress(folder):
         kind, step = event.get("event"), int(event.get("step") or 0)
         if kind == "start":
             state.of, state.step = int(event.get("of") or 0), step
-            state.status = state.message = state.kept_step = None
-            clock = 0.0
+            state.status = state.message = state.kept_step = state.seconds = None
+            clock, began, at_once = 0.0, event.get("time"), step == 0
             for series in (losses, fixed, subjects, pictures):
                 for later in [known for known in series if known > step]:
                     del series[later]  # type: ignore[attr-defined]
@@ -57,6 +58,7 @@ def sum_up(folder: Path) -> Progress:
             now = event.get("seconds")  # since the run was started or went on
             if isinstance(now, int | float):
                 seconds.append(now - clock if now >= clock else now)
+                at_once = at_once and now >= clock
                 clock = now
         elif kind == "measure":
             _note(fixed, step, event.get("fixed_loss"))
@@ -69,6 +71,8 @@ def sum_up(folder: Path) -> Progress:
         elif kind == "end":
             state.status, state.message = event.get("status"), event.get("message")
             state.kept_step = event.get("kept_step") if isinstance(event.get("kept_step"), int) else None
+            if at_once and all(isinstance(when, int | float) for when in (began, event.get("time"))):
+                state.seconds = event["time"] - began
             state.figures = event.get("figures") or {}
             state.adapter, state.sheet = _inside(folder, event.get("adapter")), _inside(folder, event.get("sheet"))
     state.losses, state.fixed_losses, state.subjects, state.pictures = (

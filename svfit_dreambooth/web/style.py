@@ -54,11 +54,12 @@ CSS = """
 
 /* pictures: as many in a row as fit */
 .pictures .grid-container { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)) !important; }
-.pictures .caption-label { max-width: 100% !important; font-size: .7rem; }
+.pictures .caption-label { max-width: calc(100% - 12px) !important; font-size: .7rem; padding: 1px 6px; white-space: normal !important; overflow-wrap: anywhere; }
 .photos .caption-label { font-size: .68rem; padding: 0 5px; opacity: .9; }
 .photos .grid-container { grid-template-columns: repeat(auto-fill, minmax(84px, 1fr)) !important; }
 .photos .grid-wrap, .photos .gallery-container, .photos { height: auto !important; min-height: 0 !important; max-height: 320px; }
 .undo { align-items: center; padding: 2px 12px; }
+.undo > :first-child { flex: 0 1 auto !important; width: auto !important; }
 .toys { gap: 8px !important; align-items: stretch; }
 #new-seed { display: flex; align-items: flex-end; padding-bottom: 18px; }
 .html-container { padding-top: 0 !important; padding-bottom: 0 !important; }
@@ -84,7 +85,8 @@ footer .divider { display: none !important; }
 .card .bars span { flex: 1; background: var(--primary-400); border-radius: 2px 2px 0 0; min-height: 1px; }
 .card .bars span.text-encoder { background: #d97706; }
 .card .legend { font-size: .72rem; color: var(--body-text-color-subdued); }
-.card .row, .card .form { padding: 6px 14px; }
+.rename textarea { border: 1px solid var(--border-color-primary) !important; }
+.rename { padding: 4px 12px; align-items: center; gap: 6px !important; }
 .actions { gap: 6px !important; padding: 6px 12px 12px !important; flex-wrap: wrap !important; }
 .actions button, .actions a { min-width: 0 !important; flex: 1 1 auto !important; }
 

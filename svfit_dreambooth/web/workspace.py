@@ -20,6 +20,7 @@ from svfit_dreambooth.photos import Photo, open_photo, photo_report
 MAX_PHOTOS = 100
 MAX_PHOTO_BYTES = 50 * 2**20
 MAX_SHORT_SIDE = 1536  # pixels: larger photos are scaled down to this, more than any base trains at
+THUMBNAIL = 256  # pixels of the longer side of what the page shows of a photo
 MAX_ADAPTER_BYTES = 64 * 2**20  # Stable Diffusion XL at full rank in float32 needs 2 MB
 MAX_NAME = 60  # characters of a name that a person gives
 ALIKE = 5  # of 64 bits of the fingerprints of two photos that look the same
@@ -181,6 +182,7 @@ def add_photos(folder: Path, uploads: list[Path]) -> list[str]:
             photo = photo.resize(
                 (round(photo.width * MAX_SHORT_SIDE / short), round(photo.height * MAX_SHORT_SIDE / short)),
                 Image.Resampling.LANCZOS,
+                reducing_gap=2.0,  # of a very large one, whole pixels are averaged first
             )
         _save_photo(photo, folder / f"{number:03d}.png")
     return remarks
@@ -195,6 +197,25 @@ def rotate_photo(path: Path) -> None:
     """A quarter turn to the right."""
     with Image.open(path) as photo:
         _save_photo(photo.transpose(Image.Transpose.ROTATE_270), path)
+
+
+def remove_photo(path: Path) -> None:
+    path.unlink()
+    _thumbnail_of(path).unlink(missing_ok=True)
+
+
+def thumbnail(path: Path) -> Path:
+    """A small picture of the photo `path`, made anew when the photo has changed."""
+    small = _thumbnail_of(path)
+    if not small.is_file() or small.stat().st_mtime_ns < path.stat().st_mtime_ns:
+        with Image.open(path) as photo:
+            photo.thumbnail((THUMBNAIL, THUMBNAIL), reducing_gap=2.0)
+            _save_photo(photo, small)
+    return small
+
+
+def _thumbnail_of(path: Path) -> Path:
+    return path.with_name(f".small-{path.name}")
 
 
 def photo_remarks(folder: Path, resolution: int) -> list[str]:
