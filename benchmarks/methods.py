@@ -14,6 +14,7 @@ from svfit_dreambooth.attention import apply_svfit, find_projections, svfit_laye
 from svfit_dreambooth.basis import model_basis
 from svfit_dreambooth.budget import allocate, score_values
 from svfit_dreambooth.encoding import Examples
+from svfit_dreambooth.learned_word import learn_words
 from svfit_dreambooth.preparation import Run
 from svfit_dreambooth.svfit import as_matrix
 
@@ -146,6 +147,16 @@ def with_text_encoder(put_in: PutIn) -> PutIn:
     return both
 
 
+def with_learned_word(put_in: PutIn) -> PutIn:
+    """The embedding of the subject's rare word as well."""
+
+    def both(run: Run, examples: Examples) -> Values:
+        words = learn_words(run.base.pipeline, run.config.learned_word)
+        return put_in(run, examples) | {f"text_encoder.{name}": delta for name, delta in words.items()}
+
+    return both
+
+
 WIDER, ALL = ("attention", "feed-forward"), ("all",)
 # 1, 2, 5, 10 ...: a sweep that ends at one of its ends goes on
 METHODS = {
@@ -171,5 +182,8 @@ ABLATIONS = {
     "svfit-eighth-budget": Method(svfit(share=1 / 8, choose="budget"), (5e-2, 1e-1, 2e-1, 5e-1)),
     "svfit-relative": Method(svfit(relative=True), (2e-2, 5e-2, 1e-1, 2e-1)),
     "svfit-text": Method(with_text_encoder(svfit()), (2e-2, 5e-2, 1e-1, 2e-1), {"train_text_encoder": True}),
+    "svfit-word": Method(with_learned_word(svfit()), (1e-2, 2e-2, 5e-2, 1e-1), {"learned_word": "sks"}),
+    "svdiff-word": Method(with_learned_word(svfit(ALL)), (5e-3, 1e-2, 2e-2, 5e-2), {"learned_word": "sks"}),
+    "svdiff-prior": Method(svfit(ALL), (1e-2, 2e-2, 5e-2, 1e-1), {"with_prior_preservation": True}),
     "svfit-prior": Method(svfit(), (2e-2, 5e-2, 1e-1, 2e-1), {"with_prior_preservation": True}),
 }

@@ -1,5 +1,6 @@
 """The comparison of methods: which runs it makes, and that every method starts at the base."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -99,7 +100,9 @@ def test_every_method_starts_at_the_base_and_learns(run, name):
     examples = encode_examples(run, torch.device("cpu"))
     pipeline = run.base.pipeline
     before = predict(pipeline.unet, examples.prompt_embeds)
-    values = (methods.METHODS | methods.ABLATIONS)[name].put_in(run, examples)
+    method = (methods.METHODS | methods.ABLATIONS)[name]
+    run.config = dataclasses.replace(run.config, **method.options, class_prompt="a photo of a dog")
+    values = method.put_in(run, examples)
     assert torch.allclose(predict(pipeline.unet, examples.prompt_embeds), before, atol=1e-5)
     trainable = [p for p in pipeline.unet.parameters() if p.requires_grad]
     inside = [value for key, value in values.items() if not key.startswith("text_encoder.")]
