@@ -140,7 +140,9 @@ def _train(run: Run, accelerator: Accelerator, on_step: Callable[[Step], bool | 
         shifts=learnt if positions is None else spread(learnt, positions),
         base_model=run.base.name,
         # hashed at the start already, unless a budget left layers out or a word came in
-        base_fingerprint=identity["base"] if positions is None and not of_word else fingerprint(run.weights | of_word),
+        base_fingerprint=identity["base"]
+        if positions is None and not of_word
+        else fingerprint(run.weights | of_word, run.hashes),
         instance_prompt=config.instance_prompt,
         class_prompt=config.class_prompt,
         training=training_record(run, loop.step, kept, loss_before, loss_after),
