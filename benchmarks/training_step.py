@@ -8,6 +8,7 @@ and memory do not depend on their values.  The contestants:
     frozen   forward, and backward down to the first adapted projection: what no method can go below
     lora     PEFT LoRA r=4 on the attention projections
     svfit    SVFit at full rank on the same, as the training command sets the network up
+    slimlora lora, on the network that keeps only what is needed, as svfit's does; only where --methods names it
 
 Time: all in one process, on the same weights, taking turns; medians over the rounds, and ratios within each round.
 Memory: a process for each, its peak resident size in a step less what it held before it loaded the network; on a
@@ -33,8 +34,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from svfit_dreambooth.attention import apply_svfit, find_projections
+from svfit_dreambooth.slim import slim
 
-METHODS = ("frozen", "lora", "svfit")
+METHODS = ("frozen", "lora", "svfit", "slimlora")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -56,7 +58,9 @@ def adapt(unet: nn.Module, method: str, rank: int | None) -> list[nn.Parameter]:
         first = next(iter(find_projections(unet).values()))[2]
         first.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
         return []
-    if method == "lora":
+    if method in ("lora", "slimlora"):
+        if method == "slimlora":
+            slim(unet)
         unet.add_adapter(  # type: ignore[operator]
             LoraConfig(
                 r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=["to_q", "to_k", "to_v", "to_out.0"]
@@ -72,6 +76,7 @@ def adapt(unet: nn.Module, method: str, rank: int | None) -> list[nn.Parameter]:
         r = min(out, into, rank or out)
         basis[name] = (torch.randn(out, r) / out**0.5, torch.randn(r, into) / into**0.5)
     shifts = list(apply_svfit(unet, basis=basis).values())
+    slim(unet)
     return [shift.requires_grad_(True) for shift in shifts]
 
 
@@ -102,15 +107,16 @@ def measure_time(options: argparse.Namespace, precision: str, batch: int) -> dic
     """Seconds of every round by method, in one process on shared weights."""
     unet = random_unet(options.config_dir, DTYPES[precision])
     steps = {}
-    for method in METHODS:
+    for method in options.methods:
         own = copy.deepcopy(unet, {id(parameter): parameter for parameter in unet.parameters()})
         trained = adapt(own, method, options.rank)
         steps[method] = stepper(own, trained, batch, options.resolution, DTYPES[precision])
     for step in steps.values():
         step()  # warms caches up
-    seconds: dict[str, list[float]] = {method: [] for method in METHODS}
+    seconds: dict[str, list[float]] = {method: [] for method in options.methods}
     for number in range(options.rounds):
-        order = METHODS[number % len(METHODS) :] + METHODS[: number % len(METHODS)]
+        turn = number % len(options.methods)
+        order = options.methods[turn:] + options.methods[:turn]
         for method in order:
             seconds[method].append(steps[method]())
     return seconds
@@ -150,7 +156,17 @@ def in_own_process(options: argparse.Namespace, precision: str, batch: int, meth
         "--resolution",
         str(options.resolution),
     ]
-    command += ["--rounds", str(options.rounds), "--precision", precision, "--batch_size", str(batch), "--child"]
+    command += [
+        "--methods",
+        *options.methods,
+        "--rounds",
+        str(options.rounds),
+        "--precision",
+        precision,
+        "--batch_size",
+        str(batch),
+        "--child",
+    ]
     command += [method or "time"] + (["--rank", str(options.rank)] if options.rank else [])
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
@@ -163,6 +179,7 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, default=512)
     parser.add_argument("--rank", type=int, help="of SVFit; None: full")
     parser.add_argument("--rounds", type=int, default=5, help="steps of each that are timed, after one that is not")
+    parser.add_argument("--methods", choices=METHODS, nargs="+", default=["frozen", "lora", "svfit"])
     parser.add_argument("--only", choices=["time", "memory"], help="None: both")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     parser.add_argument("--child", choices=["time", *METHODS], help=argparse.SUPPRESS)
@@ -188,12 +205,12 @@ def main() -> None:
                 row["seconds"] = seconds = in_own_process(options, precision, batch, None)
                 row["svfit of lora"] = median_ratio(seconds["svfit"], seconds["lora"])  # type: ignore[index]
                 row["svfit of frozen"] = median_ratio(seconds["svfit"], seconds["frozen"])  # type: ignore[index]
-                medians = [f"{method} {statistics.median(seconds[method]):.2f}" for method in METHODS]  # type: ignore[index]
+                medians = [f"{method} {statistics.median(seconds[method]):.2f}" for method in options.methods]  # type: ignore[index]
                 text += f"{'  '.join(medians):>31}   {row['svfit of lora']:7.2f} {row['svfit of frozen']:9.2f}"
             if options.only != "time":
-                row["peak"] = peak = {m: in_own_process(options, precision, batch, m) for m in METHODS}
+                row["peak"] = peak = {m: in_own_process(options, precision, batch, m) for m in options.methods}
                 row["peak, svfit of lora"] = peak["svfit"] / peak["lora"]  # type: ignore[operator]
-                sizes = [f"{method} {peak[method] / 1e9:.2f}" for method in METHODS]  # type: ignore[operator]
+                sizes = [f"{method} {peak[method] / 1e9:.2f}" for method in options.methods]  # type: ignore[operator]
                 text += f"{'  '.join(sizes):>36}   {row['peak, svfit of lora']:7.2f}"
             print(text, flush=True)
             results.append(row)

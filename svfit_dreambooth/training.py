@@ -39,6 +39,7 @@ from svfit_dreambooth.run_folder import lock_run, rewind_progress, set_aside
 from svfit_dreambooth.sharing.hub import check_login
 from svfit_dreambooth.sharing.metadata import base_metadata
 from svfit_dreambooth.sheets import plot_run
+from svfit_dreambooth.slim import slim, unslim
 from svfit_dreambooth.validation import Watch
 
 logger = logging.getLogger(__name__)
@@ -159,6 +160,7 @@ def _train(run: Run, accelerator: Accelerator, on_step: Callable[[Step], bool | 
     for component in shifts:
         module = getattr(pipeline, component)
         remove_svfit(module)
+        unslim(module)
         module.eval()
     remove_words(pipeline)
     if config.gradient_checkpointing:
@@ -227,6 +229,7 @@ def _place(run: Run, accelerator: Accelerator) -> dict[str, Any]:
             placed[component] = module.to(waiting)
             continue
         module.to(accelerator.device, WEIGHT_DTYPE[config.mixed_precision]).train()
+        slim(module)
         if config.gradient_checkpointing:
             diffusers_way = getattr(module, "enable_gradient_checkpointing", None)
             enable: Callable[[], None] = diffusers_way or getattr(module, "gradient_checkpointing_enable")  # noqa: B009
