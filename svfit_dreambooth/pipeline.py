@@ -26,6 +26,7 @@ from svfit_dreambooth.attention import (
     remove_svfit,
     set_shifts,
     svfit_layers,
+    walk,
 )
 from svfit_dreambooth.base_model import pipeline_components
 from svfit_dreambooth.basis import model_basis, same_base, weight_hashes
@@ -160,7 +161,7 @@ def offloading_lifted(pipeline: DiffusionPipeline) -> Iterator[None]:
     device = next(
         hook.execution_device
         for model in pipeline_components(pipeline).values()
-        for module in model.modules()
+        for _, module in walk(model)
         for hook in _hooks(module)
         if isinstance(hook, AlignDevicesHook) and hook.execution_device is not None
     )
@@ -172,7 +173,7 @@ def offloading_lifted(pipeline: DiffusionPipeline) -> Iterator[None]:
 
 
 def _hooks(module: nn.Module) -> list[object]:
-    hook = getattr(module, "_hf_hook", None)
+    hook = vars(module).get("_hf_hook")
     return list(hook.hooks) if isinstance(hook, SequentialHook) else [hook]
 
 
@@ -180,7 +181,7 @@ def _sequentially_offloaded(pipeline: DiffusionPipeline) -> bool:
     return any(
         isinstance(hook, AlignDevicesHook) and hook.offload
         for model in pipeline_components(pipeline).values()
-        for module in model.modules()
+        for _, module in walk(model)
         for hook in _hooks(module)
     )
 
