@@ -16,7 +16,8 @@ import hashlib
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -52,9 +53,9 @@ def canonical_weight(weight: Tensor) -> Tensor:
     """
     weight = as_matrix(weight.detach().cpu())
     rounded = weight.to(torch.float16)
-    if torch.isinf(rounded).any():
+    if weight.numel() and torch.isinf(rounded.abs().max()):
         rounded = weight
-    return rounded.to(torch.bfloat16).contiguous()
+    return rounded.float().to(torch.bfloat16).contiguous()  # by way of float32, which holds both: four times as fast
 
 
 def weight_hash(weight: Tensor) -> str:
@@ -65,18 +66,25 @@ def weight_hash(weight: Tensor) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(weights: Mapping[str, Tensor]) -> dict:
+def weight_hashes(weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """`weight_hash` of each, by name; for the functions below, which then need not read the weights again."""
+    return {name: weight_hash(weight) for name, weight in weights.items()}
+
+
+def fingerprint(weights: Mapping[str, Tensor], hashes: Mapping[str, str] | None = None) -> dict:
     """What an adapter file says of its base: {component: {"sha256": ..., "sample": [value, ...]}}.
 
     `weights`: "<component>.<module path>" -> weight (out, in), the adapted ones only.  The hash is over the
-    sorted names and the canonical weights; the sample is spread over them evenly.
+    sorted names and the canonical weights; the sample is spread over them evenly.  `hashes`: the `weight_hash` of
+    those weights for which it is known.
     """
+    hashes = hashes or {}
     result = {}
     for component in sorted({name.partition(".")[0] for name in weights}):
         names = sorted(name for name in weights if name.startswith(component + "."))
         digest = hashlib.sha256()
         for name in names:
-            digest.update(f"{name} {weight_hash(weights[name])}\n".encode())
+            digest.update(f"{name} {hashes.get(name) or weight_hash(weights[name])}\n".encode())
         sample = []
         for k in range(SAMPLE_SIZE):
             weight = weights[names[k * len(names) // SAMPLE_SIZE]].detach()
@@ -86,14 +94,16 @@ def fingerprint(weights: Mapping[str, Tensor]) -> dict:
     return result
 
 
-def same_base(recorded: Mapping, weights: Mapping[str, Tensor]) -> Literal["identical", "similar", "different"]:
+def same_base(
+    recorded: Mapping, weights: Mapping[str, Tensor], hashes: Mapping[str, str] | None = None
+) -> Literal["identical", "similar", "different"]:
     """Whether `weights` (see `fingerprint`) are those that the fingerprint `recorded` was taken from.
 
     "identical": the hashes agree, as between float32 and float16 copies.  "similar": only the samples agree,
     each within bfloat16's rounding: a bfloat16 copy of a float32 file, or a very close relative.
     "different": neither.
     """
-    mine = fingerprint(weights)
+    mine = fingerprint(weights, hashes)
     if set(recorded) != set(mine):
         return "different"
     if all(recorded[component]["sha256"] == mine[component]["sha256"] for component in mine):
@@ -145,34 +155,33 @@ def model_basis(
     use_cache: bool = True,
     driver: Literal["eigh", "svd"] = "eigh",
     description: str = "decomposing the base",
+    hashes: Mapping[str, str] | None = None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """The leading directions of every weight: name -> U (out, r), Vh (r, in), float32, r chosen per layer.
 
-    `weights`: name -> (out, in), or (out, in, h, w) of a convolution.  `rank`, `energy`: see `svfit.resolve_rank`; a mapping gives every layer its
-    own, and with tensors of positions (r,) not the leading directions but those.  What is missing in `cache_dir` (None: `default_cache_dir()`) is decomposed, with a progress bar, and
-    put there.  A layer whose directions rounding decides is named in a warning.
+    `weights`: name -> (out, in), or (out, in, h, w) of a convolution.  `rank`, `energy`: see `svfit.resolve_rank`;
+    a mapping gives every layer its own, and with tensors of positions (r,) not the leading directions but those.
+    `hashes`: as in `fingerprint`.  What is missing in `cache_dir` (None: `default_cache_dir()`) is decomposed, one
+    weight on each core, with a progress bar, and put there.  A layer whose directions rounding decides is named in
+    a warning.
     """
     folder = (cache_dir or default_cache_dir()) / "basis"
+    hashes = hashes or {}
+    paths = {
+        name: folder / f"{hashes.get(name) or weight_hash(weight)}.safetensors" for name, weight in weights.items()
+    }
     found: dict[str, Directions] = {}
-    missing: dict[str, Path] = {}
-    for name, weight in weights.items():
-        path = folder / f"{weight_hash(weight)}.safetensors"
-        directions = _read(path, tuple(as_matrix(weight).shape)) if use_cache else None
-        if directions is None:
-            missing[name] = path
-        else:
+    for name, path in paths.items():
+        directions = _read(path, tuple(as_matrix(weights[name]).shape)) if use_cache else None
+        if directions is not None:
             found[name] = directions
-    for name in tqdm(missing, desc=description, unit="matrix", disable=not missing, leave=False):
-        U, S, Vh = decompose(canonical_weight(weights[name]), driver=driver)
-        if is_ambiguous(S, tuple(as_matrix(weights[name]).shape)):
-            logger.warning(
-                "the singular values of %s coincide within rounding, so its directions are not unique: an adapter "
-                "trained on this copy of the base may act differently on another copy.",
-                name,
-            )
-        found[name] = Directions(U.mT.contiguous().float(), S.float(), Vh.float())
-        if use_cache:
-            _write(missing[name], found[name])
+    missing = sorted(set(weights) - set(found), key=lambda name: -weights[name].numel())  # the longest first
+    with tqdm(total=len(missing), desc=description, unit="matrix", disable=not missing, leave=False) as bar:
+        for name, directions in _on_every_core(lambda name: _directions(name, weights[name], driver), missing):
+            found[name] = directions
+            bar.update()
+            if use_cache:
+                _write(paths[name], directions)
     chosen = {}
     for name in weights:
         own = rank[name] if isinstance(rank, Mapping) else rank
@@ -181,6 +190,33 @@ def model_basis(
         else:
             chosen[name] = found[name].leading(resolve_rank(found[name].S, own, energy))
     return chosen
+
+
+def _directions(name: str, weight: Tensor, driver: Literal["eigh", "svd"]) -> Directions:
+    U, S, Vh = decompose(canonical_weight(weight), driver=driver)
+    if is_ambiguous(S, tuple(as_matrix(weight).shape)):
+        logger.warning(
+            "the singular values of %s coincide within rounding, so its directions are not unique: an adapter "
+            "trained on this copy of the base may act differently on another copy.",
+            name,
+        )
+    return Directions(U.mT.float().contiguous(), S.float(), Vh.float())
+
+
+def _on_every_core(act: Callable[[str], Directions], names: Sequence[str]) -> Iterator[tuple[str, Directions]]:
+    """act(name) of every name as they are done, each on one core: LAPACK's `eigh` gains little from a second."""
+    threads = torch.get_num_threads()
+    if threads == 1 or len(names) < 2:
+        yield from ((name, act(name)) for name in names)
+        return
+    pool = ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1))
+    try:
+        futures = {pool.submit(act, name): name for name in names}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C waits for the matrices at hand, not for all
+        torch.set_num_threads(threads)  # MKL's number is the whole process's
 
 
 def _read(path: Path, shape: tuple[int, ...]) -> Directions | None:

@@ -73,7 +73,7 @@ def score_values(run: Run, examples: Examples, device: torch.device, dtype: torc
     """rate * |mean gradient| of every singular value, at the base model: "<component>.<layer>" -> (k,), float32."""
     config, pipeline = run.config, run.base.pipeline
     cache_dir = None if config.basis_cache_dir is None else Path(config.basis_cache_dir)
-    bases = model_basis(run.weights, cache_dir=cache_dir)
+    bases = model_basis(run.weights, cache_dir=cache_dir, hashes=run.hashes)
     shifts: dict[str, nn.Parameter] = {}
     for component, names in run.targets.items():
         module = getattr(pipeline, component)

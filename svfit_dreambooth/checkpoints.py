@@ -195,7 +195,7 @@ def run_identity(run: Run) -> dict[str, Any]:
         digest.update(photo.path.read_bytes() + (photo.caption or "").encode())
         if photo.mask not in (None, photo.path):
             digest.update(photo.mask.read_bytes())
-    return {"photos": digest.hexdigest(), "base": fingerprint(run.weights), **options}
+    return {"photos": digest.hexdigest(), "base": fingerprint(run.weights, run.hashes), **options}
 
 
 def resume_state(run: Run, identity: Mapping[str, Any]) -> TrainState | None:

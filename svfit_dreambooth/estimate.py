@@ -21,6 +21,7 @@ from svfit_dreambooth.attention import apply_svfit
 from svfit_dreambooth.base_model import pipeline_components
 from svfit_dreambooth.config import TrainConfig
 from svfit_dreambooth.preparation import Run
+from svfit_dreambooth.slim import slim
 
 BYTES = {"no": 4, "fp16": 2, "bf16": 2}
 CHECKPOINTED = (ResnetBlock2D, BasicTransformerBlock)
@@ -142,6 +143,7 @@ def _count_activations(run: Run, config: TrainConfig, side: int) -> int:
         shifts = apply_svfit(unet, target_modules=list(layers), basis=basis)
         for shift in shifts.values():
             shift.requires_grad_(True)
+        slim(unet)
         sample = torch.empty(batch, unet_config.in_channels, side, side)
         tokens = pipeline.tokenizer.model_max_length
         hidden = torch.empty(batch, tokens, unet_config.cross_attention_dim)

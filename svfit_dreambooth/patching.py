@@ -23,12 +23,13 @@ def patch_run(run: Run, positions: Mapping[str, Tensor] | None = None) -> dict[s
     config, weights, pipeline = run.config, run.weights, run.base.pipeline
     initial = initial_adapter(config)
     if initial is not None:
-        _check_initial(initial, weights | word_rows(pipeline, config.learned_word), config)
+        _check_initial(initial, weights | word_rows(pipeline, config.learned_word), config, run.hashes)
     bases = model_basis(
         weights,
         config.rank_value if positions is None else positions,
         energy=config.energy,
         cache_dir=None if config.basis_cache_dir is None else Path(config.basis_cache_dir),
+        hashes=run.hashes,
     )
     shifts: dict[str, dict[str, nn.Parameter]] = {}
     for component in run.targets:
@@ -50,7 +51,7 @@ def initial_adapter(config: TrainConfig) -> Adapter | None:
     return None if config.init_adapter is None else read_adapter(config.init_adapter)
 
 
-def _check_initial(initial: Adapter, weights: dict[str, Tensor], config: TrainConfig) -> None:
+def _check_initial(initial: Adapter, weights: dict[str, Tensor], config: TrainConfig, hashes: dict[str, str]) -> None:
     path = config.init_adapter
     for word in initial.learned_words:
         if word.word != config.learned_word:
@@ -63,5 +64,5 @@ def _check_initial(initial: Adapter, weights: dict[str, Tensor], config: TrainCo
         )
     names = {*initial.shifts, *initial.word_deltas()}
     own = {name: weight for name, weight in weights.items() if name in names}
-    if same_base(initial.base_fingerprint, own) == "different":
+    if same_base(initial.base_fingerprint, own, hashes) == "different":
         raise SVFitError(f"--init_adapter {path} was trained on another base model, {initial.base_model}.")

@@ -26,9 +26,10 @@ from svfit_dreambooth.attention import (
     remove_svfit,
     set_shifts,
     svfit_layers,
+    walk,
 )
 from svfit_dreambooth.base_model import pipeline_components
-from svfit_dreambooth.basis import model_basis, same_base
+from svfit_dreambooth.basis import model_basis, same_base, weight_hashes
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.learned_word import (
     Pieces,
@@ -84,12 +85,13 @@ def load_adapter(
     with offloading_lifted(pipeline):
         weights = adapted_weights(pipeline, adapter, name)
         words = _learned_words(pipeline, components, name, adapter)
-        _check_base(pipeline, adapter, name, weights, allow_other_base)
+        hashes = weight_hashes(weights)
+        _check_base(pipeline, adapter, name, weights, hashes, allow_other_base)
         for component, own in shifts.items():
             model = components[component]
             if (svfit_layers(model) or word_embedding(model)) and not _registry(model):
                 raise SVFitError(f"the {component} is being trained: finish with remove_svfit before loading adapters.")
-            _widen(component, model, own, weights, basis_cache_dir)
+            _widen(component, model, own, weights, hashes, basis_cache_dir)
         for component, own in shifts.items():
             _registry(components[component])[name] = Loaded(own, float(scale), words.get(component, {}))
             if component in words:
@@ -159,7 +161,7 @@ def offloading_lifted(pipeline: DiffusionPipeline) -> Iterator[None]:
     device = next(
         hook.execution_device
         for model in pipeline_components(pipeline).values()
-        for module in model.modules()
+        for _, module in walk(model)
         for hook in _hooks(module)
         if isinstance(hook, AlignDevicesHook) and hook.execution_device is not None
     )
@@ -171,7 +173,7 @@ def offloading_lifted(pipeline: DiffusionPipeline) -> Iterator[None]:
 
 
 def _hooks(module: nn.Module) -> list[object]:
-    hook = getattr(module, "_hf_hook", None)
+    hook = vars(module).get("_hf_hook")
     return list(hook.hooks) if isinstance(hook, SequentialHook) else [hook]
 
 
@@ -179,7 +181,7 @@ def _sequentially_offloaded(pipeline: DiffusionPipeline) -> bool:
     return any(
         isinstance(hook, AlignDevicesHook) and hook.offload
         for model in pipeline_components(pipeline).values()
-        for module in model.modules()
+        for _, module in walk(model)
         for hook in _hooks(module)
     )
 
@@ -248,9 +250,14 @@ def _learned_words(
 
 
 def _check_base(
-    pipeline: DiffusionPipeline, adapter: Adapter, name: str, weights: Mapping[str, Tensor], allow_other_base: bool
+    pipeline: DiffusionPipeline,
+    adapter: Adapter,
+    name: str,
+    weights: Mapping[str, Tensor],
+    hashes: Mapping[str, str],
+    allow_other_base: bool,
 ) -> None:
-    likeness = same_base(adapter.base_fingerprint, weights)
+    likeness = same_base(adapter.base_fingerprint, weights, hashes)
     here = pipeline.config.get("_name_or_path") or "another model"
     if likeness == "similar":
         logger.warning(
@@ -272,6 +279,7 @@ def _widen(
     model: nn.Module,
     shifts: Mapping[str, Tensor],
     weights: Mapping[str, Tensor],
+    hashes: Mapping[str, str],
     basis_cache_dir: str | Path | None,
 ) -> None:
     """Gives every layer named in `shifts` a basis of at least the rank that its shift needs."""
@@ -284,6 +292,7 @@ def _widen(
         narrow,
         cache_dir=None if basis_cache_dir is None else Path(basis_cache_dir),
         description=f"decomposing the {component}",
+        hashes={path: hashes[f"{component}.{path}"] for path in narrow},
     )
     for layer in patch_layers(model, bases).values():
         layer.shift.requires_grad_(False)

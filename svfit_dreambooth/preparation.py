@@ -5,6 +5,7 @@ import logging
 import re
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from svfit_dreambooth.base_model import (
     open_base_model,
     pipeline_components,
 )
+from svfit_dreambooth.basis import weight_hashes
 from svfit_dreambooth.class_pictures import (
     check_class_pictures,
     class_picture_report,
@@ -51,6 +53,11 @@ class Run:
     adapter_name: str
     targets: dict[str, list[str]]  # component -> canonical layer names
     weights: dict[str, Tensor]  # "<component>.<layer>" -> the base's weight as a matrix (out, in)
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """`basis.weight_hash` of every weight, read once: resuming, the basis and the adapter file ask for it."""
+        return weight_hashes(self.weights)
 
     @property
     def trained(self) -> list[str]:

@@ -39,6 +39,7 @@ from svfit_dreambooth.run_folder import lock_run, rewind_progress, set_aside
 from svfit_dreambooth.sharing.hub import check_login
 from svfit_dreambooth.sharing.metadata import base_metadata
 from svfit_dreambooth.sheets import plot_run
+from svfit_dreambooth.slim import slim, unslim
 from svfit_dreambooth.validation import Watch
 
 logger = logging.getLogger(__name__)
@@ -140,7 +141,9 @@ def _train(run: Run, accelerator: Accelerator, on_step: Callable[[Step], bool | 
         shifts=learnt if positions is None else spread(learnt, positions),
         base_model=run.base.name,
         # hashed at the start already, unless a budget left layers out or a word came in
-        base_fingerprint=identity["base"] if positions is None and not of_word else fingerprint(run.weights | of_word),
+        base_fingerprint=identity["base"]
+        if positions is None and not of_word
+        else fingerprint(run.weights | of_word, run.hashes),
         instance_prompt=config.instance_prompt,
         class_prompt=config.class_prompt,
         training=training_record(run, loop.step, kept, loss_before, loss_after),
@@ -157,6 +160,7 @@ def _train(run: Run, accelerator: Accelerator, on_step: Callable[[Step], bool | 
     for component in shifts:
         module = getattr(pipeline, component)
         remove_svfit(module)
+        unslim(module)
         module.eval()
     remove_words(pipeline)
     if config.gradient_checkpointing:
@@ -225,6 +229,7 @@ def _place(run: Run, accelerator: Accelerator) -> dict[str, Any]:
             placed[component] = module.to(waiting)
             continue
         module.to(accelerator.device, WEIGHT_DTYPE[config.mixed_precision]).train()
+        slim(module)
         if config.gradient_checkpointing:
             diffusers_way = getattr(module, "enable_gradient_checkpointing", None)
             enable: Callable[[], None] = diffusers_way or getattr(module, "gradient_checkpointing_enable")  # noqa: B009

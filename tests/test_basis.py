@@ -15,7 +15,9 @@ from svfit_dreambooth.basis import (
     model_basis,
     same_base,
     weight_hash,
+    weight_hashes,
 )
+from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.svfit import decompose
 
 
@@ -114,6 +116,44 @@ def test_cache_is_used_and_gives_the_same_numbers(monkeypatch, tmp_path):
     for name in weights:
         assert all(torch.equal(x, y) for x, y in zip(first[name], second[name], strict=True))
     assert second["unet.a"][0].shape == (12, 5) and second["unet.a"][1].shape == (5, 20)
+
+
+def test_weights_decomposed_side_by_side_give_the_same_numbers(monkeypatch):
+    """As many at a time as there are threads, and the process keeps its number of threads."""
+    weights = {f"unet.l{i}": torch.randn(30, 20 + i) for i in range(7)}
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = model_basis(weights, use_cache=False)
+        torch.set_num_threads(3)
+        together = model_basis(weights, use_cache=False)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    for name in weights:
+        assert all(torch.equal(x, y) for x, y in zip(alone[name], together[name], strict=True))
+
+    def fail(*args, **kwargs):
+        raise SVFitError("no such matrix")
+
+    monkeypatch.setattr(basis, "decompose", fail)
+    with pytest.raises(SVFitError, match="no such matrix"):
+        model_basis(weights, use_cache=False)
+
+
+def test_known_hashes_stand_for_the_weights(monkeypatch, tmp_path):
+    weights = {"unet.a": torch.randn(12, 20), "unet.b": torch.randn(20, 12)}
+    recorded, hashes = fingerprint(weights), weight_hashes(weights)
+    assert hashes == {name: weight_hash(weight) for name, weight in weights.items()}
+    model_basis(weights, cache_dir=tmp_path)
+
+    def fail(*args, **kwargs):
+        raise AssertionError("hashed although known")
+
+    monkeypatch.setattr(basis, "weight_hash", fail)
+    assert fingerprint(weights, hashes) == recorded and same_base(recorded, weights, hashes) == "identical"
+    assert set(model_basis(weights, cache_dir=tmp_path, hashes=hashes)) == set(weights)
+    assert len(cached_files(tmp_path)) == 2
 
 
 def test_rank_by_layer_and_by_energy(tmp_path):

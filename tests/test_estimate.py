@@ -7,6 +7,7 @@ from svfit_dreambooth import TrainConfig, estimate
 from svfit_dreambooth.attention import apply_svfit
 from svfit_dreambooth.estimate import _activations, _counting, estimate_memory
 from svfit_dreambooth.preparation import prepare
+from svfit_dreambooth.slim import slim, unslim
 
 
 @pytest.fixture
@@ -29,6 +30,7 @@ def test_activations_are_those_of_the_real_network(run, changes):
         setattr(run.config, name, value)
     unet = run.base.pipeline.unet.train()
     apply_svfit(unet, rank=run.config.rank_value)
+    slim(unet)
     batch = run.config.train_batch_size
     with _counting(unet, run.config.gradient_checkpointing) as count:
         unet(torch.randn(batch, 4, 16, 16), torch.zeros(batch), torch.randn(batch, 77, 24))
@@ -36,6 +38,7 @@ def test_activations_are_those_of_the_real_network(run, changes):
     from svfit_dreambooth.attention import remove_svfit
 
     remove_svfit(unet)
+    unslim(unet)
     assert _activations(run, run.config) == pytest.approx(real, rel=0.02)
 
 
