@@ -273,7 +273,7 @@ def _padded(shift: Tensor, rank: int) -> Tensor:
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`model.named_modules()`, in the same order and in a tenth of its time: strengths change between two pictures."""
+    """`model.named_modules()`, in the same order and without its recursion, in about half the time."""
     stack: list[tuple[str, nn.Module]] = [("", model)]
     seen: set[nn.Module] = set()
     while stack:
