@@ -5,7 +5,7 @@
 For every subject and flat rank r, three adapters of the same number of values learn from the same examples:
 
     flat         the leading r values of every layer
-    by layer     the leading values of every layer, ranks chosen so that the scores of `svfit_dreambooth.budget` add up
+    by layer     the leading values of every layer, ranks chosen so that the scores of `svfit_dreambooth.training.budget` add up
                  to most
     by value     the values of the highest scores, as --budget takes them
 
@@ -30,12 +30,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from svfit_dreambooth import TrainConfig
 from svfit_dreambooth.attention import apply_svfit, remove_svfit
+from svfit_dreambooth.base_model import TOYBOX_SUBJECTS
 from svfit_dreambooth.basis import model_basis
-from svfit_dreambooth.budget import allocate, score_values
-from svfit_dreambooth.denoising import Denoiser
-from svfit_dreambooth.encoding import encode_examples
 from svfit_dreambooth.photos import find_photos
-from svfit_dreambooth.preparation import TOYBOX_SUBJECTS, Run, prepare
+from svfit_dreambooth.training.budget import allocate, score_values
+from svfit_dreambooth.training.denoising import Denoiser
+from svfit_dreambooth.training.encoding import encode_examples
+from svfit_dreambooth.training.preparation import Run, prepare
 from toybox.world import PHOTO_SETTINGS, SETTING_PHRASES, SUBJECTS, render, sample_scene
 
 CPU = torch.device("cpu")

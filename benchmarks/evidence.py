@@ -19,9 +19,9 @@ from records import TUNING_SEED, Record, read_records
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from svfit_dreambooth.evaluation import bootstrap_interval
+from svfit_dreambooth.evaluation.metrics import bootstrap_interval
 from svfit_dreambooth.sheets import contact_sheet, save_sheet
-from svfit_dreambooth.validation import cut
+from svfit_dreambooth.training.validation import cut
 
 SCORES = ("subject", "right", "prompt", "drift", "preservation", "diversity")
 NONE = "none"

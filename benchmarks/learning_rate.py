@@ -17,9 +17,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from svfit_dreambooth import TrainConfig, train
+from svfit_dreambooth.base_model import TOYBOX_SUBJECTS
 from svfit_dreambooth.generation import open_for_adapters
-from svfit_dreambooth.preparation import TOYBOX_SUBJECTS
-from svfit_dreambooth.showcase import judge_subject
+from svfit_dreambooth.training.showcase import judge_subject
 
 
 def measure(subject: str, rate: float, steps: int, options: argparse.Namespace) -> dict:

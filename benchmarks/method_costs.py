@@ -23,9 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from methods import METHODS
 
 from svfit_dreambooth import TrainConfig
-from svfit_dreambooth.denoising import Denoiser
-from svfit_dreambooth.encoding import encode_examples
-from svfit_dreambooth.preparation import TOYBOX_SUBJECTS, prepare
+from svfit_dreambooth.base_model import TOYBOX_SUBJECTS
+from svfit_dreambooth.training.denoising import Denoiser
+from svfit_dreambooth.training.encoding import encode_examples
+from svfit_dreambooth.training.preparation import prepare
 
 AGAINST = "lora-8"
 

@@ -35,7 +35,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from svfit_dreambooth.attention import apply_svfit, find_projections
-from svfit_dreambooth.slim import slim
+from svfit_dreambooth.training.slim import slim
 
 METHODS = ("frozen", "lora", "svfit", "slimlora")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from svfit_dreambooth.peft_method import SVFitConfig, adapter_from_peft
     from svfit_dreambooth.pipeline import load_adapter, merge_adapters, set_adapters, unload_adapter
     from svfit_dreambooth.svfit import SVFitLinear, decompose
-    from svfit_dreambooth.training import train
+    from svfit_dreambooth.training.train import train
 
 __version__ = "0.1.0"
 
@@ -37,7 +37,7 @@ _HOME = {
     "unload_adapter": "pipeline",
     "SVFitLinear": "svfit",
     "decompose": "svfit",
-    "train": "training",
+    "train": "training.train",
 }
 
 __all__ = [

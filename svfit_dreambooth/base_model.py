@@ -20,6 +20,7 @@ from svfit_dreambooth.errors import SVFitError
 logger = logging.getLogger(__name__)
 
 TOYBOX_FOLDER = Path(__file__).resolve().parent.parent / "toybox" / "weights"
+TOYBOX_SUBJECTS = TOYBOX_FOLDER.parent / "subjects"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 GUIDANCE_SCALE = {TOYBOX: 4.0}  # where the value that suits is not Stable Diffusion's customary one
 CUSTOMARY_GUIDANCE_SCALE = 7.5

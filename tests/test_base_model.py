@@ -21,11 +21,11 @@ from svfit_dreambooth.base_model import (
     open_base_model,
     pipeline_components,
 )
-from svfit_dreambooth.denoising import Denoiser
-from svfit_dreambooth.encoding import encode_examples
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.generation import generate, open_for_adapters
-from svfit_dreambooth.preparation import prepare
+from svfit_dreambooth.training.denoising import Denoiser
+from svfit_dreambooth.training.encoding import encode_examples
+from svfit_dreambooth.training.preparation import prepare
 
 CPU = torch.device("cpu")
 PROMPT = "a photo of sks dog"

@@ -13,11 +13,11 @@ from svfit_dreambooth import TrainConfig, load_adapter, read_adapter, save_adapt
 from svfit_dreambooth.adapter import Adapter, describe_adapter
 from svfit_dreambooth.attention import apply_svfit, find_projections, svfit_layers
 from svfit_dreambooth.basis import model_basis
-from svfit_dreambooth.budget import allocate, choose_positions, narrowed, score_values, spread
-from svfit_dreambooth.denoising import Denoiser
-from svfit_dreambooth.encoding import encode_examples
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.preparation import prepare
+from svfit_dreambooth.training.budget import allocate, choose_positions, narrowed, score_values, spread
+from svfit_dreambooth.training.denoising import Denoiser
+from svfit_dreambooth.training.encoding import encode_examples
+from svfit_dreambooth.training.preparation import prepare
 
 SCORES = {
     "unet.a": torch.tensor([5.0, 1.0, 4.0]),
@@ -152,7 +152,7 @@ def test_the_loader_on_the_page_takes_positions_and_kernels(tmp_path):
 
 @pytest.fixture
 def config(tiny_base, photo_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("svfit_dreambooth.budget.SCORING_BATCHES", 2)
+    monkeypatch.setattr("svfit_dreambooth.training.budget.SCORING_BATCHES", 2)
     return {
         "pretrained_model_name_or_path": str(tiny_base),
         "instance_data_dir": str(photo_folder),

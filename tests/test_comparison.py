@@ -15,10 +15,10 @@ from PIL import Image
 
 from svfit_dreambooth.attention import find_projections, svfit_layers
 from svfit_dreambooth.config import TrainConfig
-from svfit_dreambooth.encoding import encode_examples
-from svfit_dreambooth.features import Features
-from svfit_dreambooth.preparation import prepare
+from svfit_dreambooth.evaluation.features import Features
 from svfit_dreambooth.sheets import CELL
+from svfit_dreambooth.training.encoding import encode_examples
+from svfit_dreambooth.training.preparation import prepare
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from svfit_dreambooth import TrainConfig, estimate
+from svfit_dreambooth import TrainConfig
 from svfit_dreambooth.attention import apply_svfit
-from svfit_dreambooth.estimate import _activations, _counting, estimate_memory
-from svfit_dreambooth.preparation import prepare
-from svfit_dreambooth.slim import slim, unslim
+from svfit_dreambooth.training import estimate
+from svfit_dreambooth.training.estimate import _activations, _counting, estimate_memory
+from svfit_dreambooth.training.preparation import prepare
+from svfit_dreambooth.training.slim import slim, unslim
 
 
 @pytest.fixture

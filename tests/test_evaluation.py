@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from svfit_dreambooth.evaluation import bootstrap_interval, diversity, drift, prompt_fidelity, subject_fidelity
+from svfit_dreambooth.evaluation.metrics import bootstrap_interval, diversity, drift, prompt_fidelity, subject_fidelity
 
 EAST, NORTH, NORTHEAST = [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]
 COS45 = 2**-0.5

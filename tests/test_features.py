@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.features import open_features
+from svfit_dreambooth.evaluation.features import open_features
 from toybox.tokenizer import build_tokenizer
 
 IMAGES = [Image.new("RGB", (40, 30), "red"), Image.new("L", (20, 20), 80), Image.new("RGB", (32, 32), "blue")]

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from svfit_dreambooth import TrainConfig, read_adapter, train
-from svfit_dreambooth.denoising import Denoiser
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.run_folder import is_running, read_progress
+from svfit_dreambooth.training.denoising import Denoiser
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_training_in_a_thread_leaves_signals_alone(config):
 
 
 def test_a_full_disk_costs_a_checkpoint_but_not_the_run(config, monkeypatch, caplog):
-    from svfit_dreambooth import checkpoints
+    from svfit_dreambooth.training import checkpoints
 
     original = checkpoints.write_atomically
 
@@ -208,12 +208,12 @@ def test_a_second_run_moves_the_first_aside(config):
 
 
 def test_looks_on_the_way_keep_the_best_step(config, monkeypatch):
-    from svfit_dreambooth.validation import Measure
+    from svfit_dreambooth.training.validation import Measure
 
     scores = {0: 9.0, 3: 0.2, 6: 0.7, 8: 0.5}
     monkeypatch.setattr(Measure, "score", property(lambda self: scores[len(seen) - 1]))
     seen = []
-    from svfit_dreambooth.validation import Watch
+    from svfit_dreambooth.training.validation import Watch
 
     original = Watch.look
 

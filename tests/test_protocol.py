@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.features import Features
-from svfit_dreambooth.protocol import (
+from svfit_dreambooth.evaluation.features import Features
+from svfit_dreambooth.evaluation.protocol import (
     Answers,
     Questions,
     ask,

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from svfit_dreambooth import TrainConfig, files, read_adapter, train
-from svfit_dreambooth.checkpoints import list_checkpoints
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.run_folder import is_running, read_progress
+from svfit_dreambooth.training.checkpoints import list_checkpoints
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,12 @@ from PIL import Image
 from test_pipeline import make_adapter
 
 from svfit_dreambooth import save_adapter
-from svfit_dreambooth.base_model import open_base_model
+from svfit_dreambooth.base_model import TOYBOX_SUBJECTS, open_base_model
 from svfit_dreambooth.commands.main import main
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.features import Features
+from svfit_dreambooth.evaluation.features import Features
+from svfit_dreambooth.evaluation.scoring import Candidate, evaluate_adapters, table
 from svfit_dreambooth.generation import generate, open_for_adapters
-from svfit_dreambooth.preparation import TOYBOX_SUBJECTS
-from svfit_dreambooth.scoring import Candidate, evaluate_adapters, table
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from svfit_dreambooth.attention import apply_svfit
-from svfit_dreambooth.estimate import _counting
-from svfit_dreambooth.slim import _FrozenConv, _GatedGelu, _GroupNormSiLU, slim, unslim
+from svfit_dreambooth.training.estimate import _counting
+from svfit_dreambooth.training.slim import _FrozenConv, _GatedGelu, _GroupNormSiLU, slim, unslim
 
 MODULES = {
     "convolution": (lambda: nn.Conv2d(8, 6, 3, stride=2, padding=1), (2, 8, 9, 7)),

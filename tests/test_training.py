@@ -9,8 +9,8 @@ from conftest import tiny_pipeline
 from svfit_dreambooth import TrainConfig, load_adapter, read_adapter, train
 from svfit_dreambooth.attention import svfit_layers
 from svfit_dreambooth.config import parse_config
-from svfit_dreambooth.denoising import Denoiser
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.training.denoising import Denoiser
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ def test_captions_take_the_place_of_the_prompt(config, photo_folder, tmp_path):
     ],
 )
 def test_bad_input_is_one_sentence_before_anything_slow(config, changes, sentence, monkeypatch):
-    monkeypatch.setattr("svfit_dreambooth.training.encode_examples", None)  # never reached
+    monkeypatch.setattr("svfit_dreambooth.training.train.encode_examples", None)  # never reached
     with pytest.raises(SVFitError, match=sentence) as error:
         train(TrainConfig(**{**config, **changes}))
     assert "\n" not in str(error.value)
@@ -219,7 +219,7 @@ def test_an_output_that_cannot_be_written(config, tmp_path):
 def test_sequence_of_examples_covers_the_photos(config):
     result = train(TrainConfig(**config))
     run = result.run
-    from svfit_dreambooth.encoding import encode_examples
+    from svfit_dreambooth.training.encoding import encode_examples
 
     examples = encode_examples(run, torch.device("cpu"))
     pipeline = tiny_pipeline()

@@ -7,9 +7,9 @@ from PIL import Image
 
 from svfit_dreambooth import TrainConfig
 from svfit_dreambooth.attention import apply_svfit, set_shifts
-from svfit_dreambooth.features import Features, open_features
-from svfit_dreambooth.preparation import prepare
-from svfit_dreambooth.validation import Measure, Watch, cut, join, validation_prompts
+from svfit_dreambooth.evaluation.features import Features, open_features
+from svfit_dreambooth.training.preparation import prepare
+from svfit_dreambooth.training.validation import Measure, Watch, cut, join, validation_prompts
 
 
 @pytest.fixture

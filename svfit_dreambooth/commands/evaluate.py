@@ -41,10 +41,10 @@ def add_evaluate(commands: Any, add_base: Callable[[argparse.ArgumentParser], No
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from svfit_dreambooth.features import open_features
+    from svfit_dreambooth.evaluation.features import open_features
+    from svfit_dreambooth.evaluation.protocol import read_templates
+    from svfit_dreambooth.evaluation.scoring import Candidate, evaluate_adapters, table
     from svfit_dreambooth.generation import DTYPES, open_for_adapters, split_strength
-    from svfit_dreambooth.protocol import read_templates
-    from svfit_dreambooth.scoring import Candidate, evaluate_adapters, table
 
     if options.num_images < 1:
         raise SVFitError(f"--num_images is {options.num_images}, but must be 1 or more.")

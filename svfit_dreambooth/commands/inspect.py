@@ -118,9 +118,9 @@ def _presentable(metadata: dict[str, str]) -> dict[str, str]:
 
 
 def _plot(options: argparse.Namespace, adapter: Any) -> Any:
+    from svfit_dreambooth.base_model import TOYBOX_SUBJECTS
     from svfit_dreambooth.photos import open_photo
     from svfit_dreambooth.plots import plot_adapter, strongest_layer
-    from svfit_dreambooth.preparation import TOYBOX_SUBJECTS
     from svfit_dreambooth.sharing.metadata import read_thumbnail
 
     layer = options.layer or strongest_layer(adapter)

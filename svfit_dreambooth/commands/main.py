@@ -56,8 +56,8 @@ def _train(arguments: Sequence[str]) -> None:
 
     config = parse_config(arguments, prog="train_dreambooth_svfit.py")
     if config.dry_run:
-        from svfit_dreambooth.estimate import estimate_memory
-        from svfit_dreambooth.preparation import prepare
+        from svfit_dreambooth.training.estimate import estimate_memory
+        from svfit_dreambooth.training.preparation import prepare
 
         run = prepare(config)
         print(config_to_yaml(run.config))
@@ -65,7 +65,7 @@ def _train(arguments: Sequence[str]) -> None:
         return
     from accelerate import PartialState
 
-    from svfit_dreambooth.training import train
+    from svfit_dreambooth.training.train import train
 
     result = train(config)
     if PartialState().is_main_process:  # of several that share the run, one speaks

@@ -135,8 +135,8 @@ class Draft:
 
     def estimate(self, visitor: Visitor, options: dict[str, Any]) -> list[str]:
         """What a run would take, in plain lines: memory, and time as far as earlier runs tell."""
-        from svfit_dreambooth.estimate import estimate_memory
-        from svfit_dreambooth.preparation import prepare
+        from svfit_dreambooth.training.estimate import estimate_memory
+        from svfit_dreambooth.training.preparation import prepare
 
         if not photo_files(visitor.photos):
             raise SVFitError("there are no photos yet: add 3 to 10 of your subject.")

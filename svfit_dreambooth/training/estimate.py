@@ -20,8 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from svfit_dreambooth.attention import apply_svfit
 from svfit_dreambooth.base_model import pipeline_components
 from svfit_dreambooth.config import TrainConfig
-from svfit_dreambooth.preparation import Run
-from svfit_dreambooth.slim import slim
+from svfit_dreambooth.training.preparation import Run
+from svfit_dreambooth.training.slim import slim
 
 BYTES = {"no": 4, "fp16": 2, "bf16": 2}
 CHECKPOINTED = (ResnetBlock2D, BasicTransformerBlock)

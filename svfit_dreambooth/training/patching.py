@@ -12,7 +12,7 @@ from svfit_dreambooth.basis import model_basis, same_base
 from svfit_dreambooth.config import TrainConfig
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.learned_word import word_rows
-from svfit_dreambooth.preparation import Run
+from svfit_dreambooth.training.preparation import Run
 
 
 def patch_run(run: Run, positions: Mapping[str, Tensor] | None = None) -> dict[str, dict[str, nn.Parameter]]:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from svfit_dreambooth.base_model import encode_tokens, noise_scheduler
-from svfit_dreambooth.encoding import Examples
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.preparation import Run
+from svfit_dreambooth.training.encoding import Examples
+from svfit_dreambooth.training.preparation import Run
 
 
 class Loss(NamedTuple):

@@ -23,7 +23,7 @@ from torch import Tensor
 from svfit_dreambooth.basis import fingerprint
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import write_atomically
-from svfit_dreambooth.preparation import Run
+from svfit_dreambooth.training.preparation import Run
 
 logger = logging.getLogger(__name__)
 

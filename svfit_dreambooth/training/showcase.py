@@ -9,15 +9,14 @@ import torch
 from PIL import Image
 
 from svfit_dreambooth.base_model import BaseModel
-from svfit_dreambooth.evaluation import drift, subject_fidelity
+from svfit_dreambooth.evaluation.metrics import drift, subject_fidelity
+from svfit_dreambooth.evaluation.protocol import UNRELATED_PROMPTS, share_right, toybox_questions
 from svfit_dreambooth.generation import generate, open_for_adapters
 from svfit_dreambooth.pipeline import loaded_adapters, set_adapters
-from svfit_dreambooth.preparation import Run
-from svfit_dreambooth.protocol import share_right, toybox_questions
 from svfit_dreambooth.sheets import contact_sheet, save_sheet
-from svfit_dreambooth.validation import (
+from svfit_dreambooth.training.preparation import Run
+from svfit_dreambooth.training.validation import (
     SEED,
-    UNRELATED_PROMPTS,
     painting_options,
     run_photos,
     toybox_subject,

@@ -8,25 +8,19 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from svfit_dreambooth.base_model import TOYBOX_SUBJECTS
 from svfit_dreambooth.config import TOYBOX
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.evaluation import drift, prompt_fidelity, subject_fidelity
-from svfit_dreambooth.features import Features
+from svfit_dreambooth.evaluation.features import Features
+from svfit_dreambooth.evaluation.metrics import drift, prompt_fidelity, subject_fidelity
+from svfit_dreambooth.evaluation.protocol import UNRELATED_PROMPTS
 from svfit_dreambooth.generation import generate
 from svfit_dreambooth.photos import open_photo
-from svfit_dreambooth.preparation import TOYBOX_SUBJECTS, Run
 from svfit_dreambooth.sheets import contact_sheet, save_sheet
+from svfit_dreambooth.training.preparation import Run
 
 SEED = 1000  # of the pictures shown; away from the seeds that training uses
 PLACES = ("on the beach", "in the snow", "under water", "in the city at night")
-UNRELATED_PROMPTS = (
-    "a photo of a red car in the snow",
-    "a photo of a blue mug on a wooden table",
-    "a photo of a green robot in the forest",
-    "a photo of a yellow teapot on the beach",
-    "a photo of a purple boat under water",
-    "a photo of a white rocket in space",
-)
 
 
 @dataclass

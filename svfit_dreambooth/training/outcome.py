@@ -12,11 +12,11 @@ from svfit_dreambooth.adapter import Adapter, read_adapter, save_adapter
 from svfit_dreambooth.base_model import open_base_model
 from svfit_dreambooth.config import TrainConfig
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.preparation import Run
 from svfit_dreambooth.sharing.export import export_lora
 from svfit_dreambooth.sharing.hub import push_adapter
 from svfit_dreambooth.sharing.metadata import annotate_adapter
-from svfit_dreambooth.showcase import Showing, show_result
+from svfit_dreambooth.training.preparation import Run
+from svfit_dreambooth.training.showcase import Showing, show_result
 
 logger = logging.getLogger(__name__)
 

@@ -11,16 +11,11 @@ import numpy as np
 from PIL import Image
 
 from svfit_dreambooth.adapter import read_adapter
-from svfit_dreambooth.base_model import BaseModel
+from svfit_dreambooth.base_model import TOYBOX_SUBJECTS, BaseModel
 from svfit_dreambooth.config import TOYBOX
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.features import Features
-from svfit_dreambooth.files import write_atomically
-from svfit_dreambooth.generation import free_path, generate, save_picture
-from svfit_dreambooth.photos import find_photos, open_photo
-from svfit_dreambooth.pipeline import loaded_adapters, merge_adapters, set_adapters
-from svfit_dreambooth.preparation import TOYBOX_SUBJECTS
-from svfit_dreambooth.protocol import (
+from svfit_dreambooth.evaluation.features import Features
+from svfit_dreambooth.evaluation.protocol import (
     PROMPTS,
     Answers,
     Questions,
@@ -31,6 +26,10 @@ from svfit_dreambooth.protocol import (
     subject_words,
     toybox_questions,
 )
+from svfit_dreambooth.files import write_atomically
+from svfit_dreambooth.generation import free_path, generate, save_picture
+from svfit_dreambooth.photos import find_photos, open_photo
+from svfit_dreambooth.pipeline import loaded_adapters, merge_adapters, set_adapters
 from svfit_dreambooth.sheets import contact_sheet, save_sheet
 
 COLUMNS = 8  # pictures in a row of the sheet

@@ -21,26 +21,26 @@ from svfit_dreambooth.adapter import Adapter
 from svfit_dreambooth.attention import get_shifts, remove_svfit
 from svfit_dreambooth.base_model import pipeline_components
 from svfit_dreambooth.basis import fingerprint
-from svfit_dreambooth.budget import choose_positions, narrowed, spread
-from svfit_dreambooth.checkpoints import TrainState, restore, resume_state, run_identity
 from svfit_dreambooth.config import TrainConfig, config_to_yaml
-from svfit_dreambooth.denoising import Denoiser
-from svfit_dreambooth.encoding import encode_examples
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.estimate import estimate_memory
-from svfit_dreambooth.features import Features, open_features
+from svfit_dreambooth.evaluation.features import Features, open_features
 from svfit_dreambooth.files import write_atomically
 from svfit_dreambooth.learned_word import learn_words, learned_words, remove_words, word_rows
-from svfit_dreambooth.loop import Loop, Step, stop_signals
-from svfit_dreambooth.outcome import TrainResult, end_event, finish, publish, save_result, training_record
-from svfit_dreambooth.patching import initial_adapter, patch_run
-from svfit_dreambooth.preparation import Run, prepare
 from svfit_dreambooth.run_folder import lock_run, rewind_progress, set_aside
 from svfit_dreambooth.sharing.hub import check_login
 from svfit_dreambooth.sharing.metadata import base_metadata
 from svfit_dreambooth.sheets import plot_run
-from svfit_dreambooth.slim import slim, unslim
-from svfit_dreambooth.validation import Watch
+from svfit_dreambooth.training.budget import choose_positions, narrowed, spread
+from svfit_dreambooth.training.checkpoints import TrainState, restore, resume_state, run_identity
+from svfit_dreambooth.training.denoising import Denoiser
+from svfit_dreambooth.training.encoding import encode_examples
+from svfit_dreambooth.training.estimate import estimate_memory
+from svfit_dreambooth.training.loop import Loop, Step, stop_signals
+from svfit_dreambooth.training.outcome import TrainResult, end_event, finish, publish, save_result, training_record
+from svfit_dreambooth.training.patching import initial_adapter, patch_run
+from svfit_dreambooth.training.preparation import Run, prepare
+from svfit_dreambooth.training.slim import slim, unslim
+from svfit_dreambooth.training.validation import Watch
 
 logger = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from svfit_dreambooth.base_model import encode_images, encode_tokens, text_encoders, tokenize
-from svfit_dreambooth.class_pictures import paint_class_pictures, usable_class_pictures
-from svfit_dreambooth.crops import crop_photo
 from svfit_dreambooth.photos import Photo, open_mask, open_photo
-from svfit_dreambooth.preparation import Run
+from svfit_dreambooth.training.class_pictures import paint_class_pictures, usable_class_pictures
+from svfit_dreambooth.training.crops import crop_photo
+from svfit_dreambooth.training.preparation import Run
 
 
 @dataclass

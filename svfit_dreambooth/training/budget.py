@@ -25,10 +25,10 @@ from tqdm.auto import tqdm
 from svfit_dreambooth.attention import apply_svfit, remove_svfit
 from svfit_dreambooth.base_model import pipeline_components
 from svfit_dreambooth.basis import model_basis
-from svfit_dreambooth.denoising import Denoiser
-from svfit_dreambooth.encoding import Examples
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.preparation import Run
+from svfit_dreambooth.training.denoising import Denoiser
+from svfit_dreambooth.training.encoding import Examples
+from svfit_dreambooth.training.preparation import Run
 
 SCORING_BATCHES = 16  # of the run's own size
 FLOAT16_LOSS_SCALE = 2.0**12  # keeps gradients within float16's range; a common factor changes no order

@@ -15,31 +15,30 @@ from torch import Tensor, nn
 
 from svfit_dreambooth.attention import find_projections
 from svfit_dreambooth.base_model import (
-    TOYBOX_FOLDER,
+    TOYBOX_SUBJECTS,
     BaseModel,
     check_base_model,
     open_base_model,
     pipeline_components,
 )
 from svfit_dreambooth.basis import weight_hashes
-from svfit_dreambooth.class_pictures import (
-    check_class_pictures,
-    class_picture_report,
-    usable_class_pictures,
-)
 from svfit_dreambooth.config import TOYBOX, TrainConfig
-from svfit_dreambooth.crops import Size, training_size
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.learned_word import check_word, word_pieces
 from svfit_dreambooth.photos import Photo, find_photos, photo_report
 from svfit_dreambooth.presets import apply_preset
 from svfit_dreambooth.svfit import as_matrix, resolve_rank
+from svfit_dreambooth.training.class_pictures import (
+    check_class_pictures,
+    class_picture_report,
+    usable_class_pictures,
+)
+from svfit_dreambooth.training.crops import Size, training_size
 
 logger = logging.getLogger(__name__)
 
 Projections = dict[str, tuple[nn.Module, str, nn.Linear | nn.Conv2d]]  # canonical name -> parent, attribute, layer
 
-TOYBOX_SUBJECTS = TOYBOX_FOLDER.parent / "subjects"
 TOYBOX_SUBJECT = "dog_patch"
 
 

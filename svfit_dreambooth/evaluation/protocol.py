@@ -15,12 +15,19 @@ from PIL import Image
 from torch import Tensor
 
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.evaluation import diversity, drift, prompt_fidelity, subject_fidelity
-from svfit_dreambooth.features import Features
-from svfit_dreambooth.validation import UNRELATED_PROMPTS
+from svfit_dreambooth.evaluation.features import Features
+from svfit_dreambooth.evaluation.metrics import diversity, drift, prompt_fidelity, subject_fidelity
 
 Paint = Callable[[Sequence[str], int], list[Image.Image]]  # prompts, seed of the first; one picture each, counting up
 
+UNRELATED_PROMPTS = (
+    "a photo of a red car in the snow",
+    "a photo of a blue mug on a wooden table",
+    "a photo of a green robot in the forest",
+    "a photo of a yellow teapot on the beach",
+    "a photo of a purple boat under water",
+    "a photo of a white rocket in space",
+)
 TRUE_PICTURES = 4  # of a toybox subject in each setting
 PROMPTS = (  # {} is the subject; the 25 of Ruiz et al. come from a file
     "a photo of {} on the beach",

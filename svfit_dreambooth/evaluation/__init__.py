@@ -1,0 +1,1 @@
+"""How well an adapter learnt its subject, and what it changed besides."""
