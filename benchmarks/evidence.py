@@ -24,6 +24,7 @@ from svfit_dreambooth.sheets import contact_sheet, save_sheet
 from svfit_dreambooth.training.validation import cut
 
 SCORES = ("subject", "right", "prompt", "drift", "preservation", "diversity")
+CHIEF = ("subject", "right", "drift")  # shown with their intervals
 NONE = "none"
 
 
@@ -75,7 +76,10 @@ def main_table(table: dict[str, list[Record]], step: int) -> list[str]:
     ]
     for name, runs in table.items():
         rate = "" if name == NONE else f"{runs[0].rate:g}"
-        cells = [with_interval(list(by_subject(runs, step, score).values())) for score in scores]
+        cells = []
+        for score in scores:
+            values = list(by_subject(runs, step, score).values())
+            cells.append(with_interval(values) if score in CHIEF else f"{mean(values):.3f}")
         lines.append(
             f"| {name} | {rate} | {runs[0].values:,} | {runs[0].file_bytes / 1e3:,.0f} | {' | '.join(cells)} |"
         )
@@ -118,7 +122,7 @@ def sweep_table(records: Sequence[Record]) -> list[str]:
 
 def plot(table: dict[str, list[Record]], steps: Sequence[int], path: Path) -> None:
     """Likeness against right pictures (left) and against drift (right); a line leads from step to step."""
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2)
     fit = fit_score(table)
@@ -138,7 +142,7 @@ def plot(table: dict[str, list[Record]], steps: Sequence[int], path: Path) -> No
         axis.set_xlabel("likeness to the subject")
     axes[0].set_ylabel("share with the right kind and setting" if fit == "right" else f"fit to the prompts ({fit})")
     axes[1].set_ylabel("drift of unrelated pictures")
-    axes[1].legend(fontsize=8, loc="upper left")
+    axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=110)
 
 
@@ -151,7 +155,8 @@ def sheet(table: dict[str, list[Record]], results: Path, step: int, subject: str
             if (run.subject, run.seed) == (subject, 0) and strip.exists():
                 with Image.open(strip) as image:
                     rows.append((name, cut(image.convert("RGB"), image.width // image.height)))
-    save_sheet(contact_sheet(rows, []).quantize(256), path)
+    whole = contact_sheet(rows, [])
+    save_sheet(whole.resize((whole.width // 2, whole.height // 2), Image.Resampling.LANCZOS).quantize(256), path)
 
 
 def main() -> None:
@@ -166,7 +171,7 @@ def main() -> None:
     records = read_records(options.results)
     finals = {name: final_records(records, name) for name in dict.fromkeys(record.method for record in records)}
     chosen = options.methods or [name for name, runs in finals.items() if runs]
-    table = common({name: finals[name] for name in chosen})
+    table = common({name: finals[name] for name in sorted(chosen, key=lambda name: finals[name][0].values)})
     steps = sorted(int(step) for step in next(iter(table.values()))[0].readings)
     runs = next(iter(table.values()))
     print(
