@@ -39,3 +39,10 @@ def test_a_run_is_definite_after_preparation(tmp_path):
 def test_an_unknown_preset_is_a_sentence(tmp_path):
     with pytest.raises(SVFitError, match="--preset is 'slow', but must be one of: fast, balanced, faithful, style"):
         prepare(TrainConfig(preset="slow", output_dir=str(tmp_path)))
+
+
+def test_faithful_trains_every_layer_of_toybox_unless_told_otherwise():
+    for given, expected in ((None, ["all"]), (["to_k"], ["to_k"])):
+        config = TrainConfig(preset="faithful", target_modules=given)
+        apply_preset(config, "toybox")
+        assert config.target_modules == expected
