@@ -21,6 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from methods import METHODS
+from training_step import resident
 
 from svfit_dreambooth import TrainConfig
 from svfit_dreambooth.base_model import TOYBOX_SUBJECTS
@@ -29,14 +30,6 @@ from svfit_dreambooth.training.encoding import encode_examples
 from svfit_dreambooth.training.preparation import prepare
 
 AGAINST = "lora-8"
-
-
-def resident(what: str) -> int:
-    """VmRSS, or VmHWM, the most since the peak was reset, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(what + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"this system does not tell {what}")
 
 
 def measure(name: str) -> dict[str, float]:

@@ -22,6 +22,8 @@ from diffusers import (
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from svfit_dreambooth.config import TrainConfig
+from svfit_dreambooth.training.preparation import prepare
 from toybox.tokenizer import build_tokenizer
 
 torch.set_num_threads(1)  # the models are too small for more, and test runs share the machine
@@ -175,6 +177,23 @@ def photo_folder(tmp_path_factory):
         pixels = generator.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"photo {index}.png")
     return folder
+
+
+@pytest.fixture
+def tiny_run(tiny_base, photo_folder, tmp_path):
+    """A function of options to a prepared run on the tiny base with those photos."""
+
+    def make(**options):
+        common = {
+            "pretrained_model_name_or_path": str(tiny_base),
+            "instance_data_dir": str(photo_folder),
+            "instance_prompt": "a photo of sks dog",
+            "output_dir": str(tmp_path),
+            "resolution": 16,
+        }
+        return prepare(TrainConfig(**common | options))
+
+    return make
 
 
 @pytest.fixture(autouse=True)

@@ -14,11 +14,9 @@ from conftest import tiny_pipeline
 from PIL import Image
 
 from svfit_dreambooth.attention import find_projections, svfit_layers
-from svfit_dreambooth.config import TrainConfig
 from svfit_dreambooth.evaluation.features import Features
 from svfit_dreambooth.sheets import CELL
 from svfit_dreambooth.training.encoding import encode_examples
-from svfit_dreambooth.training.preparation import prepare
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -75,17 +73,8 @@ def test_packed_records_count_once_beside_their_files(tmp_path):
 
 
 @pytest.fixture
-def run(tiny_base, photo_folder, tmp_path):
-    return prepare(
-        TrainConfig(
-            pretrained_model_name_or_path=str(tiny_base),
-            instance_data_dir=str(photo_folder),
-            instance_prompt="a photo of sks dog",
-            output_dir=str(tmp_path),
-            resolution=16,
-            learning_rate=0.1,
-        )
-    )
+def run(tiny_run):
+    return tiny_run(learning_rate=0.1)
 
 
 def predict(unet, text):

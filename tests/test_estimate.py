@@ -3,26 +3,15 @@
 import pytest
 import torch
 
-from svfit_dreambooth import TrainConfig
 from svfit_dreambooth.attention import apply_svfit
 from svfit_dreambooth.training import estimate
 from svfit_dreambooth.training.estimate import _activations, _counting, estimate_memory
-from svfit_dreambooth.training.preparation import prepare
 from svfit_dreambooth.training.slim import slim, unslim
 
 
 @pytest.fixture
-def run(tiny_base, photo_folder, tmp_path):
-    return prepare(
-        TrainConfig(
-            pretrained_model_name_or_path=str(tiny_base),
-            instance_data_dir=str(photo_folder),
-            instance_prompt="a photo of sks dog",
-            output_dir=str(tmp_path),
-            resolution=32,
-            train_batch_size=3,
-        )
-    )
+def run(tiny_run):
+    return tiny_run(resolution=32, train_batch_size=3)
 
 
 @pytest.mark.parametrize("changes", [{}, {"rank": "4"}, {"train_batch_size": 1}, {"gradient_checkpointing": True}])

@@ -13,18 +13,12 @@ from svfit_dreambooth.training.validation import Measure, Watch, cut, join, vali
 
 
 @pytest.fixture
-def run(tiny_base, photo_folder, tmp_path):
-    return prepare(
-        TrainConfig(
-            pretrained_model_name_or_path=str(tiny_base),
-            instance_data_dir=str(photo_folder),
-            instance_prompt="a photo of sks dog",
-            class_prompt="a photo of a dog",
-            output_dir=str(tmp_path / "run"),
-            resolution=16,
-            validation_prompts=["a photo of sks dog on the beach", "a photo of sks dog"],
-            num_inference_steps=2,
-        )
+def run(tiny_run, tmp_path):
+    return tiny_run(
+        class_prompt="a photo of a dog",
+        output_dir=str(tmp_path / "run"),
+        validation_prompts=["a photo of sks dog on the beach", "a photo of sks dog"],
+        num_inference_steps=2,
     )
 
 

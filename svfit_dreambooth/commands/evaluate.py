@@ -1,10 +1,10 @@
 """`evaluate`: how well adapters learnt their subjects, by the DreamBooth protocol."""
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from svfit_dreambooth.commands.base import add_base, base_options
 from svfit_dreambooth.errors import SVFitError
 
 LEGEND = (
@@ -14,8 +14,8 @@ LEGEND = (
 )
 
 
-def add_evaluate(commands: Any, add_base: Callable[[argparse.ArgumentParser], None]) -> None:
-    """Adds it to `commands`, what `add_subparsers` returned; `add_base` adds the options that name a base model."""
+def add_evaluate(commands: Any) -> None:
+    """Adds it to `commands`, what `add_subparsers` returned."""
     evaluate = commands.add_parser("evaluate", help="measure adapters: likeness, fit to prompts, drift ...")
     evaluate.add_argument("--adapter", action="append", required=True, metavar="PATH[:WEIGHT]", help="may be repeated")
     evaluate.add_argument(
@@ -61,9 +61,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         options.pretrained_model_name_or_path,
         basis_cache_dir=options.basis_cache_dir,
         dtype=DTYPES[options.dtype],
-        revision=options.revision,
-        variant=options.variant,
-        base_config=options.base_config,
+        **base_options(options),
     )
     features = open_features(model.name, options.dino_path, options.clip_path, model.pipeline.device)
     rows = evaluate_adapters(

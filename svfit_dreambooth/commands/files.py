@@ -2,15 +2,15 @@
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from svfit_dreambooth.commands.base import add_base, open_base
 from svfit_dreambooth.errors import SVFitError
 
 
-def add_file_commands(commands: Any, add_base: Callable[[argparse.ArgumentParser], None]) -> None:
-    """Adds them to `commands`, what `add_subparsers` returned; `add_base` adds the options that name a base model."""
+def add_file_commands(commands: Any) -> None:
+    """Adds them to `commands`, what `add_subparsers` returned."""
     export = commands.add_parser("export", help="turn an adapter into a LoRA or a merged model")
     export.add_argument("adapter", metavar="PATH[:WEIGHT]")
     export.add_argument("--format", choices=["kohya", "diffusers", "merged"], required=True)
@@ -47,21 +47,6 @@ def add_file_commands(commands: Any, add_base: Callable[[argparse.ArgumentParser
         annotate.add_argument(f"--{name}", help="an empty text removes it" if name == "author" else None)
     annotate.add_argument("--thumbnail", type=Path, metavar="PICTURE", help="a picture, stored as a small JPEG")
     annotate.set_defaults(run=_annotate)
-
-
-def open_base(options: argparse.Namespace, named: str, path: Path) -> Any:
-    """The base that the user names, else the one that the adapter at `path` names, if it is on this disk."""
-    from svfit_dreambooth.base_model import open_base_model
-    from svfit_dreambooth.generation import open_named_base
-
-    if options.pretrained_model_name_or_path is None:
-        return open_named_base(named, path)
-    return open_base_model(
-        options.pretrained_model_name_or_path,
-        revision=options.revision,
-        variant=options.variant,
-        base_config=options.base_config,
-    )
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -2,11 +2,10 @@
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from svfit_dreambooth.commands.files import open_base
+from svfit_dreambooth.commands.base import add_base, open_base
 from svfit_dreambooth.errors import SVFitError
 
 SHOWN = {  # header field -> how it is called
@@ -24,8 +23,8 @@ SHOWN = {  # header field -> how it is called
 }
 
 
-def add_inspect(commands: Any, add_base: Callable[[argparse.ArgumentParser], None]) -> None:
-    """Adds it to `commands`, what `add_subparsers` returned; `add_base` adds the options that name a base model."""
+def add_inspect(commands: Any) -> None:
+    """Adds it to `commands`, what `add_subparsers` returned."""
     inspect = commands.add_parser("inspect", help="tell what an adapter or LoRA file holds")
     inspect.add_argument("adapter", type=Path)
     inspect.add_argument("--json", action="store_true", help="print JSON")

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from svfit_dreambooth.commands.base import add_base, base_options
 from svfit_dreambooth.commands.evaluate import add_evaluate
 from svfit_dreambooth.commands.files import add_file_commands
 from svfit_dreambooth.commands.inspect import add_inspect
@@ -94,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--prompt", action="append", required=True, help="may be repeated")
     generate.add_argument("--negative_prompt")
     generate.add_argument("--output_dir", type=Path, required=True, help="folder for the PNG files")
-    _add_base(generate)
+    add_base(generate)
     generate.add_argument("--num_images", type=int, default=4, help="pictures of each prompt (default: 4)")
     generate.add_argument("--seed", type=int, default=0, help="seed of the first picture, counting up (default: 0)")
     generate.add_argument("--num_inference_steps", type=int, default=25, help="denoising steps (default: 25)")
@@ -109,21 +110,11 @@ def _parser() -> argparse.ArgumentParser:
     cache.add_argument("--clear", action="store_true", help="delete them; they are computed again when needed")
     cache.add_argument("--basis_cache_dir", type=Path, help="default: $SVFIT_CACHE or the user's cache folder")
     cache.set_defaults(run=_cache)
-    add_evaluate(commands, _add_base)
-    add_inspect(commands, _add_base)
-    add_file_commands(commands, _add_base)
+    add_evaluate(commands)
+    add_inspect(commands)
+    add_file_commands(commands)
     add_push(commands)
     return parser
-
-
-def _add_base(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--pretrained_model_name_or_path", metavar="BASE", help="base model; default: the one the adapter names"
-    )
-    parser.add_argument("--revision")
-    parser.add_argument("--variant")
-    parser.add_argument("--base_config", help="folder with the configs of a single-file checkpoint")
-    parser.add_argument("--basis_cache_dir", type=Path)
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -143,9 +134,7 @@ def _generate(options: argparse.Namespace) -> None:
         allow_other_base=options.allow_other_base,
         basis_cache_dir=options.basis_cache_dir,
         dtype=DTYPES[options.dtype],
-        revision=options.revision,
-        variant=options.variant,
-        base_config=options.base_config,
+        **base_options(options),
     )
     stem = "-".join(Path(path).stem for path, _ in adapters) or model.name.replace("/", "-")
 

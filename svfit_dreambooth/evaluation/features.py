@@ -1,6 +1,6 @@
 """The networks that see for the metrics: DINO and CLIP where their weights are given, the judge on toybox.
 
-Whatever they are, they give rows of features for `evaluation.py`; nothing else depends on which ones they are.
+Whatever they are, they give rows of features for `metrics.py`; nothing else depends on which ones they are.
 """
 
 from collections.abc import Callable, Sequence

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.evaluation.features import Features
@@ -160,21 +159,22 @@ def score(answers: Answers, untouched: Answers, questions: Questions, features: 
     """Measures `answers`; `untouched` are the base's own, to the same questions with the same seeds."""
     scores = Scores()
     count = questions.pictures_per_prompt
+    eyes = {see for see in (features.subject, features.picture) if see is not None}  # one, where CLIP is both
+    seen = {see: see(answers.subject) for see in eyes}  # (n, d) each
     if features.subject is not None:
         real = features.subject(questions.references)  # (m, d)
-        scores.subject = subject_fidelity(features.subject(answers.subject), real)
+        scores.subject = subject_fidelity(seen[features.subject], real)
         scores.preservation = subject_fidelity(features.subject(answers.of_class), real)
     if features.picture is not None and features.text is not None:
         texts = features.text(questions.plain_prompts).repeat_interleave(count, 0)  # (n, d)
-        scores.prompt = prompt_fidelity(features.picture(answers.subject), texts)
+        scores.prompt = prompt_fidelity(seen[features.picture], texts)
     if features.attributes is not None and questions.wanted is not None:
         wanted = [want for want in questions.wanted for _ in range(count)]
         scores.right = share_right(features.attributes(answers.subject), wanted)
     if features.any is not None:
         scores.drift = drift(features.any(answers.unrelated), features.any(untouched.unrelated))
         if count > 1:
-            seen: Tensor = features.any(answers.subject)  # (prompts * count, d)
-            scores.diversity = diversity(seen.view(len(questions.prompts), count, -1))
+            scores.diversity = diversity(seen[features.any].view(len(questions.prompts), count, -1))
     return scores
 
 

@@ -9,13 +9,12 @@ from typing import Any, Literal, cast
 import torch
 
 from svfit_dreambooth.adapter import Adapter, read_adapter, save_adapter
-from svfit_dreambooth.base_model import open_base_model
 from svfit_dreambooth.config import TrainConfig
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.sharing.export import export_lora
 from svfit_dreambooth.sharing.hub import push_adapter
 from svfit_dreambooth.sharing.metadata import annotate_adapter
-from svfit_dreambooth.training.preparation import Run
+from svfit_dreambooth.training.preparation import Run, open_run_base
 from svfit_dreambooth.training.showcase import Showing, show_result
 
 logger = logging.getLogger(__name__)
@@ -110,13 +109,7 @@ def finish(result: TrainResult) -> None:
             annotate_adapter(run.adapter_path, thumbnail=result.showing.first)
             result.file_bytes = run.adapter_path.stat().st_size
     if config.also is not None:
-        base = open_base_model(
-            config.pretrained_model_name_or_path,
-            revision=config.revision,
-            variant=config.variant,
-            base_config=config.base_config,
-            content_filter=False,
-        )
+        base = open_run_base(config)
         path = run.adapter_path.with_name(f"{run.adapter_name}-{config.also}.safetensors")
         export = export_lora(
             run.adapter_path,

@@ -132,13 +132,7 @@ def prepare(config: TrainConfig) -> Run:
         _check_writable(config.output_dir)
     config.warn_of_lora_values()
 
-    base = open_base_model(
-        config.pretrained_model_name_or_path,
-        revision=config.revision,
-        variant=config.variant,
-        base_config=config.base_config,
-        content_filter=False,
-    )
+    base = open_run_base(config)
     apply_preset(config, base.architecture)
     if config.validation_steps is None:
         quick = base.name == TOYBOX or torch.cuda.is_available() or torch.backends.mps.is_available()
@@ -168,6 +162,17 @@ def prepare(config: TrainConfig) -> Run:
         for name, (_, _, layer) in layers.items()
     }
     return Run(config, photos, base, adapter_name, targets, weights)
+
+
+def open_run_base(config: TrainConfig) -> BaseModel:
+    """The base of the run, untouched; without a content filter, as training shows no picture."""
+    return open_base_model(
+        config.pretrained_model_name_or_path,
+        revision=config.revision,
+        variant=config.variant,
+        base_config=config.base_config,
+        content_filter=False,
+    )
 
 
 def _text_projections(base: BaseModel, component: str, module: Any) -> Projections:

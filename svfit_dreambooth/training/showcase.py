@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from svfit_dreambooth.base_model import BaseModel
-from svfit_dreambooth.evaluation.metrics import drift, subject_fidelity
+from svfit_dreambooth.evaluation.metrics import diversity, drift, subject_fidelity
 from svfit_dreambooth.evaluation.protocol import UNRELATED_PROMPTS, share_right, toybox_questions
 from svfit_dreambooth.generation import generate, open_for_adapters
 from svfit_dreambooth.pipeline import loaded_adapters, set_adapters
@@ -87,7 +87,7 @@ def judge_subject(model: BaseModel, subject: str, options: dict[str, Any]) -> di
     judge, questions = load_judge(), toybox_questions(subject)
     true = judge.identity_features(questions.references)  # (n, d)
     options = {**options, "seed": SEED + 1}
-    figures = {"true pictures": Figures(_off_diagonal(true), 1.0, None)}
+    figures = {"true pictures": Figures(1 - diversity(true[None]), 1.0, None)}
     unrelated: dict[str, torch.Tensor] = {}
     for name, strength in (("base", 0.0), ("adapter", 1.0)):
         images = _paint(model, questions.prompts, strength, options)
@@ -108,9 +108,3 @@ def _table(figures: dict[str, Figures]) -> list[str]:
         lines.append(f"{name:15}{row.subject:>9.3f}{row.prompt:>9.0%}{drifted:>9}")
     lines.append("subject: likeness to true pictures of it; prompt: right kind and setting; drift: change of others")
     return lines
-
-
-def _off_diagonal(features: torch.Tensor) -> float:
-    """Mean cosine between different rows of `features` (n, d)."""
-    n = len(features)
-    return (subject_fidelity(features, features) * n - 1) / (n - 1)

@@ -33,7 +33,6 @@ from svfit_dreambooth.web.workspace import Visitor, Workspace, file_name, librar
 
 COMMAND = Path(__file__).resolve().parents[2] / "train_dreambooth_svfit.py"
 TICK = 1.0  # seconds between looks at the queue
-TRASH = ".deleted"
 MAX_QUEUED = 20  # runs of one owner that may wait
 
 
@@ -182,14 +181,14 @@ class Jobs:
         """Puts the folder of a run that is over aside; its adapter stays in the library."""
         if self.state(job) in ("running", "stopping"):
             raise SVFitError(f"{job.name} is running: stop it first.")
-        trash = self.folder / TRASH
+        trash = self.folder / library.TRASH
         trash.mkdir(exist_ok=True)
         (self.folder / job.id).rename(trash / job.id)
         os.utime(trash / job.id)  # from now on it is kept for a while
 
     def restore(self, visitor: Visitor, id: str) -> None:
         """Brings back a run that the visitor removed.  Raises SVFitError for any other word."""
-        for path in (self.folder / TRASH).glob("[0-9]*/job.json"):
+        for path in (self.folder / library.TRASH).glob("[0-9]*/job.json"):
             job = self._read(path)
             if path.parent.name == id and job is not None and job.owner == visitor.owner:
                 path.parent.rename(self.folder / id)
@@ -198,9 +197,7 @@ class Jobs:
 
     def empty_trash(self) -> None:
         """Removes for good the runs that were put aside more than 30 days ago."""
-        for path in (self.folder / TRASH).glob("[0-9]*"):
-            if time.time() - path.stat().st_mtime > library.KEPT_SECONDS:
-                shutil.rmtree(path)
+        library.empty_trash(self.folder)
 
     # ------------------------------------------------------------ the queue
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # the page opens before torch is imported
 
 SUFFIX = ".safetensors"
 TRASH = ".deleted"
-KEPT_SECONDS = 30 * 24 * 3600  # for which a deleted adapter can come back
+KEPT_SECONDS = 30 * 24 * 3600  # for which what was deleted can come back
 
 
 @dataclass
@@ -211,7 +211,7 @@ def restore(folder: Path, token: str) -> str:
 
 
 def empty_trash(folder: Path) -> None:
-    """Removes for good what was deleted more than 30 days ago."""
+    """Removes for good what was put into the trash of `folder`, adapters or runs, more than 30 days ago."""
     for trash in (folder / TRASH).glob("*-*"):
         if time.time() - trash.stat().st_mtime > KEPT_SECONDS:
             shutil.rmtree(trash)

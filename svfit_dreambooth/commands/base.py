@@ -1,0 +1,31 @@
+"""The options that name a base model, which many commands share."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_base(parser: argparse.ArgumentParser) -> None:
+    """Adds them to `parser`."""
+    parser.add_argument(
+        "--pretrained_model_name_or_path", metavar="BASE", help="base model; default: the one the adapter names"
+    )
+    parser.add_argument("--revision")
+    parser.add_argument("--variant")
+    parser.add_argument("--base_config", help="folder with the configs of a single-file checkpoint")
+    parser.add_argument("--basis_cache_dir", type=Path)
+
+
+def base_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What `open_base_model` takes of them beside the name."""
+    return {name: getattr(options, name) for name in ("revision", "variant", "base_config")}
+
+
+def open_base(options: argparse.Namespace, named: str, path: Path) -> Any:
+    """The base that the user names, else the one that the adapter at `path` names, if it is on this disk."""
+    from svfit_dreambooth.base_model import open_base_model
+    from svfit_dreambooth.generation import open_named_base
+
+    if options.pretrained_model_name_or_path is None:
+        return open_named_base(named, path)
+    return open_base_model(options.pretrained_model_name_or_path, **base_options(options))
