@@ -175,15 +175,16 @@ METHODS = {
     "lora-1-all": Method(lora(1, targets=ALL), (5e-4, 1e-3, 2e-3, 5e-3)),
     "lora-4-all": Method(lora(4, targets=ALL), (2e-4, 5e-4, 1e-3, 2e-3)),
 }
+USUAL = (1e-2, 2e-2, 5e-2, 1e-1)  # around the best of all kinds of SVFit above
 ABLATIONS = {
-    "svfit-1/32": Method(svfit(share=1 / 32), (5e-2, 1e-1, 2e-1, 5e-1)),
-    "svfit-eighth-bottom": Method(svfit(share=1 / 8, choose="bottom"), (5e-2, 1e-1, 2e-1, 5e-1)),
-    "svfit-eighth-random": Method(svfit(share=1 / 8, choose="random"), (5e-2, 1e-1, 2e-1, 5e-1)),
-    "svfit-eighth-budget": Method(svfit(share=1 / 8, choose="budget"), (5e-2, 1e-1, 2e-1, 5e-1)),
-    "svfit-relative": Method(svfit(relative=True), (2e-2, 5e-2, 1e-1, 2e-1)),
-    "svfit-text": Method(with_text_encoder(svfit()), (2e-2, 5e-2, 1e-1, 2e-1), {"train_text_encoder": True}),
-    "svfit-word": Method(with_learned_word(svfit()), (1e-2, 2e-2, 5e-2, 1e-1), {"learned_word": "sks"}),
-    "svdiff-word": Method(with_learned_word(svfit(ALL)), (5e-3, 1e-2, 2e-2, 5e-2), {"learned_word": "sks"}),
-    "svdiff-prior": Method(svfit(ALL), (1e-2, 2e-2, 5e-2, 1e-1), {"with_prior_preservation": True}),
-    "svfit-prior": Method(svfit(), (2e-2, 5e-2, 1e-1, 2e-1), {"with_prior_preservation": True}),
+    "svfit-1/32": Method(svfit(share=1 / 32), USUAL),
+    "svfit-eighth-bottom": Method(svfit(share=1 / 8, choose="bottom"), USUAL),
+    "svfit-eighth-random": Method(svfit(share=1 / 8, choose="random"), USUAL),
+    "svfit-eighth-budget": Method(svfit(share=1 / 8, choose="budget"), USUAL),
+    "svfit-relative": Method(svfit(relative=True), USUAL),
+    "svfit-text": Method(with_text_encoder(svfit()), USUAL, {"train_text_encoder": True}),
+    "svfit-word": Method(with_learned_word(svfit()), USUAL, {"learned_word": "sks"}),
+    "svdiff-word": Method(with_learned_word(svfit(ALL)), USUAL, {"learned_word": "sks"}),
+    "svdiff-prior": Method(svfit(ALL), USUAL, {"with_prior_preservation": True}),
+    "svfit-prior": Method(svfit(), USUAL, {"with_prior_preservation": True}),
 }
