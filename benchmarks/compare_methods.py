@@ -146,7 +146,8 @@ def make(
         key = (job.subject, job.seed)
         if key not in untouched:
             untouched[key] = painted(run, steps, questions, job.seed)
-        examples = encode_examples(run, device)
+        with FileLock(results / "locks" / f"{class_words(job.subject)}.lock"):  # its class pictures are made once
+            examples = encode_examples(run, device)
         values = method.put_in(run, examples)
         numbers = {name: value.detach().half().contiguous() for name, value in values.items()}
         record = Record(
