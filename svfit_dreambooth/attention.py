@@ -207,17 +207,18 @@ def set_shifts(model: nn.Module, shifts: Mapping[str, Tensor]) -> None:
         if shift.shape[-1] > layers[name].rank:
             raise SVFitError(f"{name} holds {layers[name].rank} singular values, but the shift has {shift.shape[-1]}.")
     for name, layer in layers.items():
-        own, merged = layer.shift, layer.unmerged_weight is not None
-        shift = shifts[name].to(own) if name in shifts else own.new_zeros(layer.rank)
-        shift = _padded(shift, layer.rank)  # (r,) or (batch, 1, r)
+        own, given = layer.shift, shifts.get(name)
+        rank = own.shape[-1]
+        shift = own.new_zeros(rank) if given is None else _padded(given, rank)  # (r,) or (batch, 1, r)
+        merged = layer.unmerged_weight is not None
         if merged:
-            if own.shape == shift.shape and torch.equal(own, shift):
+            if own.shape == shift.shape and torch.equal(own, shift.to(own)):
                 continue
             layer.unmerge()
         if own.shape == shift.shape:
             own.copy_(shift)
         else:
-            own.data = shift.clone()
+            own.data = shift.to(own, copy=True)
         if merged:
             layer.merge()
 
@@ -227,12 +228,12 @@ def add_shifts(weighted: Sequence[tuple[Mapping[str, Tensor], float]]) -> dict[s
     total: dict[str, Tensor] = {}
     for shifts, scale in weighted:
         for name, shift in shifts.items():
-            scaled = shift * scale
-            if name in total:
-                longest = max(total[name].shape[0], scaled.shape[0])
-                total[name] = _padded(total[name], longest) + _padded(scaled, longest)
+            own = total.get(name)
+            if own is None:
+                total[name] = shift * scale
             else:
-                total[name] = scaled
+                longest = max(len(own), len(shift))
+                total[name] = torch.add(_padded(own, longest), _padded(shift, longest), alpha=scale)
     return total
 
 

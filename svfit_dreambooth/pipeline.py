@@ -102,8 +102,7 @@ def load_adapter(
 
 def set_adapters(pipeline: DiffusionPipeline, strengths: Mapping[str, float]) -> None:
     """Sets the strengths of loaded adapters by name; those not named rest at 0.  Nothing is reloaded."""
-    for name in strengths:
-        _check_loaded(pipeline, name)
+    _check_loaded(pipeline, *strengths)
     with offloading_lifted(pipeline):
         for model in pipeline_components(pipeline).values():
             for name, loaded in _registry(model).items():
@@ -136,10 +135,11 @@ def loaded_adapters(pipeline: DiffusionPipeline) -> dict[str, float]:
     }
 
 
-def _check_loaded(pipeline: DiffusionPipeline, name: str) -> None:
+def _check_loaded(pipeline: DiffusionPipeline, *names: str) -> None:
     present = loaded_adapters(pipeline)
-    if name not in present:
-        raise SVFitError(f"no adapter named {name!r} is loaded, only: {', '.join(present) or 'none'}.")
+    for name in names:
+        if name not in present:
+            raise SVFitError(f"no adapter named {name!r} is loaded, only: {', '.join(present) or 'none'}.")
 
 
 @contextmanager
@@ -181,6 +181,7 @@ def _sequentially_offloaded(pipeline: DiffusionPipeline) -> bool:
     return any(
         isinstance(hook, AlignDevicesHook) and hook.offload
         for model in pipeline_components(pipeline).values()
+        if any(_hooks(top) != [None] for top in (model, getattr(model, "_orig_mod", model)))  # spares the walk
         for _, module in walk(model)
         for hook in _hooks(module)
     )
