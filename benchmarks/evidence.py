@@ -1,6 +1,7 @@
 """Tables, plot and contact sheet of what `compare_methods.py` has finished.
 
-    python benchmarks/evidence.py [--results benchmarks/comparison] [--plot docs/evidence.png] [--sheet docs/methods.png]
+    python benchmarks/evidence.py [--results benchmarks/comparison] [--plot P.png] [--rates R.png] [--sheet S.png]
+    python benchmarks/evidence.py --methods svfit svfit-relative svfit-word --against svfit
 
 Every figure is the mean over subjects of the mean over seeds, with a 95 % bootstrap interval over subjects; a method
 counts the subjects that all shown methods have finished, so that the rows can be compared.
@@ -18,6 +19,8 @@ from PIL import Image
 from records import TUNING_SEED, Record, read_records
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from methods import METHODS
 
 from svfit_dreambooth.evaluation.metrics import bootstrap_interval
 from svfit_dreambooth.sheets import contact_sheet, save_sheet
@@ -146,6 +149,39 @@ def plot(table: dict[str, list[Record]], steps: Sequence[int], path: Path) -> No
     figure.savefig(path, dpi=110)
 
 
+def plot_rates(records: Sequence[Record], names: Sequence[str], path: Path) -> None:
+    """Likeness against drift on the tuning subjects, a line through the rates of each method's sweep.
+
+    Hollow where fewer than four pictures of five are right; the larger mark is the chosen rate.
+    """
+    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for number, name in enumerate(names):
+        own = [record for record in records if record.method == name and record.seed == TUNING_SEED]
+        rates = sorted({record.rate for record in own})
+        best = max(rates, key=lambda rate: mean(record.score() for record in own if record.rate == rate))
+        colour, marker, points = f"C{number % 10}", "os^D"[number // 3 % 4], []
+        for rate in rates:
+            there = [record.last for record in own if record.rate == rate]
+            if any(reading["subject"] is None or reading["drift"] is None for reading in there):
+                continue
+            points.append((mean(reading["drift"] for reading in there), mean(reading["subject"] for reading in there)))
+            ruined = (
+                any(reading["right"] is not None for reading in there)
+                and mean(reading["right"] or 0 for reading in there) < 0.8
+            )
+            axis.plot(
+                *points[-1], color=colour, marker=marker, markersize=9 if rate == best else 5,
+                markerfacecolor="white" if ruined else colour,
+            )  # fmt: skip
+        axis.plot(*zip(*points, strict=True), color=colour, linewidth=0.8)
+        axis.plot([], [], color=colour, marker=marker, label=name)
+    axis.set(xscale="log", xlabel="drift of unrelated pictures", ylabel="likeness to the subject")
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(path, dpi=110)
+
+
 def sheet(table: dict[str, list[Record]], results: Path, step: int, subject: str, path: Path) -> None:
     """One row a method: all its pictures of `subject` at seed 0."""
     rows = []
@@ -162,15 +198,16 @@ def sheet(table: dict[str, list[Record]], results: Path, step: int, subject: str
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("comparison"))
-    parser.add_argument("--methods", nargs="+", help="default: all that have finished runs on test subjects")
+    parser.add_argument("--methods", nargs="+", help="default: those of the comparison that have finished a run")
     parser.add_argument("--against", default="lora-8")
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--rates", type=Path, help="where to plot the sweeps")
     parser.add_argument("--sheet", type=Path)
     parser.add_argument("--subject", default="dog_patch", help="of the sheet")
     options = parser.parse_args()
     records = read_records(options.results)
     finals = {name: final_records(records, name) for name in dict.fromkeys(record.method for record in records)}
-    chosen = options.methods or [name for name, runs in finals.items() if runs]
+    chosen = options.methods or [name for name, runs in finals.items() if runs and name in METHODS]
     table = common({name: finals[name] for name in sorted(chosen, key=lambda name: finals[name][0].values)})
     steps = sorted(int(step) for step in next(iter(table.values()))[0].readings)
     runs = next(iter(table.values()))
@@ -184,6 +221,8 @@ def main() -> None:
     print("## Sweeps\n", *sweep_table(records), sep="\n")
     if options.plot is not None:
         plot(table, steps, options.plot)
+    if options.rates is not None:
+        plot_rates(records, [name for name in table if name != NONE], options.rates)
     if options.sheet is not None:
         sheet(table, options.results, steps[-1], options.subject, options.sheet)
 
