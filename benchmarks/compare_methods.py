@@ -39,9 +39,9 @@ from svfit_dreambooth.base_model import TOYBOX_SUBJECTS
 from svfit_dreambooth.config import TOYBOX
 from svfit_dreambooth.evaluation.features import Features, open_features
 from svfit_dreambooth.evaluation.protocol import Answers, Questions, ask, score, subject_questions, toybox_questions
+from svfit_dreambooth.files import save_png
 from svfit_dreambooth.generation import default_device
 from svfit_dreambooth.photos import find_photos, open_photo
-from svfit_dreambooth.sheets import save_sheet
 from svfit_dreambooth.training.denoising import Denoiser
 from svfit_dreambooth.training.encoding import encode_examples
 from svfit_dreambooth.training.loop import Loop, Step
@@ -166,7 +166,7 @@ def make(
                 for name, value in {**scores, "loss": loss}.items()
             }
             strip = join(answers.subject[:: questions.pictures_per_prompt])
-            save_sheet(strip, results / "pictures" / f"{Path(job.file_name).stem}-{step}.png")
+            save_png(strip, results / "pictures" / f"{Path(job.file_name).stem}-{step}.png")
             painting += time.perf_counter() - started
 
         if not values:

@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from methods import METHODS
 
 from svfit_dreambooth.evaluation.metrics import bootstrap_interval
-from svfit_dreambooth.sheets import contact_sheet, save_sheet
+from svfit_dreambooth.files import save_png
+from svfit_dreambooth.sheets import contact_sheet
 from svfit_dreambooth.training.validation import cut
 
 SCORES = ("subject", "right", "prompt", "drift", "preservation", "diversity")
@@ -192,7 +193,7 @@ def sheet(table: dict[str, list[Record]], results: Path, step: int, subject: str
                 with Image.open(strip) as image:
                     rows.append((name, cut(image.convert("RGB"), image.width // image.height)))
     whole = contact_sheet(rows, [])
-    save_sheet(whole.resize((whole.width // 2, whole.height // 2), Image.Resampling.LANCZOS).quantize(256), path)
+    save_png(whole.resize((whole.width // 2, whole.height // 2), Image.Resampling.LANCZOS).quantize(256), path)
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -24,11 +23,12 @@ from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.files import write_atomically
 from svfit_dreambooth.svfit import Rank, as_matrix, decompose, resolve_rank
 
 logger = logging.getLogger(__name__)
@@ -238,20 +238,11 @@ def _read(path: Path, shape: tuple[int, ...]) -> Directions | None:
 
 def _write(path: Path, directions: Directions) -> None:
     """Atomically: two processes at once write the same bytes, and either rename wins."""
+    content = save({"Ut": directions.Ut, "S": directions.S, "Vh": directions.Vh}, metadata={"version": CACHE_VERSION})
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        os.close(handle)
-        try:
-            tensors = {"Ut": directions.Ut, "S": directions.S, "Vh": directions.Vh}
-            save_file(tensors, temporary, metadata={"version": CACHE_VERSION})
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
-    except OSError as error:
-        logger.warning("the basis could not be cached in %s (%s): the next start decomposes again.", path.parent, error)
+        write_atomically(path, content)
+    except SVFitError as error:
+        logger.warning("the basis is not cached, the next start decomposes again: %s", error)
 
 
 def cached_files(cache_dir: Path | None = None) -> list[tuple[Path, int]]:

@@ -1,9 +1,13 @@
 """Writing files so that what was there before is whole until the new one is: temporary file, then rename."""
 
+import io
 import os
 import secrets
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+from PIL import Image
 
 from svfit_dreambooth.errors import SVFitError
 
@@ -31,3 +35,10 @@ def write_atomically(path: str | Path, content: bytes | str) -> Path:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
     return path
+
+
+def save_png(image: Image.Image, path: str | Path, **options: Any) -> Path:
+    """Writes `image` as PNG, whole or not at all; `options` are Pillow's."""
+    content = io.BytesIO()
+    image.save(content, format="PNG", **options)
+    return write_atomically(path, content.getvalue())

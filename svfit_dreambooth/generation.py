@@ -1,6 +1,5 @@
 """Prompt and adapters to pictures, each a PNG that tells how it was made."""
 
-import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from svfit_dreambooth.base_model import (
 )
 from svfit_dreambooth.config import TOYBOX
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.files import write_atomically
+from svfit_dreambooth.files import save_png
 from svfit_dreambooth.pipeline import load_adapter, loaded_adapters, merge_adapters
 from svfit_dreambooth.sharing.hub import find_adapter
 
@@ -219,9 +218,7 @@ def save_picture(picture: Picture, path: Path) -> Path:
         f"Adapters: {adapters or 'none'}, Version: svfit-dreambooth {__version__}"
     )
     info.add_itxt("parameters", "\n".join(lines))
-    content = io.BytesIO()
-    picture.image.save(content, format="PNG", pnginfo=info)
-    return write_atomically(path, content.getvalue())
+    return save_png(picture.image, path, pnginfo=info)
 
 
 def free_path(folder: Path, stem: str) -> Path:

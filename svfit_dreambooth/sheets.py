@@ -39,13 +39,6 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], captions: S
     return sheet
 
 
-def save_sheet(sheet: Image.Image, path: Path) -> Path:
-    """Writes a sheet as PNG, whole or not at all."""
-    content = io.BytesIO()
-    sheet.save(content, format="PNG")
-    return write_atomically(path, content.getvalue())
-
-
 def plot_run(folder: Path, path: Path) -> Path | None:
     """Draws the loss and the measures of the run in `folder` over its steps; None if it has not made a step."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

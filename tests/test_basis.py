@@ -210,4 +210,4 @@ def test_clear_cache_removes_bases_only(tmp_path):
 def test_a_cache_that_cannot_be_written_only_warns(tmp_path, caplog):
     (tmp_path / "basis").write_text("a file where the folder should be")
     model_basis({"unet.a": torch.randn(4, 4)}, cache_dir=tmp_path)
-    assert "could not be cached" in caplog.text
+    assert "is not cached" in caplog.text

@@ -26,11 +26,11 @@ from svfit_dreambooth.evaluation.protocol import (
     subject_words,
     toybox_questions,
 )
-from svfit_dreambooth.files import write_atomically
+from svfit_dreambooth.files import save_png, write_atomically
 from svfit_dreambooth.generation import free_path, generate, save_picture
 from svfit_dreambooth.photos import find_photos, open_photo
 from svfit_dreambooth.pipeline import loaded_adapters, merge_adapters, set_adapters
-from svfit_dreambooth.sheets import contact_sheet, save_sheet
+from svfit_dreambooth.sheets import contact_sheet
 
 COLUMNS = 8  # pictures in a row of the sheet
 
@@ -116,7 +116,7 @@ def evaluate_adapters(
             note("base", 0.0, subject, asked[key], asked[key], questions)
         answers = answer(name, {name: candidate.strength}, questions)
         note(name, candidate.strength, subject, answers, asked[key], questions)
-    save_sheet(contact_sheet(sheet, captions), output_dir / "sheet.png")
+    save_png(contact_sheet(sheet, captions), output_dir / "sheet.png")
     report = {
         "base_model": model.name,
         "num_images": num_images,

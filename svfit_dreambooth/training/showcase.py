@@ -11,9 +11,10 @@ from PIL import Image
 from svfit_dreambooth.base_model import BaseModel
 from svfit_dreambooth.evaluation.metrics import diversity, drift, subject_fidelity
 from svfit_dreambooth.evaluation.protocol import UNRELATED_PROMPTS, share_right, toybox_questions
+from svfit_dreambooth.files import save_png
 from svfit_dreambooth.generation import generate, open_for_adapters
 from svfit_dreambooth.pipeline import loaded_adapters, set_adapters
-from svfit_dreambooth.sheets import contact_sheet, save_sheet
+from svfit_dreambooth.sheets import contact_sheet
 from svfit_dreambooth.training.preparation import Run
 from svfit_dreambooth.training.validation import (
     SEED,
@@ -64,7 +65,7 @@ def show_result(run: Run) -> Showing:
     adapted = _paint(model, prompts, 1.0, options)
     base = _paint(model, prompts, 0.0, options)
     rows = [("photos", run_photos(run)[: max(4, len(prompts))]), ("base", base), (run.adapter_name, adapted)]
-    sheet = save_sheet(contact_sheet([row for row in rows if row[1]], prompts), run.adapter_path.with_suffix(".png"))
+    sheet = save_png(contact_sheet([row for row in rows if row[1]], prompts), run.adapter_path.with_suffix(".png"))
     subject = toybox_subject(run)
     figures = None if subject is None else judge_subject(model, subject, options)
     return Showing(sheet, figures, adapted[0])

@@ -14,9 +14,10 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.evaluation.features import Features
 from svfit_dreambooth.evaluation.metrics import drift, prompt_fidelity, subject_fidelity
 from svfit_dreambooth.evaluation.protocol import UNRELATED_PROMPTS
+from svfit_dreambooth.files import save_png
 from svfit_dreambooth.generation import generate
 from svfit_dreambooth.photos import open_photo
-from svfit_dreambooth.sheets import contact_sheet, save_sheet
+from svfit_dreambooth.sheets import contact_sheet
 from svfit_dreambooth.training.preparation import Run
 
 SEED = 1000  # of the pictures shown; away from the seeds that training uses
@@ -65,7 +66,7 @@ class Watch:
         """
         model, options = self.run.base, painting_options(self.run)
         pictures = [picture.image for picture in generate(model, self.prompts, **options)]
-        save_sheet(join(pictures), self.folder / f"step_{step:06d}.png")
+        save_png(join(pictures), self.folder / f"step_{step:06d}.png")
         self.draw_grid()
         measure = Measure(fixed_loss)
         if self.features.subject is not None:
@@ -96,7 +97,7 @@ class Watch:
         for path in sorted(self.folder.glob("step_*.png")):
             with Image.open(path) as strip:
                 rows.append((f"step {int(path.stem.partition('_')[2])}", cut(strip.convert("RGB"), len(self.prompts))))
-        save_sheet(contact_sheet(rows, self.prompts), self.folder.with_suffix(".png"))
+        save_png(contact_sheet(rows, self.prompts), self.folder.with_suffix(".png"))
 
     def forget_after(self, step: int) -> None:
         """Takes away the pictures of steps after `step`, which will be painted again."""

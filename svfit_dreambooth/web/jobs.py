@@ -26,6 +26,7 @@ import yaml
 
 from svfit_dreambooth.config import TrainConfig
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.files import write_atomically
 from svfit_dreambooth.run_folder import read_progress
 from svfit_dreambooth.web import library
 from svfit_dreambooth.web.locks import is_locked, locked
@@ -291,9 +292,7 @@ class Jobs:
             fcntl.flock(file, fcntl.LOCK_EX)
             job = Job(**json.loads((folder / "job.json").read_text(encoding="utf-8")))
             yield job
-            temporary = folder / ".job.json.tmp"
-            temporary.write_text(json.dumps(asdict(job)), encoding="utf-8")
-            temporary.replace(folder / "job.json")
+            write_atomically(folder / "job.json", json.dumps(asdict(job)))
 
 
 def _devices() -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.files import save_png, write_atomically
 from svfit_dreambooth.web.workspace import MAX_ADAPTER_BYTES, file_name
 
 if TYPE_CHECKING:  # the page opens before torch is imported
@@ -125,9 +126,7 @@ def replace(folder: Path, name: str, source: Path) -> None:
     """Puts a newer file in the place of the adapter `name`; a picture that stands for it stays."""
     adapter = check_upload(source)
     path = find(folder, name)
-    temporary = folder / f".{secrets.token_hex(8)}.tmp"
-    shutil.copyfile(source, temporary)
-    temporary.replace(path)
+    write_atomically(path, source.read_bytes())
     if not (shown := folder / f"{name}.png").exists():
         _take_thumbnail(adapter, shown)
 
@@ -135,9 +134,7 @@ def replace(folder: Path, name: str, source: Path) -> None:
 def set_picture(folder: Path, name: str, picture: Path) -> None:
     """Copies `picture`, a PNG file, as the one that stands for the adapter `name`."""
     find(folder, name)
-    temporary = folder / f".{secrets.token_hex(8)}.tmp"
-    shutil.copyfile(picture, temporary)
-    temporary.replace(folder / f"{name}.png")
+    write_atomically(folder / f"{name}.png", picture.read_bytes())
 
 
 def _take_thumbnail(adapter: "Adapter", target: Path) -> None:
@@ -146,9 +143,7 @@ def _take_thumbnail(adapter: "Adapter", target: Path) -> None:
 
     picture = read_thumbnail(adapter.metadata)
     if picture is not None:
-        temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
-        picture.save(temporary, format="PNG")
-        temporary.replace(target)
+        save_png(picture, target)
 
 
 def _place(source: Path, target: Path) -> bool:

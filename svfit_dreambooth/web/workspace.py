@@ -15,6 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.files import save_png
 from svfit_dreambooth.photos import Photo, open_photo, photo_report
 
 MAX_PHOTOS = 100
@@ -184,7 +185,7 @@ def add_photos(folder: Path, uploads: list[Path]) -> list[str]:
                 Image.Resampling.LANCZOS,
                 reducing_gap=2.0,  # of a very large one, whole pixels are averaged first
             )
-        _save_photo(photo, folder / f"{number:03d}.png")
+        save_png(photo, folder / f"{number:03d}.png", compress_level=1)
     return remarks
 
 
@@ -196,7 +197,7 @@ def photo_files(folder: Path) -> list[Path]:
 def rotate_photo(path: Path) -> None:
     """A quarter turn to the right."""
     with Image.open(path) as photo:
-        _save_photo(photo.transpose(Image.Transpose.ROTATE_270), path)
+        save_png(photo.transpose(Image.Transpose.ROTATE_270), path, compress_level=1)
 
 
 def remove_photo(path: Path) -> None:
@@ -210,7 +211,7 @@ def thumbnail(path: Path) -> Path:
     if not small.is_file() or small.stat().st_mtime_ns < path.stat().st_mtime_ns:
         with Image.open(path) as photo:
             photo.thumbnail((THUMBNAIL, THUMBNAIL), reducing_gap=2.0)
-            _save_photo(photo, small)
+            save_png(photo, small, compress_level=1)
     return small
 
 
@@ -240,12 +241,6 @@ def photo_remarks(folder: Path, resolution: int) -> list[str]:
     if len(photos) > 30:
         lines.append("many photos: the best 5 to 15 are usually enough")
     return lines
-
-
-def _save_photo(photo: Image.Image, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    photo.save(temporary, format="PNG", compress_level=1)
-    temporary.replace(path)
 
 
 def _look(photo: Image.Image) -> int:
