@@ -167,6 +167,8 @@ def in_own_process(options: argparse.Namespace, precision: str, batch: int, meth
         precision,
         "--batch_size",
         str(batch),
+        "--clock",
+        options.clock,
         "--child",
     ]
     command += [method or "time"] + (["--rank", str(options.rank)] if options.rank else [])
