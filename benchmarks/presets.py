@@ -1,6 +1,6 @@
 """What the presets reach: whole runs of the training command's own schedule on toybox subjects, judged in unseen settings.
 
-    python benchmarks/presets.py [--recipes fast balanced "balanced target_modules=[all] learning_rate=4e-2"]
+    python benchmarks/presets.py [--recipes fast balanced "balanced target_modules=[all] learning_rate=0.04"]
                                  [--subjects dog_patch mug_king ...] [--seeds 0] [--results benchmarks/presets.jsonl]
 
 A recipe is a preset and what is changed in it.  Prints a table over the subjects that all recipes have finished; runs that are
