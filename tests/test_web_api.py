@@ -117,6 +117,50 @@ def test_a_strip_over_strengths_and_its_settings_taken_up(served, adapter_path, 
         list(painting.generate(theirs, *form, 1.0))
 
 
+@pytest.fixture
+def public(tmp_path, tiny_base, monkeypatch):
+    """What stands behind a page for strangers, which downloads nothing."""
+    workspace = Workspace(tmp_path / "public", shared=False)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(workspace.served))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    _, app = web.build_page(workspace, (), (str(tiny_base),), download=False)
+    return app
+
+
+def test_no_way_of_training_downloads_for_a_stranger(public, photo_folder, monkeypatch):
+    import gradio as gr
+
+    from svfit_dreambooth.training import preparation
+    from svfit_dreambooth.web.api import Endpoints
+    from svfit_dreambooth.web.draft import ADVANCED, Draft
+    from svfit_dreambooth.web.runs import Runs
+    from svfit_dreambooth.web.workspace import add_photos
+
+    request, photos = Request("a" * 32), sorted(photo_folder.glob("*.png"))
+    draft, visitor = Draft(public), public.visitor(request)
+    add_photos(visitor.photos, photos)
+    form = ["sks", "dog", "stranger/model", "fast", *[None] * len(ADVANCED)]
+    for call in (
+        lambda: Runs(public, draft).submit(request, "dog", *form),
+        lambda: Runs(public, draft).estimate(request, *form),
+        lambda: Endpoints(public).train(photos, "dog", "sks", "dog", "stranger/model", "fast", 0, request),
+    ):
+        with pytest.raises(gr.Error, match="stranger/model is not on this disk, and downloads are off here"):
+            call()
+    opened = []
+
+    def open_base_model(name, *, local_files_only=False, **options):
+        opened.append((name, local_files_only))
+        raise SVFitError("far enough.")
+
+    monkeypatch.setattr(preparation, "open_base_model", open_base_model)
+    for base in ("stranger/model", "toybox"):  # the first as if it were in the cache, but in parts
+        with pytest.raises(SVFitError, match="far enough"):
+            options = {"pretrained_model_name_or_path": base, "instance_prompt": "a photo of sks dog"}
+            draft.estimate(visitor, options)
+    assert opened == [("stranger/model", True), ("toybox", False)]
+
+
 def test_lora_of_a_library_adapter(served, adapter_path, tiny_base, monkeypatch):
     from svfit_dreambooth.web import library
     from svfit_dreambooth.web.export_tab import LAYOUTS, LoraMaker

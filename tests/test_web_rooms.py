@@ -16,6 +16,7 @@ from PIL import Image
 from svfit_dreambooth import TrainConfig, read_adapter, save_adapter, train
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.generation import free_path, save_picture
+from svfit_dreambooth.run_folder import read_progress
 from svfit_dreambooth.sharing.metadata import annotate_adapter
 from svfit_dreambooth.web import jobs, library, pictures
 from svfit_dreambooth.web.jobs import Jobs
@@ -212,7 +213,8 @@ def command(tmp_path, monkeypatch, adapter_path):
         def note(**event):
             with open(out / "progress.jsonl", "a") as file: file.write(json.dumps(event) + chr(10))
         first = 3 if "--resume_from_checkpoint" in sys.argv else 0
-        note(event="start", step=first, of=6)
+        import os
+        note(event="start", step=first, of=6, offline=os.environ.get("HF_HUB_OFFLINE"))
         go = out.parent / "go"
         for step in range(first + 1, 7):
             note(event="step", step=step, of=6, loss=1 / step, seconds=0.5)
@@ -407,6 +409,38 @@ def test_a_name_in_a_file_opens_nothing_new(workspace, tiny_base, adapter_path, 
     (workspace.models / "tiny-kl").symlink_to(tiny_base)
     _, painted = paint(Studio(Bases(workspace.models)), Order("a dog", AS_TRAINED, [(path, 1.0)], **SIZE))
     assert len(painted) == 1
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """A function that puts a repository's model_index.json into an otherwise empty cache of the hub."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def put(repository):
+        folder = tmp_path / "hub" / f"models--{repository.replace('/', '--')}"
+        for path in (folder / "refs" / "main", folder / "snapshots" / "abc" / "model_index.json"):
+            path.parent.mkdir(parents=True)
+            path.write_text("abc")
+
+    return put
+
+
+def test_a_stranger_downloads_nothing_by_training(workspace, visitor, photo_folder, hub_cache, command, monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    bases = Bases(workspace.models, ("owner/offered",), download=False)
+    assert bases.resolve_for_run("owner/offered") == ("owner/offered", None)
+    assert Bases(workspace.models).resolve_for_run("stranger/model@v1") == ("stranger/model", "v1")
+    for name in ("stranger/model", "stranger/model@v1", "a--b/c"):
+        with pytest.raises(SVFitError, match=f"^{name} is not on this disk, and downloads are off here"):
+            bases.resolve_for_run(name)
+    hub_cache("stranger/model")
+    assert bases.resolve_for_run("stranger/model") == ("stranger/model", None)
+    server = Jobs(workspace, bases.offline)
+    for base, offline in (("stranger/model", "1"), ("owner/offered", None), ("toybox", None)):
+        job = submit(server, visitor, photo_folder, pretrained_model_name_or_path=base)
+        (workspace.jobs / job.id / "go").touch()
+        until(lambda job=job: server.tend() or server.state(job) == "finished")
+        assert read_progress(server.run_folder(job))[0]["offline"] == offline
 
 
 # ---------------------------------------------------------------- settings in pictures

@@ -115,10 +115,10 @@ class Draft:
                 raise SVFitError(f"“{what}” is empty: write a word, such as {example}.")
             if len(text) > 60:
                 raise SVFitError(f"“{what}” has {len(text)} characters: one to three words are enough.")
-        place, opening = self.app.studio.bases.resolve(base or TOYBOX, typed=True)
+        place, revision = self.app.studio.bases.resolve_for_run(base or TOYBOX)
         options: dict[str, Any] = {
             "pretrained_model_name_or_path": place,
-            "revision": opening.get("revision"),
+            "revision": revision,
             "instance_prompt": self.prompt_for(word, kind),
             "class_prompt": " ".join(f"a photo of a {kind}".split()),
             "preset": preset,
@@ -141,7 +141,8 @@ class Draft:
         if not photo_files(visitor.photos):
             raise SVFitError("there are no photos yet: add 3 to 10 of your subject.")
         photos = {"instance_data_dir": str(visitor.photos), "adapter_name": "estimate", "dry_run": True}
-        run = prepare(TrainConfig(**{**photos, **options}))
+        offline = self.app.studio.bases.offline(options["pretrained_model_name_or_path"])
+        run = prepare(TrainConfig(**{**photos, **options}), local_files_only=offline)
         return [*estimate_memory(run).lines(), self._time(visitor, options, run.config.max_train_steps)]
 
     def _time(self, visitor: Visitor, options: dict[str, Any], steps: int) -> str:

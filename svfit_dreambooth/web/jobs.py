@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -58,10 +58,14 @@ class Job:
 
 
 class Jobs:
-    """The runs of a workspace.  `start_queue` lets a thread start them in turn; without it they only wait."""
+    """The runs of a workspace.  `start_queue` lets a thread start them in turn; without it they only wait.
 
-    def __init__(self, workspace: Workspace):
+    `offline`: tells of a base model whether the run that opens it may ask no network.
+    """
+
+    def __init__(self, workspace: Workspace, offline: Callable[[str], bool] = lambda base: False):
         self.workspace = workspace
+        self.offline = offline
         self.folder = workspace.jobs
         self._children: list[subprocess.Popen[bytes]] = []
         self._wake = threading.Event()
@@ -242,7 +246,7 @@ class Jobs:
                     child = subprocess.Popen(
                         command,
                         cwd=COMMAND.parent,
-                        env={**os.environ, "CUDA_VISIBLE_DEVICES": device} if device else None,
+                        env=self._environment(job, device),
                         stdin=subprocess.DEVNULL,
                         stdout=log,
                         stderr=subprocess.STDOUT,
@@ -252,6 +256,10 @@ class Jobs:
                     now.pid, now.started, now.stopping = child.pid, now.started + 1, False
                 self._children.append(child)
                 return
+
+    def _environment(self, job: Job, device: str) -> dict[str, str]:
+        changes = {"CUDA_VISIBLE_DEVICES": device} if device else {}
+        return {**os.environ, **changes, **({"HF_HUB_OFFLINE": "1"} if self.offline(job.base) else {})}
 
     def _file(self, job: Job) -> None:
         """The adapter that a run has left, into its owner's library."""

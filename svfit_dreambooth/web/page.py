@@ -121,7 +121,8 @@ def build_page(
     own = library_of(workspace, "")
     library.empty_trash(own)
     chosen = [_from_command_line(own, path) for path in adapters]
-    app = App(workspace, Studio(Bases(workspace.models, bases, download), dtype), Jobs(workspace))
+    studio = Studio(Bases(workspace.models, bases, download), dtype)
+    app = App(workspace, studio, Jobs(workspace, studio.bases.offline))
     with gr.Blocks(title="SVFit DreamBooth", analytics_enabled=False, delete_cache=(3600, 7 * 24 * 3600)) as page:
         gr.HTML(
             "<h1>SVFit DreamBooth</h1><p>Teach an image model your dog, mug or toy from a few photos; "

@@ -19,6 +19,7 @@ MAX_PIXELS = 2048  # of a side
 MAX_PICTURES = 64  # of one order
 MAX_STEPS = 200
 STRIP = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+OFF = "downloads are off here: choose a base that is offered."
 AS_TRAINED = "the adapters' own"  # the base that the first adapter names, or toybox
 
 
@@ -78,6 +79,28 @@ class Bases:
         if not typed:
             return repository, {"revision": revision or None, "local_files_only": True}
         return repository, {"revision": revision or None, "local_files_only": not self.download}
+
+    def offline(self, place: str) -> bool:
+        """Must whoever opens `place`, as `resolve` gave it, ask no network?  So with a hub id that only a visitor named."""
+        return not self.download and place != TOYBOX and place not in self.extra and not Path(place).exists()
+
+    def resolve_for_run(self, name: str) -> tuple[str, str | None]:
+        """What a run opens for the `name` that a person typed: place and revision.
+
+        Raises SVFitError for what is not offered, and for a hub id that is not on this disk where none is downloaded.
+        """
+        from huggingface_hub import try_to_load_from_cache
+
+        place, options = self.resolve(name, typed=True)
+        revision = options.get("revision")
+        if options.get("local_files_only"):
+            try:
+                cached = try_to_load_from_cache(place, "model_index.json", revision=revision)
+            except ValueError:  # no hub id after all
+                cached = None
+            if not isinstance(cached, str):
+                raise SVFitError(f"{name.strip()} is not on this disk, and {OFF}")
+        return place, revision
 
 
 @dataclass
@@ -198,8 +221,9 @@ class Studio:
                 model = open_base_model(place, **options)
             except SVFitError as error:
                 if options.get("local_files_only"):
-                    why = "what a file names is not downloaded unasked" if not typed else "downloads are off here"
-                    raise SVFitError(f"{name} is not on this disk, and {why}: choose a base yourself.") from error
+                    why = "what a file names is not downloaded unasked: type it as the base model under Generate."
+                    why = why if self.bases.download else OFF
+                    raise SVFitError(f"{name} is not on this disk, and {why}") from error
                 raise
             cast_pipeline(model.pipeline, DTYPES[self.dtype])
             model.pipeline.to(default_device())
