@@ -118,8 +118,11 @@ def build(app: App, tabs: gr.Tabs, tab: gr.Tab, generate_tab: GenerateTab) -> No
     @gr.render(inputs=[changed], triggers=[tab.select, changed.change], show_progress="hidden")
     def cards(_: int, request: gr.Request) -> None:
         found, broken = library.entries(app.visitor(request).library)
-        for sentence in broken:
-            gr.Markdown(html.escape(sentence), elem_classes=["note", "warn"])
+        for name, sentence in broken:
+            with gr.Row():
+                gr.Markdown(html.escape(sentence), elem_classes=["note", "warn"])
+                remove = gr.Button("Delete", size="sm", min_width=80, scale=0)
+            remove.click(shelf.delete, [gr.State(name), changed], [changed, deleted, undo_row, said], **PRIVATE)
         if not found:
             gr.HTML(EMPTY)
             return
