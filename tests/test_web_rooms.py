@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from svfit_dreambooth import TrainConfig, read_adapter, save_adapter, train
+from svfit_dreambooth import TrainConfig, adapter, read_adapter, save_adapter, train
+from svfit_dreambooth.base_model import open_base_model
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.generation import free_path, save_picture
 from svfit_dreambooth.run_folder import read_progress
@@ -190,9 +191,30 @@ def test_library_refuses_what_is_no_adapter(tmp_path, adapter_path):
     assert library.names(folder) == []
     library.add(folder, adapter_path)
     (folder / "broken.safetensors").write_bytes(b"no")
-    found, sentences = library.entries(folder)
+    found, ((name, sentence),) = library.entries(folder)
     assert [entry.name for entry in found] == ["dog"] and found[0].instance_prompt == "a photo of sks dog"
-    assert len(sentences) == 1 and "broken.safetensors" in sentences[0]
+    assert name == "broken" and "broken.safetensors" in sentence and str(tmp_path) not in sentence
+
+
+def test_one_strange_file_hides_no_other_and_can_go(tmp_path, adapter_path, monkeypatch):
+    folder, describe = tmp_path / "adapters", adapter.describe_adapter
+    for name in ("dog", "strange"):
+        library.add(folder, adapter_path, name=name)
+
+    def describe_adapter(read, path):
+        if Path(path).stem == "strange":
+            raise IndexError("list index out of range")
+        return describe(read, path)
+
+    monkeypatch.setattr(adapter, "describe_adapter", describe_adapter)
+    found, ((name, sentence),) = library.entries(folder)
+    assert [entry.name for entry in found] == ["dog"]
+    assert name == "strange" and sentence.startswith("strange.safetensors cannot be read as an adapter (IndexError")
+    (folder / "strange.safetensors").write_bytes(b"no adapter at all")
+    token = library.delete(folder, name)
+    assert library.entries(folder)[1] == []
+    assert library.restore(folder, token) == "strange"
+    assert (folder / "strange.safetensors").read_bytes() == b"no adapter at all"
 
 
 # ---------------------------------------------------------------- the queue
@@ -409,6 +431,25 @@ def test_a_name_in_a_file_opens_nothing_new(workspace, tiny_base, adapter_path, 
     (workspace.models / "tiny-kl").symlink_to(tiny_base)
     _, painted = paint(Studio(Bases(workspace.models)), Order("a dog", AS_TRAINED, [(path, 1.0)], **SIZE))
     assert len(painted) == 1
+
+
+@pytest.mark.parametrize("place", ["folder.v1", "link", "link.safetensors", "model.v2.safetensors", "."])
+def test_a_base_has_one_name_on_the_page_and_in_adapters(tmp_path, tiny_base, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_base, tmp_path / "folder.v1")
+    (tmp_path / "link").symlink_to("folder.v1")
+    (tmp_path / "model.v2.safetensors").touch()
+    (tmp_path / "link.safetensors").symlink_to("model.v2.safetensors")
+    if place == ".":
+        monkeypatch.chdir(tmp_path / "folder.v1")
+    recorded = {"link.safetensors": "model.v2", "model.v2.safetensors": "model.v2", ".": "folder.v1"}.get(place, place)
+    if Path(place).is_dir():
+        assert open_base_model(place).name == recorded
+    offered = Bases(tmp_path / "none", (place,))
+    assert offered.names()[1:] == [recorded] and offered.resolve(recorded, typed=False)[0] == place
+    if place != ".":
+        found = Path(Bases(tmp_path).resolve(recorded, typed=False)[0])
+        assert found.samefile(place) and found.is_dir() == Path(place).is_dir()
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from typing import Any
 
 from svfit_dreambooth.config import TOYBOX
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.options import base_name
 
 MAX_PIXELS = 2048  # of a side
 MAX_PICTURES = 64  # of one order
@@ -67,9 +68,11 @@ class Bases:
         for extra in self.extra:
             if name in (extra, _shown(extra)):
                 return extra, {}
-        for path in self.models.glob("*"):
-            if name in (path.name, path.stem) and _is_model(path):
-                return str(path), {}
+        models = [path for path in sorted(self.models.glob("*")) if _is_model(path)]
+        for called in (lambda path: path.name, base_name, lambda path: path.stem):
+            for path in models:
+                if name == called(path):
+                    return str(path), {}
         repository, _, revision = name.partition("@")
         if not HUB_ID.fullmatch(repository) or repository.startswith(".") or Path(repository).exists():
             raise SVFitError(
@@ -292,6 +295,6 @@ def _is_model(path: Path) -> bool:
 
 
 def _shown(name: str) -> str:
-    """A base of the command line, as the page calls it: without the folders above it."""
+    """A base of the command line, as the page and the adapters trained on it call it."""
     path = Path(name)
-    return path.resolve().name if path.exists() else name
+    return base_name(path) if path.exists() else name
