@@ -20,9 +20,11 @@ from svfit_dreambooth.generation import free_path, save_picture
 from svfit_dreambooth.run_folder import read_progress
 from svfit_dreambooth.sharing.metadata import annotate_adapter
 from svfit_dreambooth.web import jobs, library, pictures
+from svfit_dreambooth.web import studio as web_studio
+from svfit_dreambooth.web.bases import Bases
 from svfit_dreambooth.web.jobs import Jobs
 from svfit_dreambooth.web.progress import sum_up
-from svfit_dreambooth.web.studio import AS_TRAINED, Bases, Order, Studio
+from svfit_dreambooth.web.studio import AS_TRAINED, Order, Studio, working_dtype
 from svfit_dreambooth.web.workspace import (
     Workspace,
     add_photos,
@@ -411,6 +413,43 @@ def test_painting_stops_within_a_step(workspace, tiny_base):
     order = Order("a dog", tiny_base.name, num_images=3, **SIZE)
     told, painted = paint(studio, order, cancelled, stop)
     assert len(painted) == 1 and (told[-1].kind, told[-1].number, told[-1].step) == ("step", 1, 1)
+
+
+def test_a_base_on_a_gpu_makes_room_for_runs_and_after_a_while(workspace, tiny_base, monkeypatch):
+    studio, order = Studio(Bases(workspace.models, (str(tiny_base),))), Order("a dog", tiny_base.name, **SIZE)
+    paint(studio, order)
+    studio.make_room()
+    assert studio._model is not None  # on the CPU it stays
+    monkeypatch.setattr(web_studio, "on_gpu", lambda model: model is not None)
+    weights = studio._model.pipeline.unet.conv_in
+    studio.make_room()
+    assert studio._model is None and weights.weight.device.type == "meta"
+
+    def ask(event):
+        if event.kind == "step":
+            studio.make_room()
+
+    told, painted = paint(studio, order, on_told=ask)
+    assert told[0].kind == "opening" and len(painted) == 1 and studio._model is None
+    monkeypatch.setattr(web_studio, "IDLE", 0.05)
+    paint(studio, order)
+    until(lambda: studio._model is None)
+    until(lambda: not studio._lock.locked())
+    assert (working_dtype("cuda"), working_dtype("cpu")) == ("float16", "float32")
+
+
+def test_a_run_asks_for_room_before_it_starts(workspace, visitor, photo_folder, command, monkeypatch):
+    asked = []
+    monkeypatch.setattr(jobs, "_devices", lambda: ["3", "5"])
+    server = Jobs(workspace, make_room=lambda: asked.append(server.find(visitor, job.id).started))
+    job = submit(server, visitor, photo_folder)
+    server.tend()
+    other = submit(server, visitor, photo_folder)  # on the other device
+    server.tend()
+    assert asked == [0] and server.state(other) == "running"
+    for each in (job, other):
+        server.stop(each)
+        until(lambda each=each: server.state(each) == "stopped")
 
 
 @pytest.mark.parametrize("name", ["/etc", "../tiny-kl", "toybox/weights", ".", "", "a b"])

@@ -60,12 +60,19 @@ class Job:
 class Jobs:
     """The runs of a workspace.  `start_queue` lets a thread start them in turn; without it they only wait.
 
-    `offline`: tells of a base model whether the run that opens it may ask no network.
+    `offline`: tells of a base model whether the run that opens it may ask no network.  `make_room`: is called before
+    a run starts on the device on which the page paints.
     """
 
-    def __init__(self, workspace: Workspace, offline: Callable[[str], bool] = lambda base: False):
+    def __init__(
+        self,
+        workspace: Workspace,
+        offline: Callable[[str], bool] = lambda base: False,
+        make_room: Callable[[], None] = lambda: None,
+    ):
         self.workspace = workspace
         self.offline = offline
+        self.make_room = make_room
         self.folder = workspace.jobs
         self._children: list[subprocess.Popen[bytes]] = []
         self._wake = threading.Event()
@@ -231,7 +238,8 @@ class Jobs:
 
     def _start(self, job: Job) -> None:
         folder = self.folder / job.id
-        for device in _devices():
+        devices = _devices()
+        for device in devices:
             with locked(self.folder / f".device-{device}") as device_lock, locked(folder / ".process") as own_lock:
                 if device_lock is None or own_lock is None:
                     continue
@@ -243,6 +251,8 @@ class Jobs:
                         command += ["--resume_from_checkpoint", "latest"]
                     log.write(f"started {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
                     log.flush()
+                    if device == devices[0]:
+                        self.make_room()
                     child = subprocess.Popen(
                         command,
                         cwd=COMMAND.parent,
