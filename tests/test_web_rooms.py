@@ -1,5 +1,6 @@
 """What stands behind the page, without a browser: uploads, library, queue, and the base that paints."""
 
+import errno
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from svfit_dreambooth.run_folder import read_progress
 from svfit_dreambooth.sharing.metadata import annotate_adapter
 from svfit_dreambooth.web import jobs, library, pictures
 from svfit_dreambooth.web import studio as web_studio
+from svfit_dreambooth.web import workspace as workspace_files
 from svfit_dreambooth.web.bases import Bases
 from svfit_dreambooth.web.jobs import Jobs
 from svfit_dreambooth.web.progress import sum_up
@@ -134,6 +136,25 @@ def test_served_files_have_names_that_nobody_guesses(workspace, tmp_path):
     other = Workspace(tmp_path / "other")
     assert os.path.relpath(served, workspace.served) != os.path.relpath(serve(other, file), other.served)
     assert (workspace.folder / "secret").stat().st_mode & 0o077 == 0
+
+
+def test_a_disk_without_links_serves_and_imports(workspace, tmp_path, adapter_path, monkeypatch):
+    def link(source, target, **options):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    served = serve(workspace, adapter_path)
+    assert Path(served).read_bytes() == adapter_path.read_bytes() and served == serve(workspace, adapter_path)
+    word = (workspace.folder / "secret").read_text()
+    assert len(word) == 64 and (workspace.folder / "secret").stat().st_mode & 0o077 == 0
+    folder = tmp_path / "adapters"
+    assert [library.add(folder, adapter_path) for _ in range(2)] == ["dog", "dog-2"]
+    assert (folder / "dog-2.safetensors").read_bytes() == adapter_path.read_bytes()
+    assert sorted(path.name for path in folder.iterdir()) == ["dog-2.safetensors", "dog.safetensors"]
+    (tmp_path / "new").write_text("new")
+    (tmp_path / "old").write_text("old")
+    assert not workspace_files.place(tmp_path / "new", tmp_path / "old")
+    assert (tmp_path / "old").read_text() == "old" and not (tmp_path / "new").exists()
 
 
 # ---------------------------------------------------------------- library
@@ -316,6 +337,30 @@ def test_a_killed_run_is_told_from_a_failed_one(workspace, visitor, photo_folder
     failed = submit(server, visitor, photo_folder, instance_prompt="bad")
     until(lambda: server.tend() or server.state(server.find(visitor, failed.id)) == "failed")
     assert server.complaint(failed) == "these words do not work: use others."
+
+
+def test_a_full_disk_stops_no_other_run_and_loses_nothing(
+    workspace, visitor, photo_folder, command, monkeypatch, capsys
+):
+    server, place = Jobs(workspace), library.place
+    jobs_ = [submit(server, visitor, photo_folder, name) for name in ("full", "other")]
+    for job in jobs_:
+        (workspace.jobs / job.id / "go").touch()
+
+    def full(temporary, target):
+        if target.stem == "full":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return place(temporary, target)
+
+    monkeypatch.setattr(library, "place", full)
+    until(lambda: server.tend() or server.find(visitor, jobs_[1].id).library_name == "other")
+    assert server.state(jobs_[0]) == "finished" and server.find(visitor, jobs_[0].id).library_name is None
+    assert capsys.readouterr().err.count("No space left") == 1  # not every second
+    monkeypatch.setattr(library, "place", place)
+    server._rests.clear()  # a minute later
+    server.tend()
+    assert server.find(visitor, jobs_[0].id).library_name == "full"
+    assert sorted(library.names(visitor.library)) == ["full", "other"]
 
 
 def test_strangers_see_neither_runs_nor_results(tmp_path, photo_folder, command):

@@ -34,6 +34,7 @@ from svfit_dreambooth.web.workspace import Visitor, Workspace, file_name, librar
 
 COMMAND = Path(__file__).resolve().parents[2] / "train_dreambooth_svfit.py"
 TICK = 1.0  # seconds between looks at the queue
+AGAIN = 60.0  # seconds after which what went wrong with a job is tried again
 MAX_QUEUED = 20  # runs of one owner that may wait
 
 
@@ -76,6 +77,7 @@ class Jobs:
         self.folder = workspace.jobs
         self._children: list[subprocess.Popen[bytes]] = []
         self._wake = threading.Event()
+        self._rests: dict[str, float] = {}  # id of a job that went wrong -> monotonic time from which it is tried again
 
     def start_queue(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -222,10 +224,20 @@ class Jobs:
             jobs = self._all()
             for job in jobs:
                 if job.filed < job.started and not self._alive(job):
-                    self._file(job)
+                    self._try(self._file, job)
             for job in sorted(jobs, key=lambda job: job.asked_at):
                 if job.asked > job.started:
-                    self._start(job)
+                    self._try(self._start, job)
+
+    def _try(self, act: Callable[[Job], None], job: Job) -> None:
+        """Does it; the others in line wait neither for a full disk nor for a broken file, and it comes again later."""
+        if time.monotonic() < self._rests.get(job.id, 0.0):
+            return
+        try:
+            act(job)
+        except (OSError, SVFitError, ValueError) as error:
+            self._rests[job.id] = time.monotonic() + AGAIN
+            print(f"warning: the run of {job.name}, tried again in {AGAIN:.0f} s: {error}", file=sys.stderr)
 
     def _serve_queue(self) -> None:
         while True:
@@ -277,13 +289,10 @@ class Jobs:
         folder = library_of(self.workspace, job.owner)
         name = job.library_name
         if adapter.is_file():
-            try:
-                if name is not None and name in library.names(folder):
-                    library.replace(folder, name, adapter)
-                else:
-                    name = library.add(folder, adapter)
-            except SVFitError as error:  # the others in line must not wait for this one
-                print(f"warning: {job.name} is not in the library: {error}", file=sys.stderr)
+            if name is not None and name in library.names(folder):
+                library.replace(folder, name, adapter)
+            else:
+                name = library.add(folder, adapter)
         with self._changing(job.id) as changed:
             changed.filed, changed.library_name = changed.started, name
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import save_png, write_atomically
-from svfit_dreambooth.web.workspace import MAX_ADAPTER_BYTES, file_name
+from svfit_dreambooth.web.workspace import MAX_ADAPTER_BYTES, file_name, place
 
 if TYPE_CHECKING:  # the page opens before torch is imported
     from svfit_dreambooth.adapter import Adapter
@@ -163,14 +163,12 @@ def _place(source: Path, target: Path) -> bool:
     if target.name.casefold() in {path.name.casefold() for path in target.parent.iterdir()}:
         return False
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
-    shutil.copyfile(source, temporary)
     try:
-        os.link(temporary, target)  # never over a file that came meanwhile
-    except FileExistsError:
-        return False
-    finally:
-        temporary.unlink()
-    return True
+        shutil.copyfile(source, temporary)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    return place(temporary, target)  # never over a file that came meanwhile
 
 
 def rename(folder: Path, name: str, new_name: str) -> str:
