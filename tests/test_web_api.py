@@ -11,7 +11,7 @@ from PIL import Image
 
 pytest.importorskip("gradio", reason="gradio is not installed")
 
-from svfit_dreambooth import TrainConfig, read_adapter, train
+from svfit_dreambooth import TrainConfig, read_adapter, save_adapter, train
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web import page as web
 from svfit_dreambooth.web.painting import STRENGTHS, Painting
@@ -98,7 +98,7 @@ class Request:
 
 def test_a_strip_over_strengths_and_its_settings_taken_up(served, adapter_path, tiny_base):
     _, app, _ = served
-    painting, mine, theirs = Painting(app, []), Request("a" * 32), Request("b" * 32)
+    painting, mine, theirs = Painting(app), Request("a" * 32), Request("b" * 32)
     visitor = app.visitor(mine)
     visitor.uploads.mkdir(parents=True)
     shutil.copy(adapter_path, visitor.uploads / "own.safetensors")
@@ -125,6 +125,39 @@ def public(tmp_path, tiny_base, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     _, app = web.build_page(workspace, (), (str(tiny_base),), download=False)
     return app
+
+
+def test_adapters_of_the_command_line_are_for_all_but_theirs_to_paint_with_alone(
+    tmp_path, tiny_base, adapter_path, monkeypatch
+):
+    import gradio as gr
+
+    from svfit_dreambooth.web import library
+    from svfit_dreambooth.web.api import Endpoints
+    from svfit_dreambooth.web.library_tab import Shelf
+
+    workspace = Workspace(tmp_path / "home", shared=False)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(workspace.served))
+    library.add(workspace.folder / "adapters", adapter_path, name="private")
+    offered = shutil.copy(adapter_path, tmp_path / "mug.safetensors")
+    read = read_adapter(offered)
+    read.title = "another file than the private one"
+    _, app = web.build_page(workspace, (save_adapter(read, offered),), (str(tiny_base),), download=False)
+    request = Request("c" * 32)
+    visitor = app.visitor(request)
+    assert app.adapter_choices(visitor) == [("mug (offered)", "offered/mug")]
+    assert Painting(app).open_page(request)[1].value == ["offered/mug"]
+    assert app.adapter_file(visitor, "offered/mug").samefile(workspace.folder / "adapters" / "mug.safetensors")
+    painted = Endpoints(app).generate("a dog", {"mug": 1.0}, tiny_base.name, "", 1, 0, 1, 0, 16, 16, request)
+    assert painted[0][1].startswith("mug 1")
+    assert [entry["name"] for entry in Endpoints(app).list_adapters(request)] == ["mug"]
+    for choice in ("offered/private", "library/mug", "library/private"):
+        with pytest.raises(SVFitError, match="no adapter called"):
+            app.adapter_file(visitor, choice)
+    with pytest.raises(gr.Error, match="no adapter called"):
+        Shelf(app).delete("mug", 0, request)
+    library.add(visitor.library, adapter_path, name="mug")
+    assert app.find_adapter(visitor, "mug") == visitor.library / "mug.safetensors"
 
 
 def test_no_way_of_training_downloads_for_a_stranger(public, photo_folder, monkeypatch):

@@ -14,7 +14,7 @@ from svfit_dreambooth.web.draft import ADVANCED, Draft
 from svfit_dreambooth.web.painting import keep_picture
 from svfit_dreambooth.web.progress import sum_up
 from svfit_dreambooth.web.studio import AS_TRAINED, Order, Told
-from svfit_dreambooth.web.workspace import add_photos, photo_files, remove_photo
+from svfit_dreambooth.web.workspace import add_photos, library_of, photo_files, remove_photo
 
 
 class Endpoints:
@@ -37,7 +37,7 @@ class Endpoints:
         order = Order(
             prompt=prompt,
             base=base or AS_TRAINED,
-            adapters=[(library.find(visitor.library, name), float(s)) for name, s in (adapters or {}).items()],
+            adapters=[(self.app.find_adapter(visitor, name), float(s)) for name, s in (adapters or {}).items()],
             negative_prompt=negative_prompt or "",
             num_images=int(num_images),
             seed=int(seed),
@@ -58,8 +58,10 @@ class Endpoints:
 
     @plainly
     def list_adapters(self, request: gr.Request) -> list[dict[str, Any]]:
-        """The adapters of the library: name, words, base, bytes."""
+        """The adapters of the library, then those that all may paint with: name, words, base, bytes."""
         found, _ = library.entries(self.app.visitor(request).library)
+        names = [Path(choice).name for choice in self.app.offers() if choice.startswith("offered/")]
+        found += [library.entry(library_of(self.app.workspace, ""), name) for name in names]
         return [
             {
                 "name": entry.name,

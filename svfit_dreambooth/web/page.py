@@ -105,7 +105,7 @@ def build_page(
     *,
     download: bool = True,
 ) -> tuple[Any, Any]:
-    """The page and what is behind it.  `adapters` are put into the library; `download`: hub ids may be fetched."""
+    """The page and what is behind it.  `adapters` are put into the library and chosen; `download`: hub ids may be fetched."""
     import gradio as gr
 
     from svfit_dreambooth.web import api as web_api
@@ -123,7 +123,7 @@ def build_page(
     library.empty_trash(own)
     chosen = [_from_command_line(own, path) for path in adapters]
     studio = Studio(Bases(workspace.models, bases, download), dtype)
-    app = App(workspace, studio, Jobs(workspace, studio.bases.offline, studio.make_room))
+    app = App(workspace, studio, Jobs(workspace, studio.bases.offline, studio.make_room), chosen)
     with gr.Blocks(title="SVFit DreamBooth", analytics_enabled=False, delete_cache=(3600, 7 * 24 * 3600)) as page:
         gr.HTML(
             "<h1>SVFit DreamBooth</h1><p>Teach an image model your dog, mug or toy from a few photos; "
@@ -132,7 +132,7 @@ def build_page(
         )
         with gr.Tabs() as tabs:
             with gr.Tab("Generate", id="generate"):
-                generate_tab = web_generate.build(app, page, chosen)
+                generate_tab = web_generate.build(app, page)
             with gr.Tab("Train", id="train"):
                 web_train.build(app, page, tabs, generate_tab)
             with gr.Tab("Adapters", id="adapters") as tab:
