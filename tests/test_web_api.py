@@ -160,6 +160,25 @@ def test_adapters_of_the_command_line_are_for_all_but_theirs_to_paint_with_alone
     assert app.find_adapter(visitor, "mug") == visitor.library / "mug.safetensors"
 
 
+def test_a_program_trains_on_its_own_photos_and_leaves_those_of_the_page(public, photo_folder):
+    from svfit_dreambooth.web.api import Endpoints
+    from svfit_dreambooth.web.draft import Draft, bundled_subjects
+    from svfit_dreambooth.web.workspace import photo_files
+
+    request, photos = Request("d" * 32), sorted(photo_folder.glob("*.png"))[:2]
+    visitor, toy = public.visitor(request), bundled_subjects()[0]
+    Draft(public).take_bundled(toy, request)
+    laid_out = {path.name: path.read_bytes() for path in visitor.photos.iterdir()}
+    id = Endpoints(public).train([str(path) for path in photos], "dog", "sks", "dog", "toybox", "fast", 3, request)
+    job = public.jobs.find(visitor, id)
+    folder = public.workspace.jobs / id / "photos"
+    assert job.options["instance_data_dir"] == str(folder)
+    for given, taken in zip(photos, photo_files(folder), strict=True):
+        assert Image.open(given).tobytes() == Image.open(taken).tobytes()
+    assert {path.name: path.read_bytes() for path in visitor.photos.iterdir()} == laid_out
+    assert [path.name for path in visitor.folder.iterdir()] == ["photos"]
+
+
 def test_no_way_of_training_downloads_for_a_stranger(public, photo_folder, monkeypatch):
     import gradio as gr
 

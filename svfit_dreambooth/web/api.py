@@ -2,6 +2,7 @@
 
 import threading
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import gradio as gr
@@ -14,7 +15,7 @@ from svfit_dreambooth.web.draft import ADVANCED, Draft
 from svfit_dreambooth.web.painting import keep_picture
 from svfit_dreambooth.web.progress import sum_up
 from svfit_dreambooth.web.studio import AS_TRAINED, Order, Told
-from svfit_dreambooth.web.workspace import add_photos, library_of, photo_files, remove_photo
+from svfit_dreambooth.web.workspace import add_photos, library_of
 
 
 class Endpoints:
@@ -89,13 +90,13 @@ class Endpoints:
     ) -> str:  # fmt: skip
         """Queues a run on the given photos; returns its id. steps: 0 takes the preset's."""
         visitor = self.app.visitor(request)
-        for path in photo_files(visitor.photos):
-            remove_photo(path)
-        if refused := add_photos(visitor.photos, [Path(photo) for photo in photos or []]):
-            raise SVFitError(" ".join(refused))
         advanced = dict.fromkeys(ADVANCED) | {"max_train_steps": str(int(steps)) if steps else None}
-        options = self.draft.options(visitor, word, kind, base, preset or None, *advanced.values())
-        return self.app.jobs.submit(visitor, name, options).id
+        visitor.folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".photos-", dir=visitor.folder) as place:  # those on the page stay as they are
+            if refused := add_photos(Path(place), [Path(photo) for photo in photos or []]):
+                raise SVFitError(" ".join(refused))
+            options = self.draft.options(Path(place), word, kind, base, preset or None, *advanced.values())
+            return self.app.jobs.submit(visitor, name, options, Path(place)).id
 
     @plainly
     def run_state(self, id: str, request: gr.Request) -> dict[str, Any]:

@@ -108,8 +108,8 @@ class Draft:
         """The prompt of the photos."""
         return " ".join(f"a photo of {word} {kind}".split())
 
-    def options(self, visitor: Visitor, word: str, kind: str, base: str, preset: str | None, *advanced: Any) -> dict:
-        """The form as options of a run; what is left empty is left to the run.  Raises SVFitError for bad words."""
+    def options(self, photos: Path, word: str, kind: str, base: str, preset: str | None, *advanced: Any) -> dict:
+        """The form as options of a run on the folder `photos`; what is left empty is left to the run.  Raises SVFitError for bad words."""
         for text, what, example in ((word, "Its word", "sks"), (kind, "What it is", "dog")):
             if not (text or "").strip():
                 raise SVFitError(f"“{what}” is empty: write a word, such as {example}.")
@@ -127,7 +127,7 @@ class Draft:
             options[name] = number(name, value) if name in NUMBERS else value
         if not options["with_prior_preservation"]:
             del options["class_prompt"]
-        subject = self._bundled(visitor)
+        subject = _bundled(photos)
         if subject is not None and place == TOYBOX:
             options["instance_data_dir"] = str(SUBJECTS / subject)  # so that the run's judge knows the toy
         given = {n: value for n, value in options.items() if n in NAMES and value is not None and value != ""}
@@ -175,12 +175,14 @@ class Draft:
             remove_photo(path)
         (visitor.photos / BUNDLED).unlink(missing_ok=True)
 
-    def _bundled(self, visitor: Visitor) -> str | None:
-        try:
-            subject = (visitor.photos / BUNDLED).read_text(encoding="utf-8")
-        except OSError:
-            return None
-        return subject if subject in bundled_subjects() else None
+
+def _bundled(photos: Path) -> str | None:
+    """The toy whose photos, untouched, are in the folder."""
+    try:
+        subject = (photos / BUNDLED).read_text(encoding="utf-8")
+    except OSError:
+        return None
+    return subject if subject in bundled_subjects() else None
 
 
 def bundled_subjects() -> list[str]:

@@ -84,13 +84,14 @@ class Jobs:
         self.empty_trash()
         threading.Thread(target=self._serve_queue, name="training queue", daemon=True).start()
 
-    def submit(self, visitor: Visitor, name: str, options: dict[str, Any]) -> Job:
-        """A new run with the photos that the visitor has laid out, at the end of the queue.
+    def submit(self, visitor: Visitor, name: str, options: dict[str, Any], photos_folder: Path | None = None) -> Job:
+        """A new run at the end of the queue, with the photos that the visitor has laid out or those of `photos_folder`.
 
-        `options`: those of TrainConfig, without the folder of the run, and of the photos unless others are to be taken.  Raises SVFitError for options that no run could use.
+        `options`: those of TrainConfig, without the folder of the run, and of the photos unless others are to be taken
+        than those.  Raises SVFitError for options that no run could use.
         """
         name = file_name(name, "name of the adapter")
-        photos = [] if "instance_data_dir" in options else photo_files(visitor.photos)
+        photos = [] if "instance_data_dir" in options else photo_files(photos_folder or visitor.photos)
         if not photos and "instance_data_dir" not in options:
             raise SVFitError("there are no photos yet: add 3 to 10 of your subject.")
         if not str(options.get("instance_prompt") or "").strip():
