@@ -87,6 +87,12 @@ def test_only_endpoints_with_names_are_shown(served):
     }  # fmt: skip
 
 
+def gr_skip():
+    import gradio as gr
+
+    return gr.skip()
+
+
 class Request:
     """What a handler sees of a browser."""
 
@@ -167,7 +173,7 @@ def test_a_program_trains_on_its_own_photos_and_leaves_those_of_the_page(public,
 
     request, photos = Request("d" * 32), sorted(photo_folder.glob("*.png"))[:2]
     visitor, toy = public.visitor(request), bundled_subjects()[0]
-    Draft(public).take_bundled(toy, request)
+    Draft(public).take_bundled(toy, "", request)
     laid_out = {path.name: path.read_bytes() for path in visitor.photos.iterdir()}
     id = Endpoints(public).train([str(path) for path in photos], "dog", "sks", "dog", "toybox", "fast", 3, request)
     job = public.jobs.find(visitor, id)
@@ -176,7 +182,45 @@ def test_a_program_trains_on_its_own_photos_and_leaves_those_of_the_page(public,
     for given, taken in zip(photos, photo_files(folder), strict=True):
         assert Image.open(given).tobytes() == Image.open(taken).tobytes()
     assert {path.name: path.read_bytes() for path in visitor.photos.iterdir()} == laid_out
-    assert [path.name for path in visitor.folder.iterdir()] == ["photos"]
+    assert {path.name for path in visitor.folder.iterdir()} == {"photos", "form.json"}
+
+
+def test_remarks_go_by_base_and_resolution_and_words_come_back(public, tmp_path):
+    from svfit_dreambooth.web.draft import Draft
+
+    request, draft = Request("e" * 32), Draft(public)
+    assert draft.show(request)[4] == gr_skip()
+    Image.radial_gradient("L").resize((200, 200)).save(tmp_path / "photo.png")
+    *_, (_, _, remarks, _, _) = draft.add([str(tmp_path / "photo.png")], "owner/name", "", request)
+    assert "smaller than the resolution of 512, will be enlarged: photo 1 (200x200)" in remarks
+    for base, resolution, warned in (
+        ("toybox", "", False), ("", "", False), ("toybox", "256", True), ("owner/name", "192", False),
+        ("owner/name", "nonsense", True),
+    ):  # fmt: skip
+        assert ("will be enlarged" in draft.remark(base, resolution, request)) == warned, (base, resolution)
+    draft.remember("my dog", "sks", "dog", request)
+    assert draft.show(request)[4:] == ("my dog", "sks", "dog")
+    draft.take_bundled("dog_patch", "", request)
+    assert draft.show(request)[4:] == ("dog_patch", "sks", "dog")
+    assert draft.show(Request("f" * 32))[4] == gr_skip()
+
+
+def test_two_tabs_at_once_paint_in_one(public, tiny_base, monkeypatch):
+    import gradio as gr
+
+    painting, request = Painting(public), Request("a" * 32)
+    form = ["a dog", "", tiny_base.name, [], 1, 1, "", 5, False, "16", "16", "just paint", False]
+    first, order = painting.generate(request, *form), Painting._order
+
+    def meanwhile(*arguments):  # the other tab gets that far while this one reads its form
+        monkeypatch.setattr(Painting, "_order", order)
+        next(first)
+        return order(*arguments)
+
+    monkeypatch.setattr(Painting, "_order", meanwhile)
+    with pytest.raises(gr.Error, match="still being painted"):
+        next(painting.generate(request, *form))
+    assert "1 picture done" in [step[0] for step in first][-1] and painting._working == {}
 
 
 def test_no_way_of_training_downloads_for_a_stranger(public, photo_folder, monkeypatch):

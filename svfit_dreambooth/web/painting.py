@@ -74,11 +74,11 @@ class Painting:
     def generate(self, request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
         """Status, gallery, names in it, selected, details, seed, and five buttons."""
         visitor = self.app.visitor(request)
-        if visitor.word in self._working:
-            raise SVFitError("your last pictures are still being painted: wait, or press Stop.")
         order, mode = self._order(visitor, *values)
         check(order)  # before the pictures that are there make room
-        cancelled = self._working[visitor.word] = threading.Event()
+        cancelled = threading.Event()
+        if self._working.setdefault(visitor.word, cancelled) is not cancelled:  # in one step: tabs may come at once
+            raise SVFitError("your last pictures are still being painted: wait, or press Stop.")
         news: queue.Queue[Told | Exception | None] = queue.Queue()
         worker = threading.Thread(target=_work, args=(self.app, order, news, cancelled), daemon=True)
         off, keep = gr.Button(interactive=False), gr.skip()
