@@ -401,6 +401,33 @@ def test_a_removed_run_comes_back_to_its_owner(tmp_path, photo_folder, command):
         server.restore(mine, job.id)
 
 
+def test_trash_of_all_visitors_is_emptied_every_day(tmp_path, adapter_path, monkeypatch):
+    workspace = Workspace(tmp_path / "home", shared=False)
+    folders = [workspace.visitor(letter * 32).library for letter in "ab"] + [workspace.folder / "adapters"]
+    server = Jobs(workspace)
+
+    def delete(days):
+        for folder in folders:
+            library.add(folder, adapter_path)
+            token = library.delete(folder, "dog")
+            os.utime(folder / ".deleted" / token, (time.time() - days * 24 * 3600,) * 2)
+
+    def left():
+        return [len(list((folder / ".deleted").iterdir())) for folder in folders]
+
+    delete(31)
+    delete(29)
+    server.tend()
+    assert left() == [1, 1, 1]
+    delete(31)
+    server.tend()
+    assert left() == [2, 2, 2]  # not every second
+    tomorrow = time.monotonic() + 24 * 3600
+    monkeypatch.setattr(jobs.time, "monotonic", lambda: tomorrow)
+    server.tend()
+    assert left() == [1, 1, 1]
+
+
 def test_what_no_run_could_use_is_refused_before_it_waits(workspace, visitor, photo_folder):
     server = Jobs(workspace)
     with pytest.raises(SVFitError, match="no photos yet"):

@@ -34,6 +34,7 @@ from svfit_dreambooth.web.workspace import Visitor, Workspace, file_name, librar
 
 COMMAND = Path(__file__).resolve().parents[2] / "train_dreambooth_svfit.py"
 TICK = 1.0  # seconds between looks at the queue
+DAY = 24 * 3600.0  # seconds
 AGAIN = 60.0  # seconds after which what went wrong with a job is tried again
 MAX_QUEUED = 20  # runs of one owner that may wait
 
@@ -77,11 +78,11 @@ class Jobs:
         self.folder = workspace.jobs
         self._children: list[subprocess.Popen[bytes]] = []
         self._wake = threading.Event()
+        self._cleans = 0.0  # monotonic time at which the trash is emptied next
         self._rests: dict[str, float] = {}  # id of a job that went wrong -> monotonic time from which it is tried again
 
     def start_queue(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.empty_trash()
         threading.Thread(target=self._serve_queue, name="training queue", daemon=True).start()
 
     def submit(self, visitor: Visitor, name: str, options: dict[str, Any], photos_folder: Path | None = None) -> Job:
@@ -211,13 +212,18 @@ class Jobs:
         raise SVFitError("that run is gone for good: it was removed too long ago, or brought back already.")
 
     def empty_trash(self) -> None:
-        """Removes for good the runs that were put aside more than 30 days ago."""
-        library.empty_trash(self.folder)
+        """Removes for good the runs and adapters, of all visitors, that were put aside more than 30 days ago."""
+        libraries = self.workspace.folder.glob("visitors/*/adapters")
+        for folder in (self.folder, library_of(self.workspace, ""), *libraries):
+            library.empty_trash(folder)
 
     # ------------------------------------------------------------ the queue
 
     def tend(self) -> None:
-        """Starts what can start, and files the results of what has ended in the library."""
+        """Starts what can start, files the results of what has ended in the library, and once a day empties the trash."""
+        if time.monotonic() >= self._cleans:
+            self._cleans = time.monotonic() + DAY
+            self.empty_trash()
         self._children = [child for child in self._children if child.poll() is None]
         with locked(self.folder / ".queue") as held:
             if held is None:

@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -220,5 +221,6 @@ def restore(folder: Path, token: str) -> str:
 def empty_trash(folder: Path) -> None:
     """Removes for good what was put into the trash of `folder`, adapters or runs, more than 30 days ago."""
     for trash in (folder / TRASH).glob("*-*"):
-        if time.time() - trash.stat().st_mtime > KEPT_SECONDS:
-            shutil.rmtree(trash)
+        with suppress(OSError):  # brought back meanwhile, or in the way of another server
+            if time.time() - trash.stat().st_mtime > KEPT_SECONDS:
+                shutil.rmtree(trash)

@@ -110,7 +110,6 @@ def build_page(
 
     from svfit_dreambooth.web import api as web_api
     from svfit_dreambooth.web import generate_tab as web_generate
-    from svfit_dreambooth.web import library
     from svfit_dreambooth.web import library_tab as web_library
     from svfit_dreambooth.web import train_tab as web_train
     from svfit_dreambooth.web.app import App
@@ -120,7 +119,6 @@ def build_page(
     from svfit_dreambooth.web.workspace import library_of
 
     own = library_of(workspace, "")
-    library.empty_trash(own)
     chosen = [_from_command_line(own, path) for path in adapters]
     studio = Studio(Bases(workspace.models, bases, download), dtype)
     app = App(workspace, studio, Jobs(workspace, studio.bases.offline, studio.make_room), chosen)
