@@ -21,6 +21,7 @@ from svfit_dreambooth.generation import free_path, save_picture
 from svfit_dreambooth.run_folder import read_progress
 from svfit_dreambooth.sharing.metadata import annotate_adapter
 from svfit_dreambooth.web import jobs, library, pictures
+from svfit_dreambooth.web import launch as process
 from svfit_dreambooth.web import studio as web_studio
 from svfit_dreambooth.web import workspace as workspace_files
 from svfit_dreambooth.web.bases import Bases
@@ -268,7 +269,7 @@ def command(tmp_path, monkeypatch, adapter_path):
         shutil.copy({str(adapter_path)!r}, out / (options["adapter_name"] + ".safetensors"))
         note(event="end", step=step, status="stopped" if asked else "finished", adapter=options["adapter_name"] + ".safetensors")
     """))  # fmt: skip
-    monkeypatch.setattr(jobs, "COMMAND", script)
+    monkeypatch.setattr(process, "COMMAND", script)
     return script
 
 
@@ -512,7 +513,7 @@ def test_a_base_on_a_gpu_makes_room_for_runs_and_after_a_while(workspace, tiny_b
 
 def test_a_run_asks_for_room_before_it_starts(workspace, visitor, photo_folder, command, monkeypatch):
     asked = []
-    monkeypatch.setattr(jobs, "_devices", lambda: ["3", "5"])
+    monkeypatch.setattr(jobs, "devices", lambda: ["3", "5"])
     server = Jobs(workspace, make_room=lambda: asked.append(server.find(visitor, job.id).started))
     job = submit(server, visitor, photo_folder)
     server.tend()
@@ -526,7 +527,7 @@ def test_a_run_asks_for_room_before_it_starts(workspace, visitor, photo_folder, 
 
 @pytest.mark.parametrize("name", ["/etc", "../tiny-kl", "toybox/weights", ".", "", "a b"])
 def test_no_path_from_a_browser_is_opened(workspace, name, monkeypatch):
-    monkeypatch.chdir(jobs.COMMAND.parent)  # where toybox/weights is a model folder
+    monkeypatch.chdir(process.COMMAND.parent)  # where toybox/weights is a model folder
     with pytest.raises(SVFitError, match="no base model that is offered here"):
         Bases(workspace.models).resolve(name, typed=True)
 

@@ -29,10 +29,10 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import write_atomically
 from svfit_dreambooth.run_folder import read_progress
 from svfit_dreambooth.web import library
+from svfit_dreambooth.web.launch import devices, launch, log_end
 from svfit_dreambooth.web.locks import is_locked, locked
 from svfit_dreambooth.web.workspace import Visitor, Workspace, file_name, library_of, photo_files
 
-COMMAND = Path(__file__).resolve().parents[2] / "train_dreambooth_svfit.py"
 TICK = 1.0  # seconds between looks at the queue
 DAY = 24 * 3600.0  # seconds
 AGAIN = 60.0  # seconds after which what went wrong with a job is tried again
@@ -172,7 +172,7 @@ class Jobs:
     def log(self, job: Job) -> str:
         """The end of what the command printed."""
         try:
-            return _tail(self.folder / job.id / "log.txt")
+            return log_end(self.folder / job.id / "log.txt")
         except OSError:
             return ""
 
@@ -242,7 +242,7 @@ class Jobs:
             return
         try:
             act(job)
-        except (OSError, SVFitError, ValueError) as error:
+        except (OSError, SVFitError, ValueError, RuntimeError) as error:
             self._rests[job.id] = time.monotonic() + AGAIN
             print(f"warning: the run of {job.name}, tried again in {AGAIN:.0f} s: {error}", file=sys.stderr)
 
@@ -257,38 +257,21 @@ class Jobs:
 
     def _start(self, job: Job) -> None:
         folder = self.folder / job.id
-        devices = _devices()
-        for device in devices:
+        places = devices()
+        for device in places:
             with locked(self.folder / f".device-{device}") as device_lock, locked(folder / ".process") as own_lock:
                 if device_lock is None or own_lock is None:
                     continue
-                with open(folder / "log.txt", "ab") as log, self._changing(job.id) as now:
+                with self._changing(job.id) as now:
                     if now.asked <= now.started:
                         return  # stopped a moment ago
-                    command = [sys.executable, "-u", str(COMMAND), "--config", str(folder / "job.yaml")]
-                    if now.started:
-                        command += ["--resume_from_checkpoint", "latest"]
-                    log.write(f"started {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
-                    log.flush()
-                    if device == devices[0]:
+                    if device == places[0]:
                         self.make_room()
-                    child = subprocess.Popen(
-                        command,
-                        cwd=COMMAND.parent,
-                        env=self._environment(job, device),
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,  # a Ctrl-C for the server is none for the run
-                        pass_fds=(device_lock, own_lock),  # locked until the process is gone
-                    )
+                    held, offline = (device_lock, own_lock), self.offline(job.base)
+                    child = launch(folder, device, held, resume=now.started > 0, offline=offline)
                     now.pid, now.started, now.stopping = child.pid, now.started + 1, False
                 self._children.append(child)
                 return
-
-    def _environment(self, job: Job, device: str) -> dict[str, str]:
-        changes = {"CUDA_VISIBLE_DEVICES": device} if device else {}
-        return {**os.environ, **changes, **({"HF_HUB_OFFLINE": "1"} if self.offline(job.base) else {})}
 
     def _file(self, job: Job) -> None:
         """The adapter that a run has left, into its owner's library."""
@@ -327,21 +310,3 @@ class Jobs:
             job = Job(**json.loads((folder / "job.json").read_text(encoding="utf-8")))
             yield job
             write_atomically(folder / "job.json", json.dumps(asdict(job)))
-
-
-def _devices() -> list[str]:
-    """What runs are spread over: the numbers of several GPUs, or [""] for whatever there is."""
-    import torch
-
-    count = torch.cuda.device_count()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else [str(i) for i in range(count)]
-    return names[:count] if count > 1 else [""]
-
-
-def _tail(path: Path, size: int = 8000) -> str:
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - size))
-        text = file.read().decode("utf-8", errors="replace")
-    # a progress bar writes over its own line: only the last state of each is kept
-    return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))
