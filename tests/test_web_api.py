@@ -268,8 +268,35 @@ def test_lora_of_a_library_adapter(served, adapter_path, tiny_base, monkeypatch)
     maker = LoraMaker(app)
     said, _ = maker.plan("for-lora", layout, "", Request("a" * 32))
     assert "LoRA" in said or "rank" in said
-    said, button = maker.make("for-lora", layout, "", Request("a" * 32))
+    said, button = maker.make("for-lora", layout, "", False, Request("a" * 32))
     assert "compared with the adapter" in said and Path(button.value["path"]).stat().st_size > 1000
+
+
+def test_what_the_page_cannot_do_alone_it_offers(served, tiny_base, photo_folder, tmp_path):
+    import gradio as gr
+
+    from svfit_dreambooth.web import library
+    from svfit_dreambooth.web.export_tab import LAYOUTS, LoraMaker
+    from svfit_dreambooth.web.library_tab import Shelf
+
+    _, app, _ = served
+    request, folder = Request("a" * 32), app.visitor(Request("a" * 32)).library
+    for name, options in (("word", {"learned_word": "sks"}), ("keys", {"target_modules": ["to_k"]})):
+        config = TrainConfig(
+            pretrained_model_name_or_path=str(tiny_base), instance_data_dir=str(photo_folder), resolution=16,
+            instance_prompt="a photo of sks dog", max_train_steps=1, fixed_loss_examples=0, final_pictures=False,
+            adapter_name=name, output_dir=str(tmp_path / name), **options,
+        )  # fmt: skip
+        library.add(folder, train(config).adapter_path)
+    layout = next(iter(LAYOUTS))
+    with pytest.raises(gr.Error, match="^'word has learned the word sks, .* tick “Leave out learned words”"):
+        LoraMaker(app).make("word", layout, "", False, request)
+    assert "compared with the adapter" in LoraMaker(app).make("word", layout, "", True, request)[0]
+    assert Shelf(app).combine(["word", "keys"], "", "of different layers", 0, request) == 1
+    assert app.studio._lock.acquire(blocking=False)
+    app.studio._lock.release()
+    both = read_adapter(folder / "of-different-layers.safetensors")
+    assert set(both.shifts) == set(read_adapter(folder / "word.safetensors").shifts)
 
 
 def test_adapters_are_added_into_one(served, adapter_path):

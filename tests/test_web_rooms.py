@@ -1,5 +1,6 @@
 """What stands behind the page, without a browser: uploads, library, queue, and the base that paints."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -486,6 +487,19 @@ def test_painting_stops_within_a_step(workspace, tiny_base):
     order = Order("a dog", tiny_base.name, num_images=3, **SIZE)
     told, painted = paint(studio, order, cancelled, stop)
     assert len(painted) == 1 and (told[-1].kind, told[-1].number, told[-1].step) == ("step", 1, 1)
+
+
+def test_a_related_base_is_allowed_only_while_it_is_asked_for(workspace, tiny_base, tiny_base_v, adapter_path):
+    studio = Studio(Bases(workspace.models, (str(tiny_base), str(tiny_base_v))))
+    order = Order("a dog", tiny_base_v.name, [(adapter_path, 1.0)], **SIZE)
+    _, lenient = paint(studio, dataclasses.replace(order, allow_other_base=True))
+    with pytest.raises(SVFitError, match="base"):
+        paint(studio, order)
+    _, again = paint(studio, dataclasses.replace(order, allow_other_base=True))
+    assert np.array_equal(pixels(lenient[0]), pixels(again[0]))
+    own = dataclasses.replace(order, base=tiny_base.name)
+    for allowed in (True, False, False):
+        assert len(paint(studio, dataclasses.replace(own, allow_other_base=allowed))[1]) == 1
 
 
 def test_a_base_on_a_gpu_makes_room_for_runs_and_after_a_while(workspace, tiny_base, monkeypatch):

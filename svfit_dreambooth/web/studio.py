@@ -66,6 +66,7 @@ class Studio:
         self._model: Any = None
         self._opened: tuple[str, str] | None = None  # (name, options)
         self._loaded: dict[tuple[str, int, int], str] = {}  # (path, time, size) of a file -> its name on the pipeline
+        self._lenient: set[str] = set()  # those names whose base was not to be the adapter's own
 
     def paint(self, order: Order, tell: Callable[[Told], None], cancelled: threading.Event) -> None:
         """Paints `order`, telling of every step and picture; `cancelled` stops it within a denoising step."""
@@ -201,17 +202,20 @@ class Studio:
                     module.to("meta")  # gives its memory back, whoever still knows of it
         self._model, self._opened = None, None
         self._loaded.clear()
+        self._lenient.clear()
         gc.collect()
         torch.cuda.empty_cache()
 
     def _exchange(self, model: Any, adapters: Sequence[tuple[Path, Any, float]], any_base: bool) -> dict[str, float]:
         """Puts exactly `adapters` on the base; returns their names on the pipeline, with strengths."""
-        from svfit_dreambooth.pipeline import load_adapter, unload_adapter
+        from svfit_dreambooth.pipeline import load_adapter
 
         wanted = {}
         for path, adapter, strength in adapters:
             stat = path.stat()
             wanted[(str(path), stat.st_mtime_ns, stat.st_size)] = (path, adapter, strength)
+        for key in [key for key in wanted if self._loaded.get(key) in self._lenient and not any_base]:
+            self._unload(model, key)  # what was let on then is looked at again
         # newcomers come before others leave, so that the directions stay in the layers
         strengths = {}
         leaving = {key: name for key, name in self._loaded.items() if key not in wanted}
@@ -220,18 +224,25 @@ class Studio:
                 name, number = path.stem, 1
                 while name in leaving.values() and number == 1:
                     old = next(old for old, taken in leaving.items() if taken == name)
-                    unload_adapter(model.pipeline, name)
-                    del leaving[old], self._loaded[old]
+                    self._unload(model, old)
+                    del leaving[old]
                 while name in self._loaded.values():
                     number += 1
                     name = f"{path.stem}-{number}"
                 load_adapter(model.pipeline, adapter, 0.0, name, allow_other_base=any_base)
                 self._loaded[key] = name
+                if any_base:
+                    self._lenient.add(name)
             strengths[self._loaded[key]] = strength
-        for key, name in leaving.items():
-            unload_adapter(model.pipeline, name)
-            del self._loaded[key]
+        for key in leaving:
+            self._unload(model, key)
         return strengths
+
+    def _unload(self, model: Any, key: tuple[str, int, int]) -> None:
+        from svfit_dreambooth.pipeline import unload_adapter
+
+        unload_adapter(model.pipeline, self._loaded[key])
+        self._lenient.discard(self._loaded.pop(key))
 
     def _set(self, model: Any, strengths: dict[str, float]) -> None:
         from svfit_dreambooth.pipeline import set_adapters
