@@ -122,7 +122,7 @@ def build(app: App, tabs: gr.Tabs, tab: gr.Tab, generate_tab: GenerateTab) -> No
         found, broken = library.entries(app.visitor(request).library)
         for name, sentence in broken:
             with gr.Row():
-                gr.Markdown(html.escape(sentence), elem_classes=["note", "warn"])
+                gr.HTML(f'<div class="note warn">{html.escape(sentence)}</div>')
                 remove = gr.Button("Delete", size="sm", min_width=80, scale=0)
             remove.click(shelf.delete, [gr.State(name), changed], [changed, deleted, undo_row, said], **PRIVATE)
         if not found:
