@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from svfit_dreambooth.config import TOYBOX
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.options import base_name
 
 logger = logging.getLogger(__name__)
 
@@ -158,10 +159,10 @@ def open_base_model(
             f"{name} takes {pipeline.unet.config.in_channels} channels, as inpainting models do: give the plain model."
         )
     pipeline.set_progress_bar_config(disable=True)
-    display = name if not path.exists() or name == TOYBOX else path.resolve().stem if path.is_file() else path.name
+    display = name if name == TOYBOX or not path.exists() else base_name(path)
     if revision is not None and not path.exists():
         display += f"@{revision}"
-    return BaseModel(display or path.resolve().name, pipeline)
+    return BaseModel(display, pipeline)
 
 
 def _folder_kind(folder: str) -> str | None:

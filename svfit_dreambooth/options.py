@@ -5,11 +5,17 @@ far larger learning rates than LoRA matrices, and a rank of 4 would train four n
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from svfit_dreambooth.errors import SVFitError
 
 TOYBOX = "toybox"  # the word that names the embedded base model
+
+
+def base_name(path: Path) -> str:
+    """What adapter files and the page call a base model that is a folder or a file, without the folders above it."""
+    return path.resolve().stem if path.is_file() else path.name or path.resolve().name
 
 
 def _option(default: Any, help: str, **metadata: Any) -> Any:

@@ -11,7 +11,7 @@ from PIL import Image
 
 pytest.importorskip("gradio", reason="gradio is not installed")
 
-from svfit_dreambooth import TrainConfig, read_adapter, train
+from svfit_dreambooth import TrainConfig, read_adapter, save_adapter, train
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web import page as web
 from svfit_dreambooth.web.painting import STRENGTHS, Painting
@@ -87,6 +87,12 @@ def test_only_endpoints_with_names_are_shown(served):
     }  # fmt: skip
 
 
+def gr_skip():
+    import gradio as gr
+
+    return gr.skip()
+
+
 class Request:
     """What a handler sees of a browser."""
 
@@ -98,7 +104,7 @@ class Request:
 
 def test_a_strip_over_strengths_and_its_settings_taken_up(served, adapter_path, tiny_base):
     _, app, _ = served
-    painting, mine, theirs = Painting(app, []), Request("a" * 32), Request("b" * 32)
+    painting, mine, theirs = Painting(app), Request("a" * 32), Request("b" * 32)
     visitor = app.visitor(mine)
     visitor.uploads.mkdir(parents=True)
     shutil.copy(adapter_path, visitor.uploads / "own.safetensors")
@@ -117,6 +123,140 @@ def test_a_strip_over_strengths_and_its_settings_taken_up(served, adapter_path, 
         list(painting.generate(theirs, *form, 1.0))
 
 
+@pytest.fixture
+def public(tmp_path, tiny_base, monkeypatch):
+    """What stands behind a page for strangers, which downloads nothing."""
+    workspace = Workspace(tmp_path / "public", shared=False)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(workspace.served))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    _, app = web.build_page(workspace, (), (str(tiny_base),), download=False)
+    return app
+
+
+def test_adapters_of_the_command_line_are_for_all_but_theirs_to_paint_with_alone(
+    tmp_path, tiny_base, adapter_path, monkeypatch
+):
+    import gradio as gr
+
+    from svfit_dreambooth.web import library
+    from svfit_dreambooth.web.api import Endpoints
+    from svfit_dreambooth.web.library_tab import Shelf
+
+    workspace = Workspace(tmp_path / "home", shared=False)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(workspace.served))
+    library.add(workspace.folder / "adapters", adapter_path, name="private")
+    offered = shutil.copy(adapter_path, tmp_path / "mug.safetensors")
+    read = read_adapter(offered)
+    read.title = "another file than the private one"
+    _, app = web.build_page(workspace, (save_adapter(read, offered),), (str(tiny_base),), download=False)
+    request = Request("c" * 32)
+    visitor = app.visitor(request)
+    assert app.adapter_choices(visitor) == [("mug (offered)", "offered/mug")]
+    assert Painting(app).open_page(request)[1].value == ["offered/mug"]
+    assert app.adapter_file(visitor, "offered/mug").samefile(workspace.folder / "adapters" / "mug.safetensors")
+    painted = Endpoints(app).generate("a dog", {"mug": 1.0}, tiny_base.name, "", 1, 0, 1, 0, 16, 16, request)
+    assert painted[0][1].startswith("mug 1")
+    assert [entry["name"] for entry in Endpoints(app).list_adapters(request)] == ["mug"]
+    for choice in ("offered/private", "library/mug", "library/private"):
+        with pytest.raises(SVFitError, match="no adapter called"):
+            app.adapter_file(visitor, choice)
+    with pytest.raises(gr.Error, match="no adapter called"):
+        Shelf(app).delete("mug", 0, request)
+    library.add(visitor.library, adapter_path, name="mug")
+    assert app.find_adapter(visitor, "mug") == visitor.library / "mug.safetensors"
+
+
+def test_a_program_trains_on_its_own_photos_and_leaves_those_of_the_page(public, photo_folder):
+    from svfit_dreambooth.web.api import Endpoints
+    from svfit_dreambooth.web.draft import Draft, bundled_subjects
+    from svfit_dreambooth.web.workspace import photo_files
+
+    request, photos = Request("d" * 32), sorted(photo_folder.glob("*.png"))[:2]
+    visitor, toy = public.visitor(request), bundled_subjects()[0]
+    Draft(public).take_bundled(toy, "", request)
+    laid_out = {path.name: path.read_bytes() for path in visitor.photos.iterdir()}
+    id = Endpoints(public).train([str(path) for path in photos], "dog", "sks", "dog", "toybox", "fast", 3, request)
+    job = public.jobs.find(visitor, id)
+    folder = public.workspace.jobs / id / "photos"
+    assert job.options["instance_data_dir"] == str(folder)
+    for given, taken in zip(photos, photo_files(folder), strict=True):
+        assert Image.open(given).tobytes() == Image.open(taken).tobytes()
+    assert {path.name: path.read_bytes() for path in visitor.photos.iterdir()} == laid_out
+    assert {path.name for path in visitor.folder.iterdir()} == {"photos", "form.json"}
+
+
+def test_remarks_go_by_base_and_resolution_and_words_come_back(public, tmp_path):
+    from svfit_dreambooth.web.draft import Draft
+
+    request, draft = Request("e" * 32), Draft(public)
+    assert draft.show(request)[4] == gr_skip()
+    Image.radial_gradient("L").resize((200, 200)).save(tmp_path / "photo.png")
+    *_, (_, _, remarks, _, _) = draft.add([str(tmp_path / "photo.png")], "owner/name", "", request)
+    assert "smaller than the resolution of 512, will be enlarged: photo 1 (200x200)" in remarks
+    for base, resolution, warned in (
+        ("toybox", "", False), ("", "", False), ("toybox", "256", True), ("owner/name", "192", False),
+        ("owner/name", "nonsense", True),
+    ):  # fmt: skip
+        assert ("will be enlarged" in draft.remark(base, resolution, request)) == warned, (base, resolution)
+    draft.remember("my dog", "sks", "dog", request)
+    assert draft.show(request)[4:] == ("my dog", "sks", "dog")
+    draft.take_bundled("dog_patch", "", request)
+    assert draft.show(request)[4:] == ("dog_patch", "sks", "dog")
+    assert draft.show(Request("f" * 32))[4] == gr_skip()
+
+
+def test_two_tabs_at_once_paint_in_one(public, tiny_base, monkeypatch):
+    import gradio as gr
+
+    painting, request = Painting(public), Request("a" * 32)
+    form = ["a dog", "", tiny_base.name, [], 1, 1, "", 5, False, "16", "16", "just paint", False]
+    first, order = painting.generate(request, *form), Painting._order
+
+    def meanwhile(*arguments):  # the other tab gets that far while this one reads its form
+        monkeypatch.setattr(Painting, "_order", order)
+        next(first)
+        return order(*arguments)
+
+    monkeypatch.setattr(Painting, "_order", meanwhile)
+    with pytest.raises(gr.Error, match="still being painted"):
+        next(painting.generate(request, *form))
+    assert "1 picture done" in [step[0] for step in first][-1] and painting._working == {}
+
+
+def test_no_way_of_training_downloads_for_a_stranger(public, photo_folder, monkeypatch):
+    import gradio as gr
+
+    from svfit_dreambooth.training import preparation
+    from svfit_dreambooth.web.api import Endpoints
+    from svfit_dreambooth.web.draft import ADVANCED, Draft
+    from svfit_dreambooth.web.runs import Runs
+    from svfit_dreambooth.web.workspace import add_photos
+
+    request, photos = Request("a" * 32), sorted(photo_folder.glob("*.png"))
+    draft, visitor = Draft(public), public.visitor(request)
+    add_photos(visitor.photos, photos)
+    form = ["sks", "dog", "stranger/model", "fast", *[None] * len(ADVANCED)]
+    for call in (
+        lambda: Runs(public, draft).submit(request, "dog", *form),
+        lambda: Runs(public, draft).estimate(request, *form),
+        lambda: Endpoints(public).train(photos, "dog", "sks", "dog", "stranger/model", "fast", 0, request),
+    ):
+        with pytest.raises(gr.Error, match="stranger/model is not on this disk, and downloads are off here"):
+            call()
+    opened = []
+
+    def open_base_model(name, *, local_files_only=False, **options):
+        opened.append((name, local_files_only))
+        raise SVFitError("far enough.")
+
+    monkeypatch.setattr(preparation, "open_base_model", open_base_model)
+    for base in ("stranger/model", "toybox"):  # the first as if it were in the cache, but in parts
+        with pytest.raises(SVFitError, match="far enough"):
+            options = {"pretrained_model_name_or_path": base, "instance_prompt": "a photo of sks dog"}
+            draft.estimate(visitor, options)
+    assert opened == [("stranger/model", True), ("toybox", False)]
+
+
 def test_lora_of_a_library_adapter(served, adapter_path, tiny_base, monkeypatch):
     from svfit_dreambooth.web import library
     from svfit_dreambooth.web.export_tab import LAYOUTS, LoraMaker
@@ -128,8 +268,35 @@ def test_lora_of_a_library_adapter(served, adapter_path, tiny_base, monkeypatch)
     maker = LoraMaker(app)
     said, _ = maker.plan("for-lora", layout, "", Request("a" * 32))
     assert "LoRA" in said or "rank" in said
-    said, button = maker.make("for-lora", layout, "", Request("a" * 32))
+    said, button = maker.make("for-lora", layout, "", False, Request("a" * 32))
     assert "compared with the adapter" in said and Path(button.value["path"]).stat().st_size > 1000
+
+
+def test_what_the_page_cannot_do_alone_it_offers(served, tiny_base, photo_folder, tmp_path):
+    import gradio as gr
+
+    from svfit_dreambooth.web import library
+    from svfit_dreambooth.web.export_tab import LAYOUTS, LoraMaker
+    from svfit_dreambooth.web.library_tab import Shelf
+
+    _, app, _ = served
+    request, folder = Request("a" * 32), app.visitor(Request("a" * 32)).library
+    for name, options in (("word", {"learned_word": "sks"}), ("keys", {"target_modules": ["to_k"]})):
+        config = TrainConfig(
+            pretrained_model_name_or_path=str(tiny_base), instance_data_dir=str(photo_folder), resolution=16,
+            instance_prompt="a photo of sks dog", max_train_steps=1, fixed_loss_examples=0, final_pictures=False,
+            adapter_name=name, output_dir=str(tmp_path / name), **options,
+        )  # fmt: skip
+        library.add(folder, train(config).adapter_path)
+    layout = next(iter(LAYOUTS))
+    with pytest.raises(gr.Error, match="^'word has learned the word sks, .* tick “Leave out learned words”"):
+        LoraMaker(app).make("word", layout, "", False, request)
+    assert "compared with the adapter" in LoraMaker(app).make("word", layout, "", True, request)[0]
+    assert Shelf(app).combine(["word", "keys"], "", "of different layers", 0, request) == 1
+    assert app.studio._lock.acquire(blocking=False)
+    app.studio._lock.release()
+    both = read_adapter(folder / "of-different-layers.safetensors")
+    assert set(both.shifts) == set(read_adapter(folder / "word.safetensors").shifts)
 
 
 def test_adapters_are_added_into_one(served, adapter_path):

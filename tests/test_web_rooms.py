@@ -1,5 +1,7 @@
 """What stands behind the page, without a browser: uploads, library, queue, and the base that paints."""
 
+import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -13,14 +15,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from svfit_dreambooth import TrainConfig, read_adapter, save_adapter, train
+from svfit_dreambooth import TrainConfig, adapter, read_adapter, save_adapter, train
+from svfit_dreambooth.base_model import open_base_model
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.generation import free_path, save_picture
+from svfit_dreambooth.run_folder import read_progress
 from svfit_dreambooth.sharing.metadata import annotate_adapter
 from svfit_dreambooth.web import jobs, library, pictures
+from svfit_dreambooth.web import launch as process
+from svfit_dreambooth.web import studio as web_studio
+from svfit_dreambooth.web import workspace as workspace_files
+from svfit_dreambooth.web.bases import Bases
 from svfit_dreambooth.web.jobs import Jobs
 from svfit_dreambooth.web.progress import sum_up
-from svfit_dreambooth.web.studio import AS_TRAINED, Bases, Order, Studio
+from svfit_dreambooth.web.studio import AS_TRAINED, Order, Studio, working_dtype
 from svfit_dreambooth.web.workspace import (
     Workspace,
     add_photos,
@@ -132,6 +140,25 @@ def test_served_files_have_names_that_nobody_guesses(workspace, tmp_path):
     assert (workspace.folder / "secret").stat().st_mode & 0o077 == 0
 
 
+def test_a_disk_without_links_serves_and_imports(workspace, tmp_path, adapter_path, monkeypatch):
+    def link(source, target, **options):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    served = serve(workspace, adapter_path)
+    assert Path(served).read_bytes() == adapter_path.read_bytes() and served == serve(workspace, adapter_path)
+    word = (workspace.folder / "secret").read_text()
+    assert len(word) == 64 and (workspace.folder / "secret").stat().st_mode & 0o077 == 0
+    folder = tmp_path / "adapters"
+    assert [library.add(folder, adapter_path) for _ in range(2)] == ["dog", "dog-2"]
+    assert (folder / "dog-2.safetensors").read_bytes() == adapter_path.read_bytes()
+    assert sorted(path.name for path in folder.iterdir()) == ["dog-2.safetensors", "dog.safetensors"]
+    (tmp_path / "new").write_text("new")
+    (tmp_path / "old").write_text("old")
+    assert not workspace_files.place(tmp_path / "new", tmp_path / "old")
+    assert (tmp_path / "old").read_text() == "old" and not (tmp_path / "new").exists()
+
+
 # ---------------------------------------------------------------- library
 
 
@@ -189,9 +216,30 @@ def test_library_refuses_what_is_no_adapter(tmp_path, adapter_path):
     assert library.names(folder) == []
     library.add(folder, adapter_path)
     (folder / "broken.safetensors").write_bytes(b"no")
-    found, sentences = library.entries(folder)
+    found, ((name, sentence),) = library.entries(folder)
     assert [entry.name for entry in found] == ["dog"] and found[0].instance_prompt == "a photo of sks dog"
-    assert len(sentences) == 1 and "broken.safetensors" in sentences[0]
+    assert name == "broken" and "broken.safetensors" in sentence and str(tmp_path) not in sentence
+
+
+def test_one_strange_file_hides_no_other_and_can_go(tmp_path, adapter_path, monkeypatch):
+    folder, describe = tmp_path / "adapters", adapter.describe_adapter
+    for name in ("dog", "strange"):
+        library.add(folder, adapter_path, name=name)
+
+    def describe_adapter(read, path):
+        if Path(path).stem == "strange":
+            raise IndexError("list index out of range")
+        return describe(read, path)
+
+    monkeypatch.setattr(adapter, "describe_adapter", describe_adapter)
+    found, ((name, sentence),) = library.entries(folder)
+    assert [entry.name for entry in found] == ["dog"]
+    assert name == "strange" and sentence.startswith("strange.safetensors cannot be read as an adapter (IndexError")
+    (folder / "strange.safetensors").write_bytes(b"no adapter at all")
+    token = library.delete(folder, name)
+    assert library.entries(folder)[1] == []
+    assert library.restore(folder, token) == "strange"
+    assert (folder / "strange.safetensors").read_bytes() == b"no adapter at all"
 
 
 # ---------------------------------------------------------------- the queue
@@ -212,7 +260,8 @@ def command(tmp_path, monkeypatch, adapter_path):
         def note(**event):
             with open(out / "progress.jsonl", "a") as file: file.write(json.dumps(event) + chr(10))
         first = 3 if "--resume_from_checkpoint" in sys.argv else 0
-        note(event="start", step=first, of=6)
+        import os
+        note(event="start", step=first, of=6, offline=os.environ.get("HF_HUB_OFFLINE"))
         go = out.parent / "go"
         for step in range(first + 1, 7):
             note(event="step", step=step, of=6, loss=1 / step, seconds=0.5)
@@ -221,7 +270,7 @@ def command(tmp_path, monkeypatch, adapter_path):
         shutil.copy({str(adapter_path)!r}, out / (options["adapter_name"] + ".safetensors"))
         note(event="end", step=step, status="stopped" if asked else "finished", adapter=options["adapter_name"] + ".safetensors")
     """))  # fmt: skip
-    monkeypatch.setattr(jobs, "COMMAND", script)
+    monkeypatch.setattr(process, "COMMAND", script)
     return script
 
 
@@ -292,6 +341,30 @@ def test_a_killed_run_is_told_from_a_failed_one(workspace, visitor, photo_folder
     assert server.complaint(failed) == "these words do not work: use others."
 
 
+def test_a_full_disk_stops_no_other_run_and_loses_nothing(
+    workspace, visitor, photo_folder, command, monkeypatch, capsys
+):
+    server, place = Jobs(workspace), library.place
+    jobs_ = [submit(server, visitor, photo_folder, name) for name in ("full", "other")]
+    for job in jobs_:
+        (workspace.jobs / job.id / "go").touch()
+
+    def full(temporary, target):
+        if target.stem == "full":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return place(temporary, target)
+
+    monkeypatch.setattr(library, "place", full)
+    until(lambda: server.tend() or server.find(visitor, jobs_[1].id).library_name == "other")
+    assert server.state(jobs_[0]) == "finished" and server.find(visitor, jobs_[0].id).library_name is None
+    assert capsys.readouterr().err.count("No space left") == 1  # not every second
+    monkeypatch.setattr(library, "place", place)
+    server._rests.clear()  # a minute later
+    server.tend()
+    assert server.find(visitor, jobs_[0].id).library_name == "full"
+    assert sorted(library.names(visitor.library)) == ["full", "other"]
+
+
 def test_strangers_see_neither_runs_nor_results(tmp_path, photo_folder, command):
     workspace = Workspace(tmp_path / "home", shared=False)
     mine, theirs = workspace.visitor("a" * 32), workspace.visitor("b" * 32)
@@ -328,6 +401,33 @@ def test_a_removed_run_comes_back_to_its_owner(tmp_path, photo_folder, command):
     server.empty_trash()
     with pytest.raises(SVFitError, match="gone for good"):
         server.restore(mine, job.id)
+
+
+def test_trash_of_all_visitors_is_emptied_every_day(tmp_path, adapter_path, monkeypatch):
+    workspace = Workspace(tmp_path / "home", shared=False)
+    folders = [workspace.visitor(letter * 32).library for letter in "ab"] + [workspace.folder / "adapters"]
+    server = Jobs(workspace)
+
+    def delete(days):
+        for folder in folders:
+            library.add(folder, adapter_path)
+            token = library.delete(folder, "dog")
+            os.utime(folder / ".deleted" / token, (time.time() - days * 24 * 3600,) * 2)
+
+    def left():
+        return [len(list((folder / ".deleted").iterdir())) for folder in folders]
+
+    delete(31)
+    delete(29)
+    server.tend()
+    assert left() == [1, 1, 1]
+    delete(31)
+    server.tend()
+    assert left() == [2, 2, 2]  # not every second
+    tomorrow = time.monotonic() + 24 * 3600
+    monkeypatch.setattr(jobs.time, "monotonic", lambda: tomorrow)
+    server.tend()
+    assert left() == [1, 1, 1]
 
 
 def test_what_no_run_could_use_is_refused_before_it_waits(workspace, visitor, photo_folder):
@@ -389,9 +489,59 @@ def test_painting_stops_within_a_step(workspace, tiny_base):
     assert len(painted) == 1 and (told[-1].kind, told[-1].number, told[-1].step) == ("step", 1, 1)
 
 
+def test_a_related_base_is_allowed_only_while_it_is_asked_for(workspace, tiny_base, tiny_base_v, adapter_path):
+    studio = Studio(Bases(workspace.models, (str(tiny_base), str(tiny_base_v))))
+    order = Order("a dog", tiny_base_v.name, [(adapter_path, 1.0)], **SIZE)
+    _, lenient = paint(studio, dataclasses.replace(order, allow_other_base=True))
+    with pytest.raises(SVFitError, match="base"):
+        paint(studio, order)
+    _, again = paint(studio, dataclasses.replace(order, allow_other_base=True))
+    assert np.array_equal(pixels(lenient[0]), pixels(again[0]))
+    own = dataclasses.replace(order, base=tiny_base.name)
+    for allowed in (True, False, False):
+        assert len(paint(studio, dataclasses.replace(own, allow_other_base=allowed))[1]) == 1
+
+
+def test_a_base_on_a_gpu_makes_room_for_runs_and_after_a_while(workspace, tiny_base, monkeypatch):
+    studio, order = Studio(Bases(workspace.models, (str(tiny_base),))), Order("a dog", tiny_base.name, **SIZE)
+    paint(studio, order)
+    studio.make_room()
+    assert studio._model is not None  # on the CPU it stays
+    monkeypatch.setattr(web_studio, "on_gpu", lambda model: model is not None)
+    weights = studio._model.pipeline.unet.conv_in
+    studio.make_room()
+    assert studio._model is None and weights.weight.device.type == "meta"
+
+    def ask(event):
+        if event.kind == "step":
+            studio.make_room()
+
+    told, painted = paint(studio, order, on_told=ask)
+    assert told[0].kind == "opening" and len(painted) == 1 and studio._model is None
+    monkeypatch.setattr(web_studio, "IDLE", 0.05)
+    paint(studio, order)
+    until(lambda: studio._model is None)
+    until(lambda: not studio._lock.locked())
+    assert (working_dtype("cuda"), working_dtype("cpu")) == ("float16", "float32")
+
+
+def test_a_run_asks_for_room_before_it_starts(workspace, visitor, photo_folder, command, monkeypatch):
+    asked = []
+    monkeypatch.setattr(jobs, "devices", lambda: ["3", "5"])
+    server = Jobs(workspace, make_room=lambda: asked.append(server.find(visitor, job.id).started))
+    job = submit(server, visitor, photo_folder)
+    server.tend()
+    other = submit(server, visitor, photo_folder)  # on the other device
+    server.tend()
+    assert asked == [0] and server.state(other) == "running"
+    for each in (job, other):
+        server.stop(each)
+        until(lambda each=each: server.state(each) == "stopped")
+
+
 @pytest.mark.parametrize("name", ["/etc", "../tiny-kl", "toybox/weights", ".", "", "a b"])
 def test_no_path_from_a_browser_is_opened(workspace, name, monkeypatch):
-    monkeypatch.chdir(jobs.COMMAND.parent)  # where toybox/weights is a model folder
+    monkeypatch.chdir(process.COMMAND.parent)  # where toybox/weights is a model folder
     with pytest.raises(SVFitError, match="no base model that is offered here"):
         Bases(workspace.models).resolve(name, typed=True)
 
@@ -407,6 +557,57 @@ def test_a_name_in_a_file_opens_nothing_new(workspace, tiny_base, adapter_path, 
     (workspace.models / "tiny-kl").symlink_to(tiny_base)
     _, painted = paint(Studio(Bases(workspace.models)), Order("a dog", AS_TRAINED, [(path, 1.0)], **SIZE))
     assert len(painted) == 1
+
+
+@pytest.mark.parametrize("place", ["folder.v1", "link", "link.safetensors", "model.v2.safetensors", "."])
+def test_a_base_has_one_name_on_the_page_and_in_adapters(tmp_path, tiny_base, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_base, tmp_path / "folder.v1")
+    (tmp_path / "link").symlink_to("folder.v1")
+    (tmp_path / "model.v2.safetensors").touch()
+    (tmp_path / "link.safetensors").symlink_to("model.v2.safetensors")
+    if place == ".":
+        monkeypatch.chdir(tmp_path / "folder.v1")
+    recorded = {"link.safetensors": "model.v2", "model.v2.safetensors": "model.v2", ".": "folder.v1"}.get(place, place)
+    if Path(place).is_dir():
+        assert open_base_model(place).name == recorded
+    offered = Bases(tmp_path / "none", (place,))
+    assert offered.names()[1:] == [recorded] and offered.resolve(recorded, typed=False)[0] == place
+    if place != ".":
+        found = Path(Bases(tmp_path).resolve(recorded, typed=False)[0])
+        assert found.samefile(place) and found.is_dir() == Path(place).is_dir()
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """A function that puts a repository's model_index.json into an otherwise empty cache of the hub."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def put(repository):
+        folder = tmp_path / "hub" / f"models--{repository.replace('/', '--')}"
+        for path in (folder / "refs" / "main", folder / "snapshots" / "abc" / "model_index.json"):
+            path.parent.mkdir(parents=True)
+            path.write_text("abc")
+
+    return put
+
+
+def test_a_stranger_downloads_nothing_by_training(workspace, visitor, photo_folder, hub_cache, command, monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    bases = Bases(workspace.models, ("owner/offered",), download=False)
+    assert bases.resolve_for_run("owner/offered") == ("owner/offered", None)
+    assert Bases(workspace.models).resolve_for_run("stranger/model@v1") == ("stranger/model", "v1")
+    for name in ("stranger/model", "stranger/model@v1", "a--b/c"):
+        with pytest.raises(SVFitError, match=f"^{name} is not on this disk, and downloads are off here"):
+            bases.resolve_for_run(name)
+    hub_cache("stranger/model")
+    assert bases.resolve_for_run("stranger/model") == ("stranger/model", None)
+    server = Jobs(workspace, bases.offline)
+    for base, offline in (("stranger/model", "1"), ("owner/offered", None), ("toybox", None)):
+        job = submit(server, visitor, photo_folder, pretrained_model_name_or_path=base)
+        (workspace.jobs / job.id / "go").touch()
+        until(lambda job=job: server.tend() or server.state(job) == "finished")
+        assert read_progress(server.run_folder(job))[0]["offline"] == offline
 
 
 # ---------------------------------------------------------------- settings in pictures

@@ -106,10 +106,10 @@ class Run:
         return lines
 
 
-def prepare(config: TrainConfig) -> Run:
+def prepare(config: TrainConfig, *, local_files_only: bool = False) -> Run:
     """Checks everything that `config` names and opens the base model; all options of the run are definite then.
 
-    Cheap checks come first.  Raises SVFitError for a folder without photos, an unknown schedule, a base model that
+    `local_files_only`: nothing is downloaded.  Cheap checks come first.  Raises SVFitError for a folder without photos, an unknown schedule, a base model that
     is none, a resolution that does not fit the base, targets that match nothing, an output that cannot be written.
     """
     config = dataclasses.replace(config)
@@ -132,7 +132,7 @@ def prepare(config: TrainConfig) -> Run:
         _check_writable(config.output_dir)
     config.warn_of_lora_values()
 
-    base = open_run_base(config)
+    base = open_run_base(config, local_files_only=local_files_only)
     apply_preset(config, base.architecture)
     if config.validation_steps is None:
         quick = base.name == TOYBOX or torch.cuda.is_available() or torch.backends.mps.is_available()
@@ -164,7 +164,7 @@ def prepare(config: TrainConfig) -> Run:
     return Run(config, photos, base, adapter_name, targets, weights)
 
 
-def open_run_base(config: TrainConfig) -> BaseModel:
+def open_run_base(config: TrainConfig, *, local_files_only: bool = False) -> BaseModel:
     """The base of the run, untouched; without a content filter, as training shows no picture."""
     return open_base_model(
         config.pretrained_model_name_or_path,
@@ -172,6 +172,7 @@ def open_run_base(config: TrainConfig) -> BaseModel:
         variant=config.variant,
         base_config=config.base_config,
         content_filter=False,
+        local_files_only=local_files_only,
     )
 
 

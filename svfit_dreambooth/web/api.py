@@ -2,6 +2,7 @@
 
 import threading
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import gradio as gr
@@ -14,7 +15,7 @@ from svfit_dreambooth.web.draft import ADVANCED, Draft
 from svfit_dreambooth.web.painting import keep_picture
 from svfit_dreambooth.web.progress import sum_up
 from svfit_dreambooth.web.studio import AS_TRAINED, Order, Told
-from svfit_dreambooth.web.workspace import add_photos, photo_files, remove_photo
+from svfit_dreambooth.web.workspace import add_photos, library_of
 
 
 class Endpoints:
@@ -37,7 +38,7 @@ class Endpoints:
         order = Order(
             prompt=prompt,
             base=base or AS_TRAINED,
-            adapters=[(library.find(visitor.library, name), float(s)) for name, s in (adapters or {}).items()],
+            adapters=[(self.app.find_adapter(visitor, name), float(s)) for name, s in (adapters or {}).items()],
             negative_prompt=negative_prompt or "",
             num_images=int(num_images),
             seed=int(seed),
@@ -58,8 +59,10 @@ class Endpoints:
 
     @plainly
     def list_adapters(self, request: gr.Request) -> list[dict[str, Any]]:
-        """The adapters of the library: name, words, base, bytes."""
+        """The adapters of the library, then those that all may paint with: name, words, base, bytes."""
         found, _ = library.entries(self.app.visitor(request).library)
+        names = [Path(choice).name for choice in self.app.offers() if choice.startswith("offered/")]
+        found += [library.entry(library_of(self.app.workspace, ""), name) for name in names]
         return [
             {
                 "name": entry.name,
@@ -87,13 +90,13 @@ class Endpoints:
     ) -> str:  # fmt: skip
         """Queues a run on the given photos; returns its id. steps: 0 takes the preset's."""
         visitor = self.app.visitor(request)
-        for path in photo_files(visitor.photos):
-            remove_photo(path)
-        if refused := add_photos(visitor.photos, [Path(photo) for photo in photos or []]):
-            raise SVFitError(" ".join(refused))
         advanced = dict.fromkeys(ADVANCED) | {"max_train_steps": str(int(steps)) if steps else None}
-        options = self.draft.options(visitor, word, kind, base, preset or None, *advanced.values())
-        return self.app.jobs.submit(visitor, name, options).id
+        visitor.folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".photos-", dir=visitor.folder) as place:  # those on the page stay as they are
+            if refused := add_photos(Path(place), [Path(photo) for photo in photos or []]):
+                raise SVFitError(" ".join(refused))
+            options = self.draft.options(Path(place), word, kind, base, preset or None, *advanced.values())
+            return self.app.jobs.submit(visitor, name, options, Path(place)).id
 
     @plainly
     def run_state(self, id: str, request: gr.Request) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import html
 import inspect
 import math
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
@@ -19,7 +19,7 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web import library
 from svfit_dreambooth.web.jobs import Jobs
 from svfit_dreambooth.web.studio import Studio
-from svfit_dreambooth.web.workspace import WORD, Visitor, Workspace, serve, word_for
+from svfit_dreambooth.web.workspace import WORD, Visitor, Workspace, library_of, serve, word_for
 
 COOKIE = "svfit_visitor"
 YEAR = 365 * 24 * 3600  # seconds
@@ -32,6 +32,9 @@ class App:
     workspace: Workspace
     studio: Studio
     jobs: Jobs
+    offered: Sequence[
+        str
+    ] = ()  # adapters of the command line, by name in the computer's library: all may paint with them
 
     def visitor(self, request: gr.Request) -> Visitor:
         """Who asks: an account where there are passwords, else a browser by its cookie, else one client's session."""
@@ -52,12 +55,27 @@ class App:
     def adapter_choices(self, visitor: Visitor) -> list[tuple[str, str]]:
         """(what a person reads, what the page sends) for every adapter that the visitor may paint with."""
         own = [(name, f"library/{name}") for name in library.names(visitor.library)]
+        own += [(f"{Path(value).name} (offered)", value) for value in self.offers() if value.startswith("offered/")]
         return own + [(f"{name} (uploaded)", f"upload/{name}") for name in library.names(visitor.uploads)]
 
     def adapter_file(self, visitor: Visitor, choice: str) -> Path:
         """The file that a choice stands for.  Raises SVFitError for any that was not offered."""
         kind, _, name = choice.partition("/")
+        if kind == "offered" and choice in self.offers():
+            return library.find(library_of(self.workspace, ""), name)
         return library.find(visitor.uploads if kind == "upload" else visitor.library, name)
+
+    def offers(self) -> list[str]:
+        """The choices that stand for the adapters of the command line; strangers only paint with them."""
+        kind = "library" if self.workspace.shared else "offered"
+        there = library.names(library_of(self.workspace, "")) if self.offered else []
+        return [f"{kind}/{name}" for name in self.offered if name in there]
+
+    def find_adapter(self, visitor: Visitor, name: str) -> Path:
+        """The file of the adapter `name`: the visitor's own, or one that is offered to all."""
+        offered = f"offered/{name}"
+        own = name in library.names(visitor.library)
+        return self.adapter_file(visitor, offered if not own and offered in self.offers() else f"library/{name}")
 
 
 class RememberBrowser:

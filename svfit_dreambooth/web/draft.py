@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import gradio as gr
 
 from svfit_dreambooth.config import TOYBOX, TrainConfig
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.files import write_atomically
 from svfit_dreambooth.web.app import App, number, plainly
 from svfit_dreambooth.web.progress import sum_up
 from svfit_dreambooth.web.workspace import (
@@ -25,7 +27,9 @@ from svfit_dreambooth.web.workspace import (
 
 SUBJECTS = Path(__file__).resolve().parents[2] / "toybox" / "subjects"
 BUNDLED = ".bundled"  # file beside the photos: the toy whose photos, untouched, they are
-RESOLUTION = {TOYBOX: 64}  # pixels; other bases train at 512 or more
+FORM = "form.json"  # file in a visitor's folder: name, word and kind as they were written last
+RESOLUTION = 512  # pixels at which bases train at least; an SDXL at 1024, which is known when it is open
+TOYBOX_RESOLUTION = 64
 NAMES = {field.name for field in dataclasses.fields(TrainConfig)}  # options that a run knows
 NUMBERS = (
     "max_train_steps",
@@ -50,7 +54,9 @@ class Draft:
         self.app = app
 
     @plainly
-    def add(self, files: list[str] | None, request: gr.Request) -> Iterator[tuple[Any, ...]]:
+    def add(
+        self, files: list[str] | None, base: str, resolution: str, request: gr.Request
+    ) -> Iterator[tuple[Any, ...]]:
         """How far it is; at the end the drop zone, emptied, then thumbnails, remarks and the selected photo."""
         visitor, files, keep = self.app.visitor(request), files or [], gr.skip()
         (visitor.photos / BUNDLED).unlink(missing_ok=True)
@@ -59,10 +65,10 @@ class Draft:
                 yield keep, keep, f"Looking at photo {i} of {len(files)} …", keep, keep
             for sentence in add_photos(visitor.photos, [Path(file)]):
                 gr.Warning(html.escape(sentence), duration=12)
-        yield (None, *self._shown(visitor))
+        yield (None, *self._shown(visitor, base, resolution))
 
     @plainly
-    def take_bundled(self, subject: str | None, request: gr.Request) -> tuple[Any, ...]:
+    def take_bundled(self, subject: str | None, resolution: str, request: gr.Request) -> tuple[Any, ...]:
         """The photos of a bundled toy, in place of what was there; then the words that suit it."""
         visitor = self.app.visitor(request)
         if subject not in bundled_subjects():
@@ -70,22 +76,24 @@ class Draft:
         self._clear(visitor)
         add_photos(visitor.photos, sorted((SUBJECTS / subject).glob("*.png")))
         (visitor.photos / BUNDLED).write_text(subject, encoding="utf-8")
-        return (*self._shown(visitor), subject, "sks", subject.partition("_")[0], TOYBOX)
+        words = (subject, "sks", subject.partition("_")[0])
+        self._remember(visitor, *words)
+        return (*self._shown(visitor, TOYBOX, resolution), *words, TOYBOX)
 
     @plainly
-    def rotate(self, selected: int | None, request: gr.Request) -> tuple[Any, ...]:
+    def rotate(self, selected: int | None, base: str, resolution: str, request: gr.Request) -> tuple[Any, ...]:
         visitor = self.app.visitor(request)
         rotate_photo(self._selected(visitor, selected))
         (visitor.photos / BUNDLED).unlink(missing_ok=True)
-        thumbs, text, _, buttons = self._shown(visitor)
+        thumbs, text, _, buttons = self._shown(visitor, base, resolution)
         return thumbs, text, selected, buttons
 
     @plainly
-    def remove(self, selected: int | None, request: gr.Request) -> tuple[Any, ...]:
+    def remove(self, selected: int | None, base: str, resolution: str, request: gr.Request) -> tuple[Any, ...]:
         visitor = self.app.visitor(request)
         remove_photo(self._selected(visitor, selected))
         (visitor.photos / BUNDLED).unlink(missing_ok=True)
-        return self._shown(visitor)
+        return self._shown(visitor, base, resolution)
 
     @plainly
     def clear(self, request: gr.Request) -> tuple[Any, ...]:
@@ -95,8 +103,27 @@ class Draft:
 
     @plainly
     def show(self, request: gr.Request) -> tuple[Any, ...]:
-        """Thumbnails, remarks, and that none is selected."""
-        return self._shown(self.app.visitor(request))
+        """For a page that opens: thumbnails, remarks, and that none is selected; then name and words as they were."""
+        visitor = self.app.visitor(request)
+        try:
+            words = json.loads((visitor.folder / FORM).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            words = [gr.skip()] * 3
+        return (*self._shown(visitor), *words)
+
+    @plainly
+    def remark(self, base: str, resolution: str, request: gr.Request) -> str:
+        """What is to be said of the photos, for that base at that resolution."""
+        return _remarks(self.app.visitor(request), base, resolution)
+
+    @plainly
+    def remember(self, name: str, word: str, kind: str, request: gr.Request) -> None:
+        """Keeps name and words for when the page is opened again."""
+        self._remember(self.app.visitor(request), name, word, kind)
+
+    @staticmethod
+    def _remember(visitor: Visitor, *words: str) -> None:
+        write_atomically(visitor.folder / FORM, json.dumps([str(text or "")[:200] for text in words]))
 
     @staticmethod
     def select(event: gr.SelectData) -> tuple[Any, ...]:
@@ -108,17 +135,17 @@ class Draft:
         """The prompt of the photos."""
         return " ".join(f"a photo of {word} {kind}".split())
 
-    def options(self, visitor: Visitor, word: str, kind: str, base: str, preset: str | None, *advanced: Any) -> dict:
-        """The form as options of a run; what is left empty is left to the run.  Raises SVFitError for bad words."""
+    def options(self, photos: Path, word: str, kind: str, base: str, preset: str | None, *advanced: Any) -> dict:
+        """The form as options of a run on the folder `photos`; what is left empty is left to the run.  Raises SVFitError for bad words."""
         for text, what, example in ((word, "Its word", "sks"), (kind, "What it is", "dog")):
             if not (text or "").strip():
                 raise SVFitError(f"“{what}” is empty: write a word, such as {example}.")
             if len(text) > 60:
                 raise SVFitError(f"“{what}” has {len(text)} characters: one to three words are enough.")
-        place, opening = self.app.studio.bases.resolve(base or TOYBOX, typed=True)
+        place, revision = self.app.studio.bases.resolve_for_run(base or TOYBOX)
         options: dict[str, Any] = {
             "pretrained_model_name_or_path": place,
-            "revision": opening.get("revision"),
+            "revision": revision,
             "instance_prompt": self.prompt_for(word, kind),
             "class_prompt": " ".join(f"a photo of a {kind}".split()),
             "preset": preset,
@@ -127,7 +154,7 @@ class Draft:
             options[name] = number(name, value) if name in NUMBERS else value
         if not options["with_prior_preservation"]:
             del options["class_prompt"]
-        subject = self._bundled(visitor)
+        subject = _bundled(photos)
         if subject is not None and place == TOYBOX:
             options["instance_data_dir"] = str(SUBJECTS / subject)  # so that the run's judge knows the toy
         given = {n: value for n, value in options.items() if n in NAMES and value is not None and value != ""}
@@ -141,7 +168,8 @@ class Draft:
         if not photo_files(visitor.photos):
             raise SVFitError("there are no photos yet: add 3 to 10 of your subject.")
         photos = {"instance_data_dir": str(visitor.photos), "adapter_name": "estimate", "dry_run": True}
-        run = prepare(TrainConfig(**{**photos, **options}))
+        offline = self.app.studio.bases.offline(options["pretrained_model_name_or_path"])
+        run = prepare(TrainConfig(**{**photos, **options}), local_files_only=offline)
         return [*estimate_memory(run).lines(), self._time(visitor, options, run.config.max_train_steps)]
 
     def _time(self, visitor: Visitor, options: dict[str, Any], steps: int) -> str:
@@ -156,11 +184,10 @@ class Draft:
             return f"time: about {duration(seconds)} for the steps alone, going by {job.name}"
         return "time: told after the first steps, as no run like it has been made on this computer yet"
 
-    def _shown(self, visitor: Visitor) -> tuple[Any, ...]:
+    def _shown(self, visitor: Visitor, base: str = TOYBOX, resolution: str = "") -> tuple[Any, ...]:
         paths = photo_files(visitor.photos)
         thumbs = [(self.app.serve(thumbnail(path)), f"photo {i}") for i, path in enumerate(paths, 1)]
-        lines = photo_remarks(visitor.photos, RESOLUTION[TOYBOX])
-        text = "" if not lines else f"**{lines[0]}**" + "".join(f"\n- {html.escape(line)}" for line in lines[1:])
+        text = _remarks(visitor, base, resolution)
         return gr.Gallery(thumbs, visible=bool(paths)), text, None, gr.Row(visible=bool(paths))
 
     def _selected(self, visitor: Visitor, selected: int | None) -> Path:
@@ -174,12 +201,28 @@ class Draft:
             remove_photo(path)
         (visitor.photos / BUNDLED).unlink(missing_ok=True)
 
-    def _bundled(self, visitor: Visitor) -> str | None:
-        try:
-            subject = (visitor.photos / BUNDLED).read_text(encoding="utf-8")
-        except OSError:
-            return None
-        return subject if subject in bundled_subjects() else None
+
+def _remarks(visitor: Visitor, base: str, resolution: str) -> str:
+    lines = photo_remarks(visitor.photos, trained_at(base, resolution))
+    return "" if not lines else f"**{lines[0]}**" + "".join(f"\n- {html.escape(line)}" for line in lines[1:])
+
+
+def trained_at(base: str, resolution: str) -> int:
+    """Pixels of a side at which the form, as far as it is filled in, would train."""
+    try:
+        asked = number("resolution", resolution)
+    except SVFitError:  # said when the run is to start
+        asked = None
+    return int(asked or 0) or (TOYBOX_RESOLUTION if (base or TOYBOX) == TOYBOX else RESOLUTION)
+
+
+def _bundled(photos: Path) -> str | None:
+    """The toy whose photos, untouched, are in the folder."""
+    try:
+        subject = (photos / BUNDLED).read_text(encoding="utf-8")
+    except OSError:
+        return None
+    return subject if subject in bundled_subjects() else None
 
 
 def bundled_subjects() -> list[str]:

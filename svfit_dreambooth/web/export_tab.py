@@ -34,18 +34,33 @@ class LoraMaker:
         return _lines(plan.lines()), gr.DownloadButton(value=None, interactive=False)
 
     @plainly
-    def make(self, name: str | None, layout: str, rank: str, request: gr.Request) -> tuple[str, Any]:
+    def make(
+        self, name: str | None, layout: str, rank: str, without_words: bool, request: gr.Request
+    ) -> tuple[str, Any]:
         """Writes it, compared with the adapter; then it can be downloaded."""
+        from svfit_dreambooth.adapter import read_adapter
         from svfit_dreambooth.sharing.export import export_lora
 
         visitor = self.app.visitor(request)
         path = library.find(visitor.library, name or "")
+        words = ", ".join(word.word for word in read_adapter(path).learned_words)
+        if words and not without_words:
+            raise SVFitError(
+                f"{path.stem} has learned the word {words}, for which a LoRA has no place: tick “Leave out learned "
+                "words” to lose that part of the likeness."
+            )
         output = visitor.folder / "exports" / f"{path.stem}-lora.safetensors"
         output.parent.mkdir(parents=True, exist_ok=True)
         said: list[str] = []
         with self.app.studio.bare(path) as base:
             done = export_lora(
-                path, base, output, _layout(layout), rank=_rank(rank), on_plan=lambda plan: said.extend(plan.lines())
+                path,
+                base,
+                output,
+                _layout(layout),
+                rank=_rank(rank),
+                without_words=without_words,
+                on_plan=lambda plan: said.extend(plan.lines()),
             )
         said.append(f"read back and compared with the adapter: {done.measured_error:.1e} off in all")
         return _lines(said), gr.DownloadButton(value=self.app.serve(output), interactive=True)
@@ -65,6 +80,7 @@ def build(app: App) -> gr.Dropdown | None:
             adapter = gr.Dropdown([], label="Adapter", interactive=True)
             layout = gr.Dropdown(list(LAYOUTS), value=next(iter(LAYOUTS)), label="Made", interactive=True)
             rank = gr.Textbox(label="Rank", placeholder="all: exact; fewer: smaller", max_lines=1)
+        without_words = gr.Checkbox(False, label="Leave out learned words, for which a LoRA has no place")
         said = gr.Markdown(elem_classes="note")
         with gr.Row(elem_classes="actions"):
             plan = gr.Button("How large?", size="sm")
@@ -72,7 +88,7 @@ def build(app: App) -> gr.Dropdown | None:
             download = gr.DownloadButton("Download", size="sm", interactive=False)
     shown = {**PRIVATE, "show_progress": "minimal"}
     plan.click(maker.plan, [adapter, layout, rank], [said, download], **shown)
-    make.click(maker.make, [adapter, layout, rank], [said, download], **shown)
+    make.click(maker.make, [adapter, layout, rank, without_words], [said, download], **shown)
     return adapter
 
 

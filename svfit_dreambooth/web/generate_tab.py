@@ -23,9 +23,8 @@ class GenerateTab:
     painting: Painting
 
 
-def build(app: App, page: gr.Blocks, chosen: list[str]) -> GenerateTab:
-    """`chosen`: adapters of the library that are selected when the page opens."""
-    painting = Painting(app, chosen)
+def build(app: App, page: gr.Blocks) -> GenerateTab:
+    painting = Painting(app)
     offered, value = painting.at_the_start()
     shown = gr.State([])  # names of the visitor's pictures in the gallery
     selected = gr.State(None)  # name of one of them

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,11 +29,13 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import write_atomically
 from svfit_dreambooth.run_folder import read_progress
 from svfit_dreambooth.web import library
+from svfit_dreambooth.web.launch import devices, launch, log_end
 from svfit_dreambooth.web.locks import is_locked, locked
 from svfit_dreambooth.web.workspace import Visitor, Workspace, file_name, library_of, photo_files
 
-COMMAND = Path(__file__).resolve().parents[2] / "train_dreambooth_svfit.py"
 TICK = 1.0  # seconds between looks at the queue
+DAY = 24 * 3600.0  # seconds
+AGAIN = 60.0  # seconds after which what went wrong with a job is tried again
 MAX_QUEUED = 20  # runs of one owner that may wait
 
 
@@ -58,26 +60,39 @@ class Job:
 
 
 class Jobs:
-    """The runs of a workspace.  `start_queue` lets a thread start them in turn; without it they only wait."""
+    """The runs of a workspace.  `start_queue` lets a thread start them in turn; without it they only wait.
 
-    def __init__(self, workspace: Workspace):
+    `offline`: tells of a base model whether the run that opens it may ask no network.  `make_room`: is called before
+    a run starts on the device on which the page paints.
+    """
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        offline: Callable[[str], bool] = lambda base: False,
+        make_room: Callable[[], None] = lambda: None,
+    ):
         self.workspace = workspace
+        self.offline = offline
+        self.make_room = make_room
         self.folder = workspace.jobs
         self._children: list[subprocess.Popen[bytes]] = []
         self._wake = threading.Event()
+        self._cleans = 0.0  # monotonic time at which the trash is emptied next
+        self._rests: dict[str, float] = {}  # id of a job that went wrong -> monotonic time from which it is tried again
 
     def start_queue(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.empty_trash()
         threading.Thread(target=self._serve_queue, name="training queue", daemon=True).start()
 
-    def submit(self, visitor: Visitor, name: str, options: dict[str, Any]) -> Job:
-        """A new run with the photos that the visitor has laid out, at the end of the queue.
+    def submit(self, visitor: Visitor, name: str, options: dict[str, Any], photos_folder: Path | None = None) -> Job:
+        """A new run at the end of the queue, with the photos that the visitor has laid out or those of `photos_folder`.
 
-        `options`: those of TrainConfig, without the folder of the run, and of the photos unless others are to be taken.  Raises SVFitError for options that no run could use.
+        `options`: those of TrainConfig, without the folder of the run, and of the photos unless others are to be taken
+        than those.  Raises SVFitError for options that no run could use.
         """
         name = file_name(name, "name of the adapter")
-        photos = [] if "instance_data_dir" in options else photo_files(visitor.photos)
+        photos = [] if "instance_data_dir" in options else photo_files(photos_folder or visitor.photos)
         if not photos and "instance_data_dir" not in options:
             raise SVFitError("there are no photos yet: add 3 to 10 of your subject.")
         if not str(options.get("instance_prompt") or "").strip():
@@ -157,7 +172,7 @@ class Jobs:
     def log(self, job: Job) -> str:
         """The end of what the command printed."""
         try:
-            return _tail(self.folder / job.id / "log.txt")
+            return log_end(self.folder / job.id / "log.txt")
         except OSError:
             return ""
 
@@ -197,13 +212,18 @@ class Jobs:
         raise SVFitError("that run is gone for good: it was removed too long ago, or brought back already.")
 
     def empty_trash(self) -> None:
-        """Removes for good the runs that were put aside more than 30 days ago."""
-        library.empty_trash(self.folder)
+        """Removes for good the runs and adapters, of all visitors, that were put aside more than 30 days ago."""
+        libraries = self.workspace.folder.glob("visitors/*/adapters")
+        for folder in (self.folder, library_of(self.workspace, ""), *libraries):
+            library.empty_trash(folder)
 
     # ------------------------------------------------------------ the queue
 
     def tend(self) -> None:
-        """Starts what can start, and files the results of what has ended in the library."""
+        """Starts what can start, files the results of what has ended in the library, and once a day empties the trash."""
+        if time.monotonic() >= self._cleans:
+            self._cleans = time.monotonic() + DAY
+            self.empty_trash()
         self._children = [child for child in self._children if child.poll() is None]
         with locked(self.folder / ".queue") as held:
             if held is None:
@@ -211,10 +231,20 @@ class Jobs:
             jobs = self._all()
             for job in jobs:
                 if job.filed < job.started and not self._alive(job):
-                    self._file(job)
+                    self._try(self._file, job)
             for job in sorted(jobs, key=lambda job: job.asked_at):
                 if job.asked > job.started:
-                    self._start(job)
+                    self._try(self._start, job)
+
+    def _try(self, act: Callable[[Job], None], job: Job) -> None:
+        """Does it; the others in line wait neither for a full disk nor for a broken file, and it comes again later."""
+        if time.monotonic() < self._rests.get(job.id, 0.0):
+            return
+        try:
+            act(job)
+        except (OSError, SVFitError, ValueError, RuntimeError) as error:
+            self._rests[job.id] = time.monotonic() + AGAIN
+            print(f"warning: the run of {job.name}, tried again in {AGAIN:.0f} s: {error}", file=sys.stderr)
 
     def _serve_queue(self) -> None:
         while True:
@@ -227,28 +257,18 @@ class Jobs:
 
     def _start(self, job: Job) -> None:
         folder = self.folder / job.id
-        for device in _devices():
+        places = devices()
+        for device in places:
             with locked(self.folder / f".device-{device}") as device_lock, locked(folder / ".process") as own_lock:
                 if device_lock is None or own_lock is None:
                     continue
-                with open(folder / "log.txt", "ab") as log, self._changing(job.id) as now:
+                with self._changing(job.id) as now:
                     if now.asked <= now.started:
                         return  # stopped a moment ago
-                    command = [sys.executable, "-u", str(COMMAND), "--config", str(folder / "job.yaml")]
-                    if now.started:
-                        command += ["--resume_from_checkpoint", "latest"]
-                    log.write(f"started {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
-                    log.flush()
-                    child = subprocess.Popen(
-                        command,
-                        cwd=COMMAND.parent,
-                        env={**os.environ, "CUDA_VISIBLE_DEVICES": device} if device else None,
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,  # a Ctrl-C for the server is none for the run
-                        pass_fds=(device_lock, own_lock),  # locked until the process is gone
-                    )
+                    if device == places[0]:
+                        self.make_room()
+                    held, offline = (device_lock, own_lock), self.offline(job.base)
+                    child = launch(folder, device, held, resume=now.started > 0, offline=offline)
                     now.pid, now.started, now.stopping = child.pid, now.started + 1, False
                 self._children.append(child)
                 return
@@ -259,13 +279,10 @@ class Jobs:
         folder = library_of(self.workspace, job.owner)
         name = job.library_name
         if adapter.is_file():
-            try:
-                if name is not None and name in library.names(folder):
-                    library.replace(folder, name, adapter)
-                else:
-                    name = library.add(folder, adapter)
-            except SVFitError as error:  # the others in line must not wait for this one
-                print(f"warning: {job.name} is not in the library: {error}", file=sys.stderr)
+            if name is not None and name in library.names(folder):
+                library.replace(folder, name, adapter)
+            else:
+                name = library.add(folder, adapter)
         with self._changing(job.id) as changed:
             changed.filed, changed.library_name = changed.started, name
 
@@ -293,21 +310,3 @@ class Jobs:
             job = Job(**json.loads((folder / "job.json").read_text(encoding="utf-8")))
             yield job
             write_atomically(folder / "job.json", json.dumps(asdict(job)))
-
-
-def _devices() -> list[str]:
-    """What runs are spread over: the numbers of several GPUs, or [""] for whatever there is."""
-    import torch
-
-    count = torch.cuda.device_count()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else [str(i) for i in range(count)]
-    return names[:count] if count > 1 else [""]
-
-
-def _tail(path: Path, size: int = 8000) -> str:
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - size))
-        text = file.read().decode("utf-8", errors="replace")
-    # a progress bar writes over its own line: only the last state of each is kept
-    return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))

@@ -9,13 +9,14 @@ import os
 import secrets
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import save_png, write_atomically
-from svfit_dreambooth.web.workspace import MAX_ADAPTER_BYTES, file_name
+from svfit_dreambooth.web.workspace import MAX_ADAPTER_BYTES, file_name, place
 
 if TYPE_CHECKING:  # the page opens before torch is imported
     from svfit_dreambooth.adapter import Adapter
@@ -57,14 +58,14 @@ def find(folder: Path, name: str) -> Path:
     return folder / f"{name}{SUFFIX}"
 
 
-def entries(folder: Path) -> tuple[list[Entry], list[str]]:
-    """All adapters, newest first, and a sentence for each file that is none."""
+def entries(folder: Path) -> tuple[list[Entry], list[tuple[str, str]]]:
+    """All adapters, newest first; then the name of each file that is none, and what is wrong with it."""
     found, broken = [], []
     for name in names(folder):
         try:
             found.append(entry(folder, name))
         except (SVFitError, OSError) as error:
-            broken.append(str(error).replace(f"{folder}{os.sep}", ""))
+            broken.append((name, str(error).replace(f"{folder}{os.sep}", "")))
     return found, broken
 
 
@@ -87,7 +88,14 @@ def _describe(path: str, mtime: int, size: int) -> dict[str, Any]:
     if key not in _described:
         if len(_described) > 1000:
             _described.clear()
-        _described[key] = describe_adapter(read_adapter(path), path)
+        try:
+            _described[key] = describe_adapter(read_adapter(path), path)
+        except (SVFitError, OSError):
+            raise
+        except Exception as error:
+            raise SVFitError(
+                f"{path} cannot be read as an adapter ({type(error).__name__}: {error}): delete it."
+            ) from error
     return _described[key]
 
 
@@ -109,12 +117,7 @@ def add(folder: Path, source: Path, picture: Path | None = None, name: str | Non
     Without `picture`, the one that the file carries stands for it, if there is one.
     """
     adapter = check_upload(source)
-    wanted = file_name(name or source.stem)
-    folder.mkdir(parents=True, exist_ok=True)
-    number, chosen = 1, wanted
-    while not _place(source, folder / f"{chosen}{SUFFIX}"):
-        number += 1
-        chosen = f"{wanted}-{number}"
+    chosen = _put(folder, source, file_name(name or source.stem))
     if picture is not None:
         set_picture(folder, chosen, picture)
     else:
@@ -146,19 +149,27 @@ def _take_thumbnail(adapter: "Adapter", target: Path) -> None:
         save_png(picture, target)
 
 
+def _put(folder: Path, source: Path, wanted: str) -> str:
+    """Copies `source` into the library under the name `wanted`, or a free one like it, which is returned."""
+    folder.mkdir(parents=True, exist_ok=True)
+    number, chosen = 1, wanted
+    while not _place(source, folder / f"{chosen}{SUFFIX}"):
+        number += 1
+        chosen = f"{wanted}-{number}"
+    return chosen
+
+
 def _place(source: Path, target: Path) -> bool:
     """A whole copy of `source` at `target`, unless something is there already (also in other letter case)."""
     if target.name.casefold() in {path.name.casefold() for path in target.parent.iterdir()}:
         return False
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
-    shutil.copyfile(source, temporary)
     try:
-        os.link(temporary, target)  # never over a file that came meanwhile
-    except FileExistsError:
-        return False
-    finally:
-        temporary.unlink()
-    return True
+        shutil.copyfile(source, temporary)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    return place(temporary, target)  # never over a file that came meanwhile
 
 
 def rename(folder: Path, name: str, new_name: str) -> str:
@@ -199,7 +210,9 @@ def restore(folder: Path, token: str) -> str:
     picture = trash / f"{name}.png"
     path = trash / f"{name}{SUFFIX}"
     date = path.stat().st_mtime
-    restored = add(folder, path, picture if picture.is_file() else None, name)
+    restored = _put(folder, path, name)  # unchecked: what was broken comes back too
+    if picture.is_file():
+        set_picture(folder, restored, picture)
     os.utime(folder / f"{restored}{SUFFIX}", (date, date))
     shutil.rmtree(trash)
     return restored
@@ -208,5 +221,6 @@ def restore(folder: Path, token: str) -> str:
 def empty_trash(folder: Path) -> None:
     """Removes for good what was put into the trash of `folder`, adapters or runs, more than 30 days ago."""
     for trash in (folder / TRASH).glob("*-*"):
-        if time.time() - trash.stat().st_mtime > KEPT_SECONDS:
-            shutil.rmtree(trash)
+        with suppress(OSError):  # brought back meanwhile, or in the way of another server
+            if time.time() - trash.stat().st_mtime > KEPT_SECONDS:
+                shutil.rmtree(trash)

@@ -1,6 +1,7 @@
 """The tab of adapters: a card each, to use, download, rename and delete; import; several into one."""
 
 import html
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -80,12 +81,13 @@ class Shelf:
         if len(names or []) < 2:
             raise SVFitError("choose two or more adapters to add.")
         factors = _numbers(strengths, len(names))
-        adapters = []
-        for name, factor in zip(names, factors, strict=True):
-            adapter = read_adapter(library.find(folder, name))
-            adapter.title = adapter.title or name
+        files, adapters = [library.find(folder, name) for name in names], []
+        for file, factor in zip(files, factors, strict=True):
+            adapter = read_adapter(file)
+            adapter.title = adapter.title or file.stem
             adapters.append((adapter, factor))
-        result = combine_adapters(adapters)
+        with ExitStack() as base:  # which is opened only where nothing else tells whether it is the adapters' own
+            result = combine_adapters(adapters, open_base=lambda: base.enter_context(self.app.studio.bare(files[0])))
         name = file_name(new_name or "-".join(names), "name of the sum")
         if name.casefold() in {other.casefold() for other in library.names(folder)}:
             raise SVFitError(f"there is an adapter called {name!r} already: choose another name.")
@@ -118,8 +120,11 @@ def build(app: App, tabs: gr.Tabs, tab: gr.Tab, generate_tab: GenerateTab) -> No
     @gr.render(inputs=[changed], triggers=[tab.select, changed.change], show_progress="hidden")
     def cards(_: int, request: gr.Request) -> None:
         found, broken = library.entries(app.visitor(request).library)
-        for sentence in broken:
-            gr.Markdown(html.escape(sentence), elem_classes=["note", "warn"])
+        for name, sentence in broken:
+            with gr.Row():
+                gr.HTML(f'<div class="note warn">{html.escape(sentence)}</div>')
+                remove = gr.Button("Delete", size="sm", min_width=80, scale=0)
+            remove.click(shelf.delete, [gr.State(name), changed], [changed, deleted, undo_row, said], **PRIVATE)
         if not found:
             gr.HTML(EMPTY)
             return

@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--listen", nargs="?", const="0.0.0.0", metavar="ADDRESS", help="be reachable from other computers; default: from this one only")  # fmt: skip
     parser.add_argument("--share", action="store_true", help="be reachable from anywhere through a link of Gradio's")
     parser.add_argument("--auth", action="append", default=[], metavar="NAME:PASSWORD", help="ask for it; may be repeated")  # fmt: skip
-    parser.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="in which pictures are painted")  # fmt: skip
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="in which pictures are painted; default: float16 on CUDA, else float32")  # fmt: skip
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
     return parser
 
@@ -101,27 +101,27 @@ def build_page(
     workspace: Workspace,
     adapters: Sequence[Path] = (),
     bases: tuple[str, ...] = (),
-    dtype: str = "float32",
+    dtype: str | None = None,
     *,
     download: bool = True,
 ) -> tuple[Any, Any]:
-    """The page and what is behind it.  `adapters` are put into the library; `download`: hub ids may be fetched."""
+    """The page and what is behind it.  `adapters` are put into the library and chosen; `download`: hub ids may be fetched."""
     import gradio as gr
 
     from svfit_dreambooth.web import api as web_api
     from svfit_dreambooth.web import generate_tab as web_generate
-    from svfit_dreambooth.web import library
     from svfit_dreambooth.web import library_tab as web_library
     from svfit_dreambooth.web import train_tab as web_train
     from svfit_dreambooth.web.app import App
+    from svfit_dreambooth.web.bases import Bases
     from svfit_dreambooth.web.jobs import Jobs
-    from svfit_dreambooth.web.studio import Bases, Studio
+    from svfit_dreambooth.web.studio import Studio
     from svfit_dreambooth.web.workspace import library_of
 
     own = library_of(workspace, "")
-    library.empty_trash(own)
     chosen = [_from_command_line(own, path) for path in adapters]
-    app = App(workspace, Studio(Bases(workspace.models, bases, download), dtype), Jobs(workspace))
+    studio = Studio(Bases(workspace.models, bases, download), dtype)
+    app = App(workspace, studio, Jobs(workspace, studio.bases.offline, studio.make_room), chosen)
     with gr.Blocks(title="SVFit DreamBooth", analytics_enabled=False, delete_cache=(3600, 7 * 24 * 3600)) as page:
         gr.HTML(
             "<h1>SVFit DreamBooth</h1><p>Teach an image model your dog, mug or toy from a few photos; "
@@ -130,7 +130,7 @@ def build_page(
         )
         with gr.Tabs() as tabs:
             with gr.Tab("Generate", id="generate"):
-                generate_tab = web_generate.build(app, page, chosen)
+                generate_tab = web_generate.build(app, page)
             with gr.Tab("Train", id="train"):
                 web_train.build(app, page, tabs, generate_tab)
             with gr.Tab("Adapters", id="adapters") as tab:

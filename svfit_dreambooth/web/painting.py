@@ -26,18 +26,15 @@ UNSELECTED = '<div class="settings">Select a picture to see how it was made.</di
 class Painting:
     """The handlers, for all visitors; the state is which visitor is painting now."""
 
-    def __init__(self, app: App, chosen: list[str]):
+    def __init__(self, app: App):
         self.app = app
-        self.chosen = chosen  # adapters that are selected when the page opens
         self._working: dict[str, threading.Event] = {}  # visitor's word -> what stops the painting
 
     @plainly
     def open_page(self, request: gr.Request) -> tuple[Any, ...]:
         """Base models, adapters, pictures, their names, prompt, what was filled in."""
         visitor = self.app.visitor(request)
-        choices = self.app.adapter_choices(visitor)
-        offered = [value for _, value in choices]
-        value = [f"library/{name}" for name in self.chosen if f"library/{name}" in offered]
+        choices, value = self.app.adapter_choices(visitor), self.app.offers()
         words = self.words(visitor, value)
         names = pictures.earlier(visitor.pictures)
         return (
@@ -55,7 +52,7 @@ class Painting:
         if not workspace.shared:
             return [], []
         choices = [(name, f"library/{name}") for name in library.names(library_of(workspace, ""))]
-        return choices, [f"library/{name}" for name in self.chosen]
+        return choices, self.app.offers()
 
     def words(self, visitor: Visitor, choices: list[str]) -> str:
         """The prompt of the first adapter that has one."""
@@ -77,11 +74,11 @@ class Painting:
     def generate(self, request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
         """Status, gallery, names in it, selected, details, seed, and five buttons."""
         visitor = self.app.visitor(request)
-        if visitor.word in self._working:
-            raise SVFitError("your last pictures are still being painted: wait, or press Stop.")
         order, mode = self._order(visitor, *values)
         check(order)  # before the pictures that are there make room
-        cancelled = self._working[visitor.word] = threading.Event()
+        cancelled = threading.Event()
+        if self._working.setdefault(visitor.word, cancelled) is not cancelled:  # in one step: tabs may come at once
+            raise SVFitError("your last pictures are still being painted: wait, or press Stop.")
         news: queue.Queue[Told | Exception | None] = queue.Queue()
         worker = threading.Thread(target=_work, args=(self.app, order, news, cancelled), daemon=True)
         off, keep = gr.Button(interactive=False), gr.skip()
@@ -184,7 +181,7 @@ class Painting:
     def _taken_up(self, visitor: Visitor, settings: dict[str, Any]) -> tuple[Any, ...]:
         """The form for `settings`; then the adapters' strengths, which the sliders take when they appear."""
         choices = self.app.adapter_choices(visitor)
-        offered = {label.removesuffix(" (uploaded)"): value for label, value in choices[::-1]}
+        offered = {Path(value).name: value for _, value in choices[::-1]}
         found = {offered[name]: strength for name, strength in settings["adapters"].items() if name in offered}
         if missing := sorted(set(settings["adapters"]) - set(offered)):
             gr.Warning(html.escape(f"not in the library any more: {', '.join(missing)}. The rest was filled in."))

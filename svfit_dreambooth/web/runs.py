@@ -41,14 +41,14 @@ class Runs:
     def submit(self, request: gr.Request, name: str, *form: Any) -> tuple[Any, ...]:
         """Puts a run into the queue; then the list with it selected, and the panel."""
         visitor = self.app.visitor(request)
-        job = self.app.jobs.submit(visitor, name, self.draft.options(visitor, *form))
+        job = self.app.jobs.submit(visitor, name, self.draft.options(visitor.photos, *form))
         return self._panel(visitor, job.id, None)
 
     @plainly
     def estimate(self, request: gr.Request, *form: Any) -> str:
         """What the run would take."""
         visitor = self.app.visitor(request)
-        lines = self.draft.estimate(visitor, self.draft.options(visitor, *form))
+        lines = self.draft.estimate(visitor, self.draft.options(visitor.photos, *form))
         return "\n".join(f"- {html.escape(line)}" for line in lines)
 
     @plainly

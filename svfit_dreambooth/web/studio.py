@@ -1,7 +1,6 @@
 """One open base model that paints for everybody in turn: adapters are exchanged on it, the base stays.
 
-What is opened is what a person chose: toybox, a model that the app's owner offers by name, or a hub id.  A name in an
-adapter file opens only what is on this disk already, and never a path.
+On a GPU it leaves when a run needs the room, and when nobody has painted for a while.
 """
 
 import gc
@@ -14,11 +13,13 @@ from typing import Any
 
 from svfit_dreambooth.config import TOYBOX
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.web.bases import OFF, Bases
 
 MAX_PIXELS = 2048  # of a side
 MAX_PICTURES = 64  # of one order
 MAX_STEPS = 200
 STRIP = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+IDLE = 600.0  # seconds after which a base that nobody paints with leaves the GPU
 AS_TRAINED = "the adapters' own"  # the base that the first adapter names, or toybox
 
 
@@ -41,46 +42,6 @@ class Order:
 
 
 @dataclass
-class Bases:
-    """The base models that may be opened."""
-
-    models: Path  # folder whose entries are offered by name
-    extra: tuple[str, ...] = ()  # folders, files and hub ids that the owner named on the command line
-    download: bool = True  # a hub id that a person typed may be fetched
-
-    def names(self) -> list[str]:
-        """What is offered without typing."""
-        inside = [path.name for path in sorted(self.models.glob("*")) if _is_model(path)]
-        return [TOYBOX, *inside, *(_shown(name) for name in self.extra)]
-
-    def resolve(self, name: str, *, typed: bool) -> tuple[str, dict[str, Any]]:
-        """What to open for `name`, and with which options of open_base_model.
-
-        `typed`: a person asked for it, rather than a file.  Raises SVFitError for what is not offered.
-        """
-        from svfit_dreambooth.base_model import HUB_ID
-
-        name = name.strip()
-        if name == TOYBOX:
-            return TOYBOX, {}
-        for extra in self.extra:
-            if name in (extra, _shown(extra)):
-                return extra, {}
-        for path in self.models.glob("*"):
-            if name in (path.name, path.stem) and _is_model(path):
-                return str(path), {}
-        repository, _, revision = name.partition("@")
-        if not HUB_ID.fullmatch(repository) or repository.startswith(".") or Path(repository).exists():
-            raise SVFitError(
-                f"{name!r} is no base model that is offered here: put its folder into {self.models}, start the page "
-                "with --base FOLDER, or give a hub id such as owner/name."
-            )
-        if not typed:
-            return repository, {"revision": revision or None, "local_files_only": True}
-        return repository, {"revision": revision or None, "local_files_only": not self.download}
-
-
-@dataclass
 class Told:
     """What `paint` tells while it works: "waiting", "opening", "loading", "step" or "picture"."""
 
@@ -96,13 +57,16 @@ class Told:
 class Studio:
     """Holds at most one open base model."""
 
-    def __init__(self, bases: Bases, dtype: str = "float32"):
+    def __init__(self, bases: Bases, dtype: str | None = None):
         self.bases = bases
-        self.dtype = dtype  # in which the base works, by the names of generation.DTYPES
+        self.dtype = dtype  # in which the base works, by the names of generation.DTYPES; None: see `working_dtype`
         self._lock = threading.Lock()
+        self._room_wanted = threading.Event()  # by a run, while somebody paints
+        self._idle = threading.Timer(IDLE, self.make_room)
         self._model: Any = None
         self._opened: tuple[str, str] | None = None  # (name, options)
         self._loaded: dict[tuple[str, int, int], str] = {}  # (path, time, size) of a file -> its name on the pipeline
+        self._lenient: set[str] = set()  # those names whose base was not to be the adapter's own
 
     def paint(self, order: Order, tell: Callable[[Told], None], cancelled: threading.Event) -> None:
         """Paints `order`, telling of every step and picture; `cancelled` stops it within a denoising step."""
@@ -157,10 +121,16 @@ class Studio:
         """The base that an adapter file names, without adapters, for nobody else meanwhile."""
         from svfit_dreambooth.adapter import read_adapter
 
-        with self._lock:
+        with self._turn(lambda event: None, threading.Event()):
             model = self._open(read_adapter(path).base_model, False, path.stem, lambda event: None)
             self._exchange(model, [], False)
             yield model
+
+    def make_room(self) -> None:
+        """Takes the base off a GPU: now, or as soon as the pictures that are being painted are done."""
+        self._room_wanted.set()
+        if self._lock.acquire(blocking=False):
+            self._rest()
 
     @contextmanager
     def _turn(self, tell: Callable[[Told], None], cancelled: threading.Event) -> Iterator[bool]:
@@ -171,8 +141,23 @@ class Studio:
                 if cancelled.is_set():
                     yield False
                     return
+        self._idle.cancel()
         try:
             yield not cancelled.is_set()
+        finally:
+            self._rest()
+
+    def _rest(self) -> None:
+        """Ends a turn; a base on a GPU leaves it if a run has asked for the room, else after a while."""
+        try:
+            if on_gpu(self._model):
+                if self._room_wanted.is_set():
+                    self._close()
+                else:
+                    self._idle = threading.Timer(IDLE, self.make_room)
+                    self._idle.daemon = True
+                    self._idle.start()
+            self._room_wanted.clear()
         finally:
             self._lock.release()
 
@@ -198,27 +183,39 @@ class Studio:
                 model = open_base_model(place, **options)
             except SVFitError as error:
                 if options.get("local_files_only"):
-                    why = "what a file names is not downloaded unasked" if not typed else "downloads are off here"
-                    raise SVFitError(f"{name} is not on this disk, and {why}: choose a base yourself.") from error
+                    why = "what a file names is not downloaded unasked: type it as the base model under Generate."
+                    why = why if self.bases.download else OFF
+                    raise SVFitError(f"{name} is not on this disk, and {why}") from error
                 raise
-            cast_pipeline(model.pipeline, DTYPES[self.dtype])
-            model.pipeline.to(default_device())
+            device = default_device()
+            cast_pipeline(model.pipeline, DTYPES[self.dtype or working_dtype(device.type)])
+            model.pipeline.to(device)
             self._model, self._opened = model, key
         return self._model
 
     def _close(self) -> None:
+        import torch
+
+        if self._model is not None:
+            for module in self._model.pipeline.components.values():
+                if isinstance(module, torch.nn.Module):
+                    module.to("meta")  # gives its memory back, whoever still knows of it
         self._model, self._opened = None, None
         self._loaded.clear()
+        self._lenient.clear()
         gc.collect()
+        torch.cuda.empty_cache()
 
     def _exchange(self, model: Any, adapters: Sequence[tuple[Path, Any, float]], any_base: bool) -> dict[str, float]:
         """Puts exactly `adapters` on the base; returns their names on the pipeline, with strengths."""
-        from svfit_dreambooth.pipeline import load_adapter, unload_adapter
+        from svfit_dreambooth.pipeline import load_adapter
 
         wanted = {}
         for path, adapter, strength in adapters:
             stat = path.stat()
             wanted[(str(path), stat.st_mtime_ns, stat.st_size)] = (path, adapter, strength)
+        for key in [key for key in wanted if self._loaded.get(key) in self._lenient and not any_base]:
+            self._unload(model, key)  # what was let on then is looked at again
         # newcomers come before others leave, so that the directions stay in the layers
         strengths = {}
         leaving = {key: name for key, name in self._loaded.items() if key not in wanted}
@@ -227,24 +224,41 @@ class Studio:
                 name, number = path.stem, 1
                 while name in leaving.values() and number == 1:
                     old = next(old for old, taken in leaving.items() if taken == name)
-                    unload_adapter(model.pipeline, name)
-                    del leaving[old], self._loaded[old]
+                    self._unload(model, old)
+                    del leaving[old]
                 while name in self._loaded.values():
                     number += 1
                     name = f"{path.stem}-{number}"
                 load_adapter(model.pipeline, adapter, 0.0, name, allow_other_base=any_base)
                 self._loaded[key] = name
+                if any_base:
+                    self._lenient.add(name)
             strengths[self._loaded[key]] = strength
-        for key, name in leaving.items():
-            unload_adapter(model.pipeline, name)
-            del self._loaded[key]
+        for key in leaving:
+            self._unload(model, key)
         return strengths
+
+    def _unload(self, model: Any, key: tuple[str, int, int]) -> None:
+        from svfit_dreambooth.pipeline import unload_adapter
+
+        unload_adapter(model.pipeline, self._loaded[key])
+        self._lenient.discard(self._loaded.pop(key))
 
     def _set(self, model: Any, strengths: dict[str, float]) -> None:
         from svfit_dreambooth.pipeline import set_adapters
 
         if strengths:
             set_adapters(model.pipeline, strengths)
+
+
+def working_dtype(device: str) -> str:
+    """The precision in which the base paints on such a device: on CUDA half, as diffusers' own examples have it."""
+    return "float16" if device == "cuda" else "float32"
+
+
+def on_gpu(model: Any) -> bool:
+    """Does an open base take memory of a GPU?"""
+    return model is not None and model.pipeline.device.type != "cpu"
 
 
 def check(order: Order) -> None:
@@ -261,13 +275,3 @@ def check(order: Order) -> None:
             raise SVFitError(f"the {name} is {value}: it must be between 1 and {most}.")
     if len({path for path, _ in order.adapters}) < len(order.adapters):
         raise SVFitError("an adapter is chosen twice: raise its strength instead.")
-
-
-def _is_model(path: Path) -> bool:
-    return path.name[0] != "." and ((path / "model_index.json").is_file() or path.suffix == ".safetensors")
-
-
-def _shown(name: str) -> str:
-    """A base of the command line, as the page calls it: without the folders above it."""
-    path = Path(name)
-    return path.resolve().name if path.exists() else name

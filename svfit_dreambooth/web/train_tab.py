@@ -7,7 +7,7 @@ import gradio as gr
 from svfit_dreambooth.config import TOYBOX
 from svfit_dreambooth.presets import DEFAULT, preset_names
 from svfit_dreambooth.web.app import App
-from svfit_dreambooth.web.draft import Draft, bundled_subjects
+from svfit_dreambooth.web.draft import ADVANCED, Draft, bundled_subjects
 from svfit_dreambooth.web.generate_tab import PRIVATE, GenerateTab
 from svfit_dreambooth.web.runs import NONE, Runs
 
@@ -96,15 +96,20 @@ def build(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: GenerateTab) -
     shown = [thumbs, remarks, selected, photo_actions]
     words = [word, kind, base, preset, *advanced]
 
-    page.load(draft.show, None, shown, **PRIVATE)
+    named, trained_at = [name, word, kind], [base, advanced[ADVANCED.index("resolution")]]
+    page.load(draft.show, None, [*shown, *named], **PRIVATE)
     page.load(lambda: gr.Dropdown(app.studio.bases.names()), None, base, **PRIVATE)
     page.load(runs.open_page, None, panel, **PRIVATE)
-    drop.upload(draft.add, drop, [drop, *shown], **PRIVATE)
+    drop.upload(draft.add, [drop, *trained_at], [drop, *shown], **PRIVATE)
     thumbs.select(draft.select, None, [selected, rotate, remove], **PRIVATE)
-    rotate.click(draft.rotate, selected, shown, **PRIVATE)
-    remove.click(draft.remove, selected, shown, **PRIVATE)
+    rotate.click(draft.rotate, [selected, *trained_at], shown, **PRIVATE)
+    remove.click(draft.remove, [selected, *trained_at], shown, **PRIVATE)
     clear.click(draft.clear, None, shown, **PRIVATE)
-    take.click(draft.take_bundled, toy, [*shown, name, word, kind, base], **PRIVATE)
+    take.click(draft.take_bundled, [toy, trained_at[1]], [*shown, *named, base], **PRIVATE)
+    for changed in (trained_at[0].change, trained_at[1].blur):
+        changed(draft.remark, trained_at, remarks, **LIVE)
+    for field in named:
+        field.blur(draft.remember, named, None, **LIVE)
     for field in (word, kind):
         field.change(_say_prompt, [word, kind], shown_prompt, **LIVE)
     estimate.click(runs.estimate, words, estimated, **{**PRIVATE, "show_progress": "minimal"})

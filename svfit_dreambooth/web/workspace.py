@@ -145,13 +145,39 @@ def secret(workspace: Workspace) -> str:
     temporary = path.with_name(f".secret-{secrets.token_hex(4)}")
     with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
         file.write(secrets.token_hex(32))
+    place(temporary, path)  # the first of two servers wins
+    return path.read_text(encoding="ascii")
+
+
+def place(temporary: Path, target: Path) -> bool:
+    """Gives the file `temporary` the name `target`; False, and it is gone, if there is such a file already.
+
+    Where the disk knows no links (exFAT, many network and FUSE mounts), it is copied into a new file instead.
+    """
     try:
-        os.link(temporary, path)  # the first of two servers wins
+        os.link(temporary, target)
     except FileExistsError:
-        pass
+        return False
+    except OSError:
+        return _copy_new(temporary, target)
     finally:
         temporary.unlink()
-    return path.read_text(encoding="ascii")
+    return True
+
+
+def _copy_new(source: Path, target: Path) -> bool:
+    """A copy of `source` as the new file `target`; False if there is one already."""
+    try:
+        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, source.stat().st_mode & 0o777)
+    except FileExistsError:
+        return False
+    try:
+        with open(source, "rb") as original, open(descriptor, "wb") as copy:
+            shutil.copyfileobj(original, copy)
+    except OSError:
+        target.unlink()
+        raise
+    return True
 
 
 # ---------------------------------------------------------------- photos laid out for training
