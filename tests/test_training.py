@@ -1,6 +1,7 @@
 """The main job on tiny pipelines: photos to adapter, and the adapter opened again through the public loader."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from svfit_dreambooth.attention import svfit_layers
 from svfit_dreambooth.config import parse_config
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.training.denoising import Denoiser
+from svfit_dreambooth.training.preparation import prepare
 
 
 @pytest.fixture
@@ -145,6 +147,32 @@ def test_init_adapter_continues(config, tmp_path):
     assert same_shifts(first.adapter_path, second.adapter_path)
     with pytest.raises(SVFitError, match="which this run does not train"):
         train(TrainConfig(**{**options, "target_modules": ["to_q"]}))
+
+
+def test_init_adapter_that_the_run_replaces(config):
+    first = train(TrainConfig(**config))
+    again = TrainConfig(**{**config, "init_adapter": str(first.adapter_path), "learning_rate": 1e-9})
+    second = train(again)
+    assert second.adapter_path == first.adapter_path
+    assert second.loss_before == pytest.approx(first.loss_after, rel=1e-3)
+    assert same_shifts(first.adapter_path.parent / "earlier" / "001" / "my-dog.safetensors", second.adapter_path)
+
+
+def test_starting_anew_replaces_no_adapter(config):
+    folder = Path(config["output_dir"])
+    folder.mkdir()
+    (folder / "my-dog.safetensors").write_text("another's")
+    train(TrainConfig(**config, resume_from_checkpoint="latest"))
+    assert (folder / "earlier" / "001" / "my-dog.safetensors").read_text() == "another's"
+
+
+def test_an_output_that_would_replace_what_the_run_reads(config, photo_folder, tmp_path):
+    with pytest.raises(SVFitError, match="is the folder of the photos: name another"):
+        prepare(TrainConfig(**{**config, "output_dir": f"{photo_folder}/."}))
+    (tmp_path / "my-dog.safetensors").write_bytes(b"weights")
+    base = {"pretrained_model_name_or_path": str(tmp_path / "my-dog.safetensors"), "output_dir": str(tmp_path)}
+    with pytest.raises(SVFitError, match="the adapter would replace its base model"):
+        prepare(TrainConfig(**{**config, **base}))
 
 
 def test_init_adapter_of_another_base_is_refused(config, tiny_base_v, tmp_path):

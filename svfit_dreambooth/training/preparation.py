@@ -13,6 +13,7 @@ import torch
 from diffusers.optimization import SchedulerType
 from torch import Tensor, nn
 
+from svfit_dreambooth.adapter import Adapter, read_adapter
 from svfit_dreambooth.attention import find_projections
 from svfit_dreambooth.base_model import (
     TOYBOX_SUBJECTS,
@@ -21,10 +22,10 @@ from svfit_dreambooth.base_model import (
     open_base_model,
     pipeline_components,
 )
-from svfit_dreambooth.basis import weight_hashes
+from svfit_dreambooth.basis import same_base, weight_hashes
 from svfit_dreambooth.config import TOYBOX, TrainConfig
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.learned_word import check_word, word_pieces
+from svfit_dreambooth.learned_word import check_word, word_pieces, word_rows
 from svfit_dreambooth.photos import Photo, find_photos, photo_report
 from svfit_dreambooth.presets import apply_preset
 from svfit_dreambooth.svfit import as_matrix, resolve_rank
@@ -52,6 +53,7 @@ class Run:
     adapter_name: str
     targets: dict[str, list[str]]  # component -> canonical layer names
     weights: dict[str, Tensor]  # "<component>.<layer>" -> the base's weight as a matrix (out, in)
+    initial: Adapter | None = None  # where it starts, read now: its file may be one that the run replaces
 
     @cached_property
     def hashes(self) -> dict[str, str]:
@@ -122,12 +124,12 @@ def prepare(config: TrainConfig) -> Run:
     if config.instance_prompt is None and any(photo.caption is None for photo in photos):
         raise SVFitError('--instance_prompt is missing: say what the photos show, such as "a photo of sks dog".')
     _choose_class(config)
-    if config.init_adapter is not None and not Path(config.init_adapter).is_file():
-        raise SVFitError(f"--init_adapter {config.init_adapter} does not exist.")
+    initial = _read_initial(config)
     adapter_name = config.adapter_name or _file_name(Path(str(config.instance_data_dir)).resolve().name)
     if adapter_name != _file_name(adapter_name):
         raise SVFitError(f"--adapter_name {adapter_name!r} is no file name: use letters, digits, '-', '_' and '.'.")
     config.adapter_name = adapter_name
+    _check_output(config)
     if not config.dry_run:
         _check_writable(config.output_dir)
     config.warn_of_lora_values()
@@ -161,7 +163,10 @@ def prepare(config: TrainConfig) -> Run:
         for component, layers in found.items()
         for name, (_, _, layer) in layers.items()
     }
-    return Run(config, photos, base, adapter_name, targets, weights)
+    run = Run(config, photos, base, adapter_name, targets, weights, initial)
+    if initial is not None:
+        _check_initial(initial, run)
+    return run
 
 
 def open_run_base(config: TrainConfig) -> BaseModel:
@@ -209,6 +214,46 @@ def _choose_class(config: TrainConfig) -> None:
     config.class_data_dir = config.class_data_dir or str(Path(config.output_dir) / "class_pictures")
     if Path(config.class_data_dir).resolve() == Path(str(config.instance_data_dir)).resolve():
         raise SVFitError(f"--class_data_dir {config.class_data_dir} is the folder of the photos: name another.")
+
+
+def _read_initial(config: TrainConfig) -> Adapter | None:
+    """The adapter that the run starts from, if any."""
+    if config.init_adapter is None:
+        return None
+    if not Path(config.init_adapter).is_file():
+        raise SVFitError(f"--init_adapter {config.init_adapter} does not exist.")
+    return read_adapter(config.init_adapter)
+
+
+def _check_initial(initial: Adapter, run: Run) -> None:
+    """Raises SVFitError unless `initial` is of the base of `run`, and changes only what that trains."""
+    path, word = run.config.init_adapter, run.config.learned_word
+    for learned in initial.learned_words:
+        if learned.word != word:
+            raise SVFitError(f"--init_adapter {path} learned a word: add --learned_word {learned.word}.")
+    missing = sorted(set(initial.shifts) - set(run.weights))
+    if missing:
+        raise SVFitError(
+            f"--init_adapter {path} adapts {missing[0]}, which this run does not train: "
+            "use the same --target_modules and --train_text_encoder as its run."
+        )
+    names = {*initial.shifts, *initial.word_deltas()}
+    weights = run.weights | word_rows(run.base.pipeline, word)
+    own = {name: weight for name, weight in weights.items() if name in names}
+    if same_base(initial.base_fingerprint, own, run.hashes) == "different":
+        raise SVFitError(f"--init_adapter {path} was trained on another base model, {initial.base_model}.")
+
+
+def _check_output(config: TrainConfig) -> None:
+    """Raises SVFitError where the run would write among the photos, or over its own base."""
+    folder = Path(config.output_dir).resolve()
+    if folder == Path(str(config.instance_data_dir)).resolve():
+        raise SVFitError(f"--output_dir {config.output_dir} is the folder of the photos: name another.")
+    if folder / f"{config.adapter_name}.safetensors" == Path(config.pretrained_model_name_or_path).resolve():
+        raise SVFitError(
+            f"the adapter would replace its base model, {config.pretrained_model_name_or_path}: "
+            "give another --adapter_name or --output_dir."
+        )
 
 
 def _file_name(text: str) -> str:
