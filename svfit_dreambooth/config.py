@@ -51,6 +51,12 @@ class TrainConfig(
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise SVFitError(f"--{name} is {value}: it must be above 0.")
+        for name in ("adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise SVFitError(f"--{name} is {value}: it is a decay, from 0 to below 1.")
+        if not self.adam_weight_decay >= 0:
+            raise SVFitError(f"--adam_weight_decay is {self.adam_weight_decay}: it cannot be negative; 0 is none.")
         if self.resolution is not None and self.resolution < 1:
             raise SVFitError(f"--resolution is {self.resolution}: it is in pixels, such as 512.")
         if self.energy is not None and not 0 < self.energy <= 1:

@@ -1,6 +1,7 @@
 """The main job on tiny pipelines: photos to adapter, and the adapter opened again through the public loader."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from svfit_dreambooth.attention import svfit_layers
 from svfit_dreambooth.config import parse_config
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.training.denoising import Denoiser
-from svfit_dreambooth.training.preparation import prepare
+from svfit_dreambooth.training.preparation import _check_writable, prepare
 
 
 @pytest.fixture
@@ -203,6 +204,7 @@ def test_captions_take_the_place_of_the_prompt(config, photo_folder, tmp_path):
         ({"instance_prompt": None}, "--instance_prompt is missing"),
         ({"resolution": 17}, "--resolution 17 is not a multiple of 2.*use 16"),
         ({"lr_scheduler": "zigzag"}, "--lr_scheduler is 'zigzag', but must be one of: linear"),
+        ({"lr_scheduler": "piecewise_constant"}, "--lr_scheduler is 'piecewise_constant', but must be one of"),
         ({"pretrained_model_name_or_path": "/no/model"}, "/no/model is no base model"),
         ({"pretrained_model_name_or_path": "model.ckpt"}, "model.ckpt is no base model"),
         ({"target_modules": ["to_z"]}, "'to_z' matches no linear layer"),
@@ -228,6 +230,14 @@ def test_base_folders_that_are_none(config, tmp_path):
         train(TrainConfig(**{**config, "pretrained_model_name_or_path": str(tmp_path / "model.ckpt")}))
 
 
+def test_a_base_that_predicts_pictures_is_refused_before_anything_slow(config, tiny_base, tmp_path):
+    shutil.copytree(tiny_base, tmp_path / "base")
+    scheduler = tmp_path / "base" / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps({**json.loads(scheduler.read_text()), "prediction_type": "sample"}))
+    with pytest.raises(SVFitError, match="the base predicts 'sample'"):
+        prepare(TrainConfig(**{**config, "pretrained_model_name_or_path": str(tmp_path / "base")}))
+
+
 def test_a_folder_of_text_files_and_an_empty_one(config, tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()
@@ -242,6 +252,15 @@ def test_an_output_that_cannot_be_written(config, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(SVFitError, match="--output_dir .* cannot be written"):
         train(TrainConfig(**{**config, "output_dir": str(tmp_path / "file" / "run")}))
+
+
+def test_processes_that_ask_at_once_whether_the_output_can_be_written(tmp_path, monkeypatch):
+    def busy(path, *args, **kwargs):  # another process was faster
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(Path, "unlink", busy)
+    _check_writable(str(tmp_path / "run"))
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_sequence_of_examples_covers_the_photos(config):

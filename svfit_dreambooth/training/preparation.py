@@ -3,12 +3,14 @@
 import dataclasses
 import logging
 import re
+import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from diffusers.optimization import SchedulerType
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from svfit_dreambooth.base_model import (
     TOYBOX_SUBJECTS,
     BaseModel,
     check_base_model,
+    noise_scheduler,
     open_base_model,
     pipeline_components,
 )
@@ -54,6 +57,7 @@ class Run:
     targets: dict[str, list[str]]  # component -> canonical layer names
     weights: dict[str, Tensor]  # "<component>.<layer>" -> the base's weight as a matrix (out, in)
     initial: Adapter | None = None  # where it starts, read now: its file may be one that the run replaces
+    free_memory: int | None = None  # `available_memory` before the base was opened; None: unknown
 
     @cached_property
     def hashes(self) -> dict[str, str]:
@@ -115,9 +119,9 @@ def prepare(config: TrainConfig) -> Run:
     is none, a resolution that does not fit the base, targets that match nothing, an output that cannot be written.
     """
     config = dataclasses.replace(config)
-    if config.lr_scheduler not in [kind.value for kind in SchedulerType]:
-        known = ", ".join(kind.value for kind in SchedulerType)
-        raise SVFitError(f"--lr_scheduler is {config.lr_scheduler!r}, but must be one of: {known}.")
+    schedules = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]  # it wants rules
+    if config.lr_scheduler not in schedules:
+        raise SVFitError(f"--lr_scheduler is {config.lr_scheduler!r}, but must be one of: {', '.join(schedules)}.")
     check_base_model(config.pretrained_model_name_or_path, config.base_config)
     _choose_subject(config)
     photos = find_photos(str(config.instance_data_dir))
@@ -134,7 +138,9 @@ def prepare(config: TrainConfig) -> Run:
         _check_writable(config.output_dir)
     config.warn_of_lora_values()
 
+    free = available_memory()
     base = open_run_base(config)
+    noise_scheduler(base.pipeline)  # raises for bases that are trained otherwise
     apply_preset(config, base.architecture)
     if config.validation_steps is None:
         quick = base.name == TOYBOX or torch.cuda.is_available() or torch.backends.mps.is_available()
@@ -163,10 +169,19 @@ def prepare(config: TrainConfig) -> Run:
         for component, layers in found.items()
         for name, (_, _, layer) in layers.items()
     }
-    run = Run(config, photos, base, adapter_name, targets, weights, initial)
+    run = Run(config, photos, base, adapter_name, targets, weights, initial, free)
     if initial is not None:
         _check_initial(initial, run)
     return run
+
+
+def available_memory() -> int | None:
+    """Bytes that are free where training happens: on the GPU if there is one, else in main memory."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    if torch.backends.mps.is_available():
+        return int(torch.mps.recommended_max_memory())
+    return int(psutil.virtual_memory().available)
 
 
 def open_run_base(config: TrainConfig) -> BaseModel:
@@ -261,11 +276,9 @@ def _file_name(text: str) -> str:
 
 
 def _check_writable(folder: str) -> None:
-    probe = Path(folder) / ".svfit-write-test"
     try:
-        probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # a name of its own: several processes of a run ask at once
     except OSError as error:
         raise SVFitError(
             f"--output_dir {folder} cannot be written ({error.strerror}): choose another folder."
