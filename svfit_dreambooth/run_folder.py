@@ -45,18 +45,6 @@ def lock_run(folder: str | Path) -> Iterator[None]:
         lock.release()
 
 
-def is_running(folder: str | Path) -> bool:
-    """Whether a run writes into `folder` at this moment."""
-    path = Path(folder) / LOCK
-    if not path.exists():
-        return False
-    try:
-        with FileLock(path, timeout=0):
-            return False
-    except Timeout:
-        return True
-
-
 def append_progress(folder: str | Path, event: str, **values: Any) -> None:
     """Adds one line to the folder's progress.jsonl."""
     line = json.dumps({"event": event, **values}, ensure_ascii=False)

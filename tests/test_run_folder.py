@@ -8,11 +8,10 @@ import pytest
 
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import write_atomically
-from svfit_dreambooth.run_folder import append_progress, is_running, lock_run, read_progress, rewind_progress, set_aside
+from svfit_dreambooth.run_folder import append_progress, lock_run, read_progress, rewind_progress, set_aside
 
 
 def test_the_lock_dies_with_its_process(tmp_path):
-    assert not is_running(tmp_path)
     child = os.fork()
     if child == 0:
         with lock_run(tmp_path):
@@ -21,14 +20,12 @@ def test_the_lock_dies_with_its_process(tmp_path):
         os._exit(0)
     while not (tmp_path / "locked").exists():
         time.sleep(0.01)
-    assert is_running(tmp_path)
     with pytest.raises(SVFitError, match="another run is writing into"), lock_run(tmp_path):
         pass
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    assert not is_running(tmp_path)
     with lock_run(tmp_path):
-        assert is_running(tmp_path)
+        pass
 
 
 def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path):
