@@ -61,6 +61,9 @@ def test_the_written_configuration_reads_back(tmp_path):
         (["--resolution", "-1"], "--resolution is -1"),
         (["--mixed_precision", "fp8"], "fp8"),
         (["--nonsense", "1"], "unknown option --nonsense"),
+        (["--max_train_step=5"], r"unknown option --max_train_step \(did you mean --max_train_steps\?\): see"),
+        (["--instance_prompt", "a", "photo", "of"], "'photo of' belongs to no option, put text with spaces in quotes"),
+        (["--center_crop", "maybe"], r"--center_crop.*\(case insensitive\): see"),
         (["--use_8bit_adam"], "--use_8bit_adam has no place here: leave it out"),
         (["--num-train-epochs=3"], "--num_train_epochs has no place here: say how long to train with"),
         (["--config", "/no/such.yaml"], "configuration /no/such.yaml cannot be read"),
@@ -69,6 +72,13 @@ def test_the_written_configuration_reads_back(tmp_path):
 def test_bad_options_are_one_sentence(arguments, sentence):
     with pytest.raises(SVFitError, match=sentence):
         parse(*arguments)
+
+
+def test_a_typo_in_yaml_is_pointed_out(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("max train step: 5\n", encoding="utf-8-sig")
+    with pytest.raises(SVFitError, match="--max train step .did you mean --max_train_steps"):
+        parse("--config", str(file))
 
 
 @pytest.mark.parametrize("text", ["a: [", "just words", "model: {rank: 3}"])

@@ -87,7 +87,8 @@ class Run:
         lines = photo_report(self.photos, self.config.resolution or 0)
         sizes = Counter(self.training_size(photo) for photo in self.photos)
         pixels = ", ".join(f"{width}x{height} ({count})" for (width, height), count in sorted(sizes.items()))
-        lines.append(f"base: {self.base.name}, trained at {pixels} pixels")
+        side = self.base.resolution
+        lines.append(f"base: {self.base.name}, for {side}x{side} pixels; the photos are trained on at {pixels}")
         for component, names in self.targets.items():
             if self.config.budget is not None:
                 total = sum(min(weight.shape) for weight in self.weights.values())
