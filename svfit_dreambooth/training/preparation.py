@@ -236,7 +236,7 @@ def _read_initial(config: TrainConfig) -> Adapter | None:
     """The adapter that the run starts from, if any."""
     if config.init_adapter is None:
         return None
-    if not Path(config.init_adapter).is_file():
+    if not Path(config.init_adapter).exists():
         raise SVFitError(f"--init_adapter {config.init_adapter} does not exist.")
     return read_adapter(config.init_adapter)
 

@@ -212,7 +212,7 @@ def _open_folder(run: Run, resumed: TrainState | None) -> None:
     elif run.config.resume_from_checkpoint is None or run.adapter_path.exists():
         aside = set_aside(folder, run.adapter_name, run.config.init_adapter)
         if aside is not None:
-            logger.info("what lay in %s under the names of this run's files lies in %s now.", folder, aside)
+            logger.info("the earlier files in %s lie in %s now.", folder, aside)
     else:
         rewind_progress(folder, -1)
     write_atomically(folder / "config.yaml", config_to_yaml(run.config))
