@@ -295,9 +295,14 @@ def decode_latents(pipeline: Pipeline, latents: Tensor) -> list[Image.Image]:
 def noise_scheduler(pipeline: Pipeline) -> DDPMScheduler:
     """The noise schedule that the base was trained with.
 
-    Raises SVFitError for schedulers of models that are trained otherwise (EDM, flow matching).
+    Raises SVFitError for schedulers of models that are trained otherwise (EDM, flow matching), and for bases that
+    predict neither the noise nor v.
     """
     kind = type(pipeline.scheduler).__name__
     if kind.startswith(("EDM", "FlowMatch")):
         raise SVFitError(f"the base is sampled with {kind}, and models of that kind cannot be trained here.")
-    return DDPMScheduler.from_config(pipeline.scheduler.config)
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    predicted = scheduler.config.prediction_type
+    if predicted not in ("epsilon", "v_prediction"):
+        raise SVFitError(f"the base predicts {predicted!r}, and only epsilon and v_prediction can be trained.")
+    return scheduler

@@ -1,7 +1,9 @@
 """The configuration of a training run, from flags, a YAML file or Python; its options are in options.py."""
 
 import dataclasses
+import difflib
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +53,12 @@ class TrainConfig(
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise SVFitError(f"--{name} is {value}: it must be above 0.")
+        for name in ("adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise SVFitError(f"--{name} is {value}: it is a decay, from 0 to below 1.")
+        if not self.adam_weight_decay >= 0:
+            raise SVFitError(f"--adam_weight_decay is {self.adam_weight_decay}: it cannot be negative; 0 is none.")
         if self.resolution is not None and self.resolution < 1:
             raise SVFitError(f"--resolution is {self.resolution}: it is in pixels, such as 512.")
         if self.energy is not None and not 0 < self.energy <= 1:
@@ -114,7 +122,7 @@ def parse_config(arguments: Sequence[str], prog: str) -> TrainConfig:
 
     class Parser(HfArgumentParser):
         def error(self, message: str) -> Any:
-            raise SVFitError(f"{message}: see {prog} --help.")
+            raise SVFitError(f"{message.rstrip('.')}: see {prog} --help.")
 
     parser = Parser(
         OPTION_GROUPS,
@@ -138,14 +146,25 @@ def parse_config(arguments: Sequence[str], prog: str) -> TrainConfig:
     except SVFitError:
         raise
     except ValueError as error:
-        unknown = [word for word in parser.parse_known_args(arguments)[1] if word.startswith("-")]
-        raise SVFitError(
-            f"unknown option {', '.join(unknown)}: see {prog} --help." if unknown else f"{error}: see {prog} --help."
-        ) from error
+        unread = parser.parse_known_args(arguments)[1]
+        raise SVFitError(f"{_unread(unread) if unread else error}: see {prog} --help.") from error
     values: dict[str, Any] = {}
     for group in groups:
         values |= vars(group)
     return TrainConfig(**values)
+
+
+def _unread(words: Sequence[str]) -> str:
+    """What is wrong with `words` of a command that no option took."""
+    flags = [word.partition("=")[0] for word in words if word.startswith("-")]
+    if not flags:
+        return f"{' '.join(words)!r} belongs to no option, put text with spaces in quotes"
+    known = [option.name for option in dataclasses.fields(TrainConfig)]
+    named = []
+    for flag in flags:
+        near = difflib.get_close_matches(re.sub(r"[- ]", "_", flag.lstrip("-")), known, 1)
+        named.append(f"{flag} (did you mean --{near[0]}?)" if near else flag)
+    return f"unknown option {', '.join(named)}"
 
 
 def _yaml_arguments(path: str) -> list[str]:

@@ -136,7 +136,9 @@ class OptimizationOptions:
     learning_rate: float = _option(None, "AdamW's step for the singular values, in their unit; None: the preset's.")
     text_encoder_lr: float = _option(2e-3, "The same for the text encoder, which needs far less.")
     learned_word_lr: float = _option(1e-3, "The same for the numbers of the learned word's embedding.")
-    lr_scheduler: str = _option("cosine", "Schedule of the learning rate, by diffusers' names.")
+    lr_scheduler: str = _option(
+        "cosine", "Schedule of the learning rate: cosine, linear, constant or another of diffusers'."
+    )
     lr_warmup_steps: int = _option(0, "Steps over which the learning rate grows to its value.")
     adam_beta1: float = _option(0.9, "AdamW's decay of the mean gradient.")
     adam_beta2: float = _option(0.99, "AdamW's decay of the mean squared gradient.")
@@ -158,7 +160,9 @@ class OutputOptions:
 
     output_dir: str = _option("output", "Folder of the run.")
     save_dtype: Literal["float16", "float32"] = _option("float16", "Type of the values in the adapter file.")
-    final_pictures: bool = _option(True, "Paint the validation prompts at the end, with and without the adapter.")
+    final_pictures: bool = _option(
+        True, "Paint the validation prompts at the end, with and without the adapter; --no_final_pictures: don't."
+    )
     checkpointing_steps: int = _option(50, "Steps between checkpoints, which hold all that the rest follows from.")
     checkpoints_total_limit: int | None = _option(3, "Checkpoints that are kept, the newest; None: all.")
     resume_from_checkpoint: str | None = _option(
@@ -188,7 +192,7 @@ class WatchOptions:
     validation_steps: int | None = _option(
         None,
         "Steps between looks: pictures of the validation prompts, and measures; 0: none.  None: a quarter of the run, "
-        "but none on a processor for bases that paint slowly there.",
+        "but none on a CPU for bases that paint slowly there.",
     )
     validation_prompts: list[str] | None = field(
         default=None, metadata={"help": "Prompts to paint on the way and at the end; None: the subject in four places."}

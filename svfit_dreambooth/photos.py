@@ -85,7 +85,8 @@ def find_photos(folder: str | Path, may_be_empty: bool = False) -> list[Photo]:
         if path not in [photo.mask for photo in photos]:
             logger.warning("'%s' is the mask of no photo: name it like its photo.", path.name)
     if not photos and not may_be_empty:
-        found = f"{len(entries)} entries, but no usable photo" if entries else "nothing"
+        count = "1 entry" if len(entries) == 1 else f"{len(entries)} entries"
+        found = f"{count}, but no usable photo" if entries else "nothing"
         hint = f"name one of its sub-folders ({', '.join(subfolders)})" if subfolders else "put 3 to 10 photos there"
         raise SVFitError(f"'{folder}' holds {found}: {hint}, JPEG, PNG or WebP.")
     return photos
@@ -139,7 +140,9 @@ def _open(path: Path, convert: Callable[[Image.Image], T]) -> T:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise SVFitError(f"'{path}' has more than {limit} pixels, too many to open safely: scale it down.") from None
     except Image.UnidentifiedImageError:
-        raise SVFitError(f"'{path}' isn't a picture of a known kind: save it as JPEG, PNG or WebP.") from None
+        heic = path.suffix.lower() in (".heic", ".heif")  # what phones write
+        kind = "is a HEIC picture, which can't be read here" if heic else "isn't a picture of a known kind"
+        raise SVFitError(f"'{path}' {kind}: save it as JPEG, PNG or WebP.") from None
     except MemoryError:
         raise SVFitError(f"'{path}' doesn't fit into memory: scale it down.") from None
     except Exception as error:  # noqa: BLE001 - decoders meet broken files with every kind of exception

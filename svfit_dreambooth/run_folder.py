@@ -4,6 +4,7 @@
 """
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,18 +45,6 @@ def lock_run(folder: str | Path) -> Iterator[None]:
         lock.release()
 
 
-def is_running(folder: str | Path) -> bool:
-    """Whether a run writes into `folder` at this moment."""
-    path = Path(folder) / LOCK
-    if not path.exists():
-        return False
-    try:
-        with FileLock(path, timeout=0):
-            return False
-    except Timeout:
-        return True
-
-
 def append_progress(folder: str | Path, event: str, **values: Any) -> None:
     """Adds one line to the folder's progress.jsonl."""
     line = json.dumps({"event": event, **values}, ensure_ascii=False)
@@ -87,20 +76,35 @@ def rewind_progress(folder: str | Path, step: int) -> None:
     write_atomically(Path(folder) / PROGRESS, "".join(lines))
 
 
-def set_aside(folder: str | Path) -> Path | None:
+def set_aside(folder: str | Path, adapter_name: str, keep: str | Path | None = None) -> Path | None:
     """Moves what an earlier run left in `folder` to <folder>/earlier/NNN, so that nothing is overwritten.
 
-    Returns where it lies now; None where there was no run.
+    Only what a run wrote is moved, and, whoever wrote it, what the run of `adapter_name` would overwrite.  `keep`: a
+    file that this run still reads; it is copied instead.  Returns where it all lies now; None where there was nothing.
     """
     folder = Path(folder)
-    if not (folder / PROGRESS).exists() and not any(folder.glob("*.safetensors")):
+    names = ["config.yaml", "curve.png", *_result_names(adapter_name)]
+    if (folder / PROGRESS).exists():
+        names += [PROGRESS, "checkpoints", "validation", "validation.png", "logs"]
+        for event in read_progress(folder):
+            if event["event"] == "start" and isinstance(event.get("adapter_name"), str):
+                names += _result_names(Path(event["adapter_name"]).name)
+    found = [path for path in (folder / name for name in dict.fromkeys(names)) if path.exists()]
+    if not found:
         return None
     number = 1
     while (target := folder / EARLIER / f"{number:03d}").exists():
         number += 1
     target.mkdir(parents=True)
-    names = ("config.yaml", PROGRESS, "checkpoints", "validation", "validation.png", "curve.png", "logs")
-    for path in [*(folder / name for name in names), *folder.glob("*.safetensors"), *folder.glob("*.png")]:
-        if path.exists():
+    for path in found:
+        if keep is not None and path.resolve() == Path(keep).resolve():
+            shutil.copy2(path, target / path.name)
+        else:
             path.rename(target / path.name)
     return target
+
+
+def _result_names(adapter_name: str) -> list[str]:
+    """The files that a run of `adapter_name` may leave beside the fixed ones."""
+    endings = (".safetensors", ".png", "-kohya.safetensors", "-diffusers.safetensors")
+    return [adapter_name + ending for ending in endings]

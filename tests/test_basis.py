@@ -1,6 +1,10 @@
 """The basis: the same directions from every copy of a base, and a cache that can be trusted."""
 
 import logging
+import resource
+import signal
+import subprocess
+import sys
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
@@ -211,3 +215,25 @@ def test_a_cache_that_cannot_be_written_only_warns(tmp_path, caplog):
     (tmp_path / "basis").write_text("a file where the folder should be")
     model_basis({"unet.a": torch.randn(4, 4)}, cache_dir=tmp_path)
     assert "is not cached" in caplog.text
+
+
+def test_a_disk_that_fills_up_while_a_basis_is_cached_only_warns(tmp_path):
+    def limited():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing beyond the limit is then an error, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+
+    script = """
+import logging, sys, torch
+from pathlib import Path
+from svfit_dreambooth.basis import model_basis
+logging.basicConfig(format="%(message)s")
+weights = {"unet.small": torch.eye(4), "unet.large": torch.randn(40, 40)}
+basis = model_basis(weights, cache_dir=Path(sys.argv[1]))
+print({name: tuple(U.shape) for name, (U, Vh) in basis.items()})
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path], preexec_fn=limited, capture_output=True, text=True, check=True
+    )
+    assert "the basis is not cached, the next start decomposes again" in done.stderr and "File too large" in done.stderr
+    assert done.stdout == "{'unet.small': (4, 4), 'unet.large': (40, 40)}\n"
+    assert len(list((tmp_path / "basis").iterdir())) == 1  # the small one, and no temporary file

@@ -53,10 +53,17 @@ def test_the_written_configuration_reads_back(tmp_path):
         (["--energy", "2"], "--energy is 2.0"),
         (["--learning_rate", "0"], "--learning_rate is 0.0: it must be above 0"),
         (["--learning_rate", "fast"], "argument --learning_rate.*fast"),
+        (["--adam_beta1", "1.5"], "--adam_beta1 is 1.5: it is a decay, from 0 to below 1"),
+        (["--adam_beta2", "1"], "--adam_beta2 is 1.0"),
+        (["--adam_weight_decay", "-0.1"], "--adam_weight_decay is -0.1: it cannot be negative"),
+        (["--adam_epsilon", "0"], "--adam_epsilon is 0.0: it must be above 0"),
         (["--max_train_steps", "0"], "--max_train_steps is 0"),
         (["--resolution", "-1"], "--resolution is -1"),
         (["--mixed_precision", "fp8"], "fp8"),
         (["--nonsense", "1"], "unknown option --nonsense"),
+        (["--max_train_step=5"], r"unknown option --max_train_step \(did you mean --max_train_steps\?\): see"),
+        (["--instance_prompt", "a", "photo", "of"], "'photo of' belongs to no option, put text with spaces in quotes"),
+        (["--center_crop", "maybe"], r"--center_crop.*\(case insensitive\): see"),
         (["--use_8bit_adam"], "--use_8bit_adam has no place here: leave it out"),
         (["--num-train-epochs=3"], "--num_train_epochs has no place here: say how long to train with"),
         (["--config", "/no/such.yaml"], "configuration /no/such.yaml cannot be read"),
@@ -65,6 +72,13 @@ def test_the_written_configuration_reads_back(tmp_path):
 def test_bad_options_are_one_sentence(arguments, sentence):
     with pytest.raises(SVFitError, match=sentence):
         parse(*arguments)
+
+
+def test_a_typo_in_yaml_is_pointed_out(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("max train step: 5\n", encoding="utf-8-sig")
+    with pytest.raises(SVFitError, match="--max train step .did you mean --max_train_steps"):
+        parse("--config", str(file))
 
 
 @pytest.mark.parametrize("text", ["a: [", "just words", "model: {rank: 3}"])

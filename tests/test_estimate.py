@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from svfit_dreambooth.attention import apply_svfit
-from svfit_dreambooth.training import estimate
+from svfit_dreambooth.training import preparation
 from svfit_dreambooth.training.estimate import _activations, _counting, estimate_memory
 from svfit_dreambooth.training.slim import slim, unslim
 
@@ -46,10 +46,19 @@ def test_the_estimate_grows_with_what_costs_memory(run):
     assert half.networks < plain.networks and half.bases * 2 == plain.bases and half.activations < plain.activations
 
 
-def test_what_does_not_fit_comes_with_a_suggestion(run, monkeypatch):
+def test_what_does_not_fit_comes_with_a_suggestion(run):
     needed = estimate_memory(run).total
-    monkeypatch.setattr(estimate, "available_memory", lambda: needed - 1)
+    run.free_memory = needed - 1
     tight = estimate_memory(run)
     assert not tight.fits and tight.lines()[1] == "this will hardly fit: use --gradient_checkpointing."
-    monkeypatch.setattr(estimate, "available_memory", lambda: 1000)
+    run.free_memory = 1000
     assert "use a machine with more memory" in estimate_memory(run).lines()[1]
+
+
+def test_a_base_that_is_open_is_not_counted_twice(tiny_run, monkeypatch):
+    """What is free is read before the base takes its share of it."""
+    free = [1000, 0]
+    opened = preparation.open_run_base
+    monkeypatch.setattr(preparation, "available_memory", lambda: free[0])
+    monkeypatch.setattr(preparation, "open_run_base", lambda config: free.pop(0) and opened(config))
+    assert estimate_memory(tiny_run()).available == 1000

@@ -12,7 +12,7 @@ import torch
 
 from svfit_dreambooth import TrainConfig, read_adapter, train
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.run_folder import is_running, read_progress
+from svfit_dreambooth.run_folder import lock_run, read_progress
 from svfit_dreambooth.training.denoising import Denoiser
 
 
@@ -190,13 +190,15 @@ def test_the_folder_is_locked_while_a_run_writes_into_it(config):
     seen = []
 
     def second(step):
-        seen.append(is_running(config["output_dir"]))
         with pytest.raises(SVFitError, match="another run is writing into"):
             train(TrainConfig(**config))
+        seen.append(step.step)
         return True
 
     train(TrainConfig(**config), on_step=second)
-    assert seen == [True] and not is_running(config["output_dir"])
+    assert seen == [1]
+    with lock_run(config["output_dir"]):
+        pass
 
 
 def test_a_second_run_moves_the_first_aside(config):

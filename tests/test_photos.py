@@ -315,3 +315,11 @@ def test_report(tmp_path):
         "3 photos, 200x100 pixels",
         "captions: 3 of 3",
     ]
+
+
+def test_a_photo_as_phones_take_it_is_named(tmp_path):
+    (tmp_path / "IMG 1.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(500))
+    with pytest.raises(SVFitError, match="is a HEIC picture, which can't be read here: save it as JPEG"):
+        open_photo(tmp_path / "IMG 1.HEIC")
+    with pytest.raises(SVFitError, match="holds 1 entry, but no usable photo"):
+        find_photos(tmp_path)

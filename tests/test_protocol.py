@@ -56,6 +56,8 @@ def test_prompts_come_from_plain_lines_and_from_the_dataset_s_own(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("# mine\n\na photo of {} at home\n'a {0} {1} in the jungle'.format(unique_token, class_token),\n")
     assert read_templates(path) == ["a photo of {} at home", "a {} in the jungle"]
+    path.write_text("'a {0} {1} in the jungle'.format(unique_token, class_token),\n", encoding="utf-8-sig")
+    assert read_templates(path) == ["a {} in the jungle"]  # as editors on Windows write it
 
 
 @pytest.mark.parametrize(("text", "reason"), [("a dog\n", "line 1"), ("# nothing\n", "no prompts"), (None, "read")])

@@ -10,7 +10,7 @@ import torch
 
 from svfit_dreambooth import TrainConfig, files, read_adapter, train
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.run_folder import is_running, read_progress
+from svfit_dreambooth.run_folder import lock_run, read_progress
 from svfit_dreambooth.training.checkpoints import list_checkpoints
 
 
@@ -110,7 +110,8 @@ def assert_same(config, folder, whole):
 @pytest.mark.parametrize("number", [1, *random.Random(0).sample(range(2, 12), 4), 12])
 def test_killed_after_a_step(config, whole, tmp_path, number):
     assert killed(config, tmp_path, at_step(number))
-    assert not is_running(tmp_path)  # its lock died with it
+    with lock_run(tmp_path):  # its own died with it
+        pass
     assert_same(config, tmp_path, whole)
 
 

@@ -8,11 +8,10 @@ import pytest
 
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import write_atomically
-from svfit_dreambooth.run_folder import append_progress, is_running, lock_run, read_progress, rewind_progress, set_aside
+from svfit_dreambooth.run_folder import append_progress, lock_run, read_progress, rewind_progress, set_aside
 
 
 def test_the_lock_dies_with_its_process(tmp_path):
-    assert not is_running(tmp_path)
     child = os.fork()
     if child == 0:
         with lock_run(tmp_path):
@@ -21,14 +20,12 @@ def test_the_lock_dies_with_its_process(tmp_path):
         os._exit(0)
     while not (tmp_path / "locked").exists():
         time.sleep(0.01)
-    assert is_running(tmp_path)
     with pytest.raises(SVFitError, match="another run is writing into"), lock_run(tmp_path):
         pass
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    assert not is_running(tmp_path)
     with lock_run(tmp_path):
-        assert is_running(tmp_path)
+        pass
 
 
 def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path):
@@ -55,15 +52,36 @@ def test_rewinding_takes_back_later_events_and_the_end(tmp_path):
 
 
 def test_an_earlier_run_is_moved_whole(tmp_path):
-    assert set_aside(tmp_path) is None
+    assert set_aside(tmp_path, "cat") is None
     for number in (1, 2):
-        append_progress(tmp_path, "start", step=0)
-        (tmp_path / "dog.safetensors").write_bytes(bytes([number]))
+        append_progress(tmp_path, "start", step=0, adapter_name="dog")
+        for name in ("dog.safetensors", "dog-kohya.safetensors", "dog.png"):
+            (tmp_path / name).write_bytes(bytes([number]))
         (tmp_path / "checkpoints").mkdir()
-        target = set_aside(tmp_path)
+        target = set_aside(tmp_path, "cat")
         assert target == tmp_path / "earlier" / f"00{number}"
         assert (target / "dog.safetensors").read_bytes() == bytes([number]) and (target / "checkpoints").is_dir()
-        assert not (tmp_path / "progress.jsonl").exists()
+        assert [path.name for path in tmp_path.iterdir()] == ["earlier"]
+
+
+def test_what_no_run_made_stays_where_it_is(tmp_path):
+    mine = ["base.safetensors", "holiday.png", "checkpoints"]
+    (tmp_path / "checkpoints").mkdir()
+    for name in (*mine[:2], "dog.safetensors", "config.yaml"):
+        (tmp_path / name).write_text("mine")
+    target = set_aside(tmp_path, "dog")  # no run was here, but this one would replace two of them
+    assert sorted(path.name for path in target.iterdir()) == ["config.yaml", "dog.safetensors"]
+    assert all((tmp_path / name).exists() for name in mine)
+    append_progress(tmp_path, "start", step=0, adapter_name="../dog")
+    set_aside(tmp_path, "dog")
+    assert all((tmp_path / name).exists() for name in mine[:2])
+
+
+def test_a_file_that_is_still_read_is_copied(tmp_path):
+    path = tmp_path / "dog.safetensors"
+    path.write_text("the first")
+    target = set_aside(tmp_path, "dog", keep=path)
+    assert path.read_text() == (target / path.name).read_text() == "the first"
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

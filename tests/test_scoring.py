@@ -1,11 +1,13 @@
 """`evaluate`, as a function on tiny bases and as typed."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_learned_word import with_word
 from test_pipeline import make_adapter
 
 from svfit_dreambooth import save_adapter
@@ -29,7 +31,7 @@ def pixels(images):
 
 
 def test_base_and_adapters_get_a_row_each_on_every_subject(tiny_base, path, photo_folder, tmp_path):
-    model = open_for_adapters([(path, 1.0), (path, 0.0)], str(tiny_base), device="cpu")
+    model = open_for_adapters([(path, 1.0)], str(tiny_base), device="cpu")
     options = {"num_inference_steps": 2, "height": 16, "width": 16}
     candidates = [Candidate(path, 1.0, photo_folder), Candidate(path, 0.0, photo_folder)]
     told = []
@@ -75,6 +77,27 @@ def test_the_command_measures_a_bundled_subject_by_the_judge(capsys, tmp_path):
     report = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert report["rows"][1]["strength"] == 0.5 and report["rows"][1]["scores"]["right"] is not None
     assert "dog_patch: dog:0.5" in output.out and "preservation" in output.out
+
+
+def test_strengths_of_an_adapter_with_a_word_and_one_of_the_hub(capsys, monkeypatch, tiny_base, photo_folder, tmp_path):
+    """Each file is loaded once: two that learned one word could not be."""
+    pipeline = open_base_model(str(tiny_base)).pipeline
+    learned = save_adapter(with_word(pipeline), tmp_path / "dog.safetensors")
+    find = {"owner/name": learned}
+    monkeypatch.setattr(
+        "svfit_dreambooth.evaluation.scoring.find_adapter", lambda name: find.get(str(name), Path(name))
+    )
+    monkeypatch.setattr("svfit_dreambooth.evaluation.features.open_features", lambda *_: Features(pixels))
+    (tmp_path / "prompts.txt").write_text("a photo of {} in snow", encoding="utf-8")
+    code, output = run(
+        capsys, "--adapter", f"{learned}:0.5", "--adapter", "owner/name:0", "--instance_data_dir", photo_folder,
+        "--output_dir", tmp_path / "out", "--pretrained_model_name_or_path", tiny_base, "--subject_words", "sks dog",
+        "--prompts", tmp_path / "prompts.txt", "--num_images", 1, "--num_inference_steps", 1,
+    )  # fmt: skip
+    assert code == 0, output.err
+    base, half, nothing = json.loads((tmp_path / "out" / "scores.json").read_text())["rows"]
+    assert [row["adapter"] for row in (base, half, nothing)] == ["base", "dog", "dog-2"]
+    assert half["scores"]["subject"] != base["scores"]["subject"] == nothing["scores"]["subject"]
 
 
 def test_without_a_network_that_sees_it_says_so_before_painting(capsys, tiny_base, path, photo_folder, tmp_path):

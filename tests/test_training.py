@@ -1,6 +1,8 @@
 """The main job on tiny pipelines: photos to adapter, and the adapter opened again through the public loader."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from svfit_dreambooth.attention import svfit_layers
 from svfit_dreambooth.config import parse_config
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.training.denoising import Denoiser
+from svfit_dreambooth.training.preparation import _check_writable, prepare
 
 
 @pytest.fixture
@@ -147,6 +150,32 @@ def test_init_adapter_continues(config, tmp_path):
         train(TrainConfig(**{**options, "target_modules": ["to_q"]}))
 
 
+def test_init_adapter_that_the_run_replaces(config):
+    first = train(TrainConfig(**config))
+    again = TrainConfig(**{**config, "init_adapter": str(first.adapter_path), "learning_rate": 1e-9})
+    second = train(again)
+    assert second.adapter_path == first.adapter_path
+    assert second.loss_before == pytest.approx(first.loss_after, rel=1e-3)
+    assert same_shifts(first.adapter_path.parent / "earlier" / "001" / "my-dog.safetensors", second.adapter_path)
+
+
+def test_starting_anew_replaces_no_adapter(config):
+    folder = Path(config["output_dir"])
+    folder.mkdir()
+    (folder / "my-dog.safetensors").write_text("another's")
+    train(TrainConfig(**config, resume_from_checkpoint="latest"))
+    assert (folder / "earlier" / "001" / "my-dog.safetensors").read_text() == "another's"
+
+
+def test_an_output_that_would_replace_what_the_run_reads(config, photo_folder, tmp_path):
+    with pytest.raises(SVFitError, match="is the folder of the photos: name another"):
+        prepare(TrainConfig(**{**config, "output_dir": f"{photo_folder}/."}))
+    (tmp_path / "my-dog.safetensors").write_bytes(b"weights")
+    base = {"pretrained_model_name_or_path": str(tmp_path / "my-dog.safetensors"), "output_dir": str(tmp_path)}
+    with pytest.raises(SVFitError, match="the adapter would replace its base model"):
+        prepare(TrainConfig(**{**config, **base}))
+
+
 def test_init_adapter_of_another_base_is_refused(config, tiny_base_v, tmp_path):
     first = train(TrainConfig(**config))
     options = {**config, "pretrained_model_name_or_path": str(tiny_base_v), "output_dir": str(tmp_path / "second")}
@@ -175,6 +204,7 @@ def test_captions_take_the_place_of_the_prompt(config, photo_folder, tmp_path):
         ({"instance_prompt": None}, "--instance_prompt is missing"),
         ({"resolution": 17}, "--resolution 17 is not a multiple of 2.*use 16"),
         ({"lr_scheduler": "zigzag"}, "--lr_scheduler is 'zigzag', but must be one of: linear"),
+        ({"lr_scheduler": "piecewise_constant"}, "--lr_scheduler is 'piecewise_constant', but must be one of"),
         ({"pretrained_model_name_or_path": "/no/model"}, "/no/model is no base model"),
         ({"pretrained_model_name_or_path": "model.ckpt"}, "model.ckpt is no base model"),
         ({"target_modules": ["to_z"]}, "'to_z' matches no linear layer"),
@@ -200,6 +230,14 @@ def test_base_folders_that_are_none(config, tmp_path):
         train(TrainConfig(**{**config, "pretrained_model_name_or_path": str(tmp_path / "model.ckpt")}))
 
 
+def test_a_base_that_predicts_pictures_is_refused_before_anything_slow(config, tiny_base, tmp_path):
+    shutil.copytree(tiny_base, tmp_path / "base")
+    scheduler = tmp_path / "base" / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps({**json.loads(scheduler.read_text()), "prediction_type": "sample"}))
+    with pytest.raises(SVFitError, match="the base predicts 'sample'"):
+        prepare(TrainConfig(**{**config, "pretrained_model_name_or_path": str(tmp_path / "base")}))
+
+
 def test_a_folder_of_text_files_and_an_empty_one(config, tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()
@@ -214,6 +252,15 @@ def test_an_output_that_cannot_be_written(config, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(SVFitError, match="--output_dir .* cannot be written"):
         train(TrainConfig(**{**config, "output_dir": str(tmp_path / "file" / "run")}))
+
+
+def test_processes_that_ask_at_once_whether_the_output_can_be_written(tmp_path, monkeypatch):
+    def busy(path, *args, **kwargs):  # another process was faster
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(Path, "unlink", busy)
+    _check_writable(str(tmp_path / "run"))
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_sequence_of_examples_covers_the_photos(config):

@@ -43,7 +43,7 @@ def add_evaluate(commands: Any) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from svfit_dreambooth.evaluation.features import open_features
     from svfit_dreambooth.evaluation.protocol import read_templates
-    from svfit_dreambooth.evaluation.scoring import Candidate, evaluate_adapters, table
+    from svfit_dreambooth.evaluation.scoring import Candidate, adapter_files, evaluate_adapters, table
     from svfit_dreambooth.generation import DTYPES, open_for_adapters, split_strength
 
     if options.num_images < 1:
@@ -56,8 +56,9 @@ def _evaluate(options: argparse.Namespace) -> None:
             "for all adapters, or once for each."
         )
     templates = None if options.prompts is None else read_templates(options.prompts)
+    files = adapter_files(path for path, _ in adapters)
     model = open_for_adapters(
-        adapters,
+        [(path, 1.0) for path in files],  # strengths are set one by one
         options.pretrained_model_name_or_path,
         basis_cache_dir=options.basis_cache_dir,
         dtype=DTYPES[options.dtype],

@@ -122,7 +122,7 @@ def read_templates(path: Path) -> list[str]:
     read or holds nothing, and for a line without {}.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SVFitError(
             f"the prompts {path} cannot be read ({error}): give a text file, one prompt a line."

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from svfit_dreambooth.files import save_png, write_atomically
 from svfit_dreambooth.generation import free_path, generate, save_picture
 from svfit_dreambooth.photos import find_photos, open_photo
 from svfit_dreambooth.pipeline import loaded_adapters, merge_adapters, set_adapters
+from svfit_dreambooth.sharing.hub import find_adapter
 from svfit_dreambooth.sheets import contact_sheet
 
 COLUMNS = 8  # pictures in a row of the sheet
@@ -70,7 +71,7 @@ def evaluate_adapters(
 ) -> list[Row]:
     """One row for the base on every subject, then one for every candidate, in the order given.
 
-    `model` carries the candidates, in their order.  `templates`: None takes the settings without a photo for a bundled
+    `model` carries the `adapter_files` of the candidates, in that order, each once however many strengths it has.  `templates`: None takes the settings without a photo for a bundled
     subject of toybox, compared with true renderings, else `PROMPTS`, compared with the photos.  `painting`: options of
     `generate`.  Writes into `output_dir`: scores.json, sheet.png, and every picture with its settings under pictures/.
     Raises SVFitError where nothing can be measured, for photos that cannot be used, and where an earlier evaluation is.
@@ -79,7 +80,10 @@ def evaluate_adapters(
         raise SVFitError("nothing can be measured: name a DINO and a CLIP model with --dino_path and --clip_path.")
     if (output_dir / "scores.json").exists():
         raise SVFitError(f"{output_dir} holds the scores of an earlier evaluation: name another folder.")
-    names = list(loaded_adapters(model.pipeline))
+    candidates = [dataclasses.replace(candidate, path=find_adapter(candidate.path)) for candidate in candidates]
+    files = adapter_files(candidate.path for candidate in candidates)
+    names = dict(zip(files, loaded_adapters(model.pipeline), strict=True))
+    labels: list[str] = []
     rows: list[Row] = []
     sheet: list[tuple[str, list[Image.Image]]] = []
     captions: list[str] = []
@@ -105,7 +109,11 @@ def evaluate_adapters(
         if on_row is not None:
             on_row(rows[-1])
 
-    for name, candidate in zip(names, candidates, strict=True):
+    for candidate in candidates:
+        name = label = names[candidate.path]
+        while label in labels or (label != name and label in names.values()):
+            label = f"{name}-{len(labels) + 1}"
+        labels.append(label)
         questions = _questions(candidate, model, templates, num_images)
         subject = candidate.photos.resolve().name
         key = (subject, *questions.prompts)
@@ -114,8 +122,8 @@ def evaluate_adapters(
             sheet.append((f"{subject}: photos", questions.references[:COLUMNS]))
             asked[key] = answer(f"base-{subject}", {}, questions)
             note("base", 0.0, subject, asked[key], asked[key], questions)
-        answers = answer(name, {name: candidate.strength}, questions)
-        note(name, candidate.strength, subject, answers, asked[key], questions)
+        answers = answer(label, {name: candidate.strength}, questions)
+        note(label, candidate.strength, subject, answers, asked[key], questions)
     save_png(contact_sheet(sheet, captions), output_dir / "sheet.png")
     report = {
         "base_model": model.name,
@@ -129,6 +137,11 @@ def evaluate_adapters(
     }  # fmt: skip
     write_atomically(output_dir / "scores.json", json.dumps(report, indent=2) + "\n")
     return rows
+
+
+def adapter_files(names: Iterable[str | Path]) -> list[Path]:
+    """The files that `names` mean (see `find_adapter`), each once."""
+    return list(dict.fromkeys(find_adapter(name) for name in names))
 
 
 def mean_scores(rows: Sequence[Row]) -> Scores:

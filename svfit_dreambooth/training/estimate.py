@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
@@ -37,7 +36,7 @@ class Estimate:
     networks: int  # UNet, text encoders and autoencoder, in the precision in which each is kept
     bases: int  # U and Vh of every adapted layer
     activations: int  # kept for the backward pass
-    available: int | None  # free on the device now; None: unknown
+    available: int | None  # free on the device before the base was opened, which the rest counts; None: unknown
     suggestion: str | None = None  # what would make it fit
 
     @property
@@ -60,7 +59,7 @@ class Estimate:
 
 def estimate_memory(run: Run) -> Estimate:
     """What `run` will need, and a suggestion where that is more than is free on the device that it will use."""
-    free = available_memory()
+    free = run.free_memory
     estimate = _estimate(run, run.config, free)
     if estimate.fits:
         return estimate
@@ -81,15 +80,6 @@ def estimate_memory(run: Run) -> Estimate:
             return estimate
     estimate.suggestion = f"even {' '.join(words)} is too much, use a machine with more memory or a smaller base."
     return estimate
-
-
-def available_memory() -> int | None:
-    """Bytes that are free where training happens: on the GPU if there is one, else in main memory."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
-    if torch.backends.mps.is_available():
-        return int(torch.mps.recommended_max_memory())
-    return int(psutil.virtual_memory().available)
 
 
 def _estimate(run: Run, config: TrainConfig, available: int | None) -> Estimate:

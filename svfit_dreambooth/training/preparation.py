@@ -3,28 +3,32 @@
 import dataclasses
 import logging
 import re
+import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from diffusers.optimization import SchedulerType
 from torch import Tensor, nn
 
+from svfit_dreambooth.adapter import Adapter, read_adapter
 from svfit_dreambooth.attention import find_projections
 from svfit_dreambooth.base_model import (
     TOYBOX_SUBJECTS,
     BaseModel,
     check_base_model,
+    noise_scheduler,
     open_base_model,
     pipeline_components,
 )
-from svfit_dreambooth.basis import weight_hashes
+from svfit_dreambooth.basis import same_base, weight_hashes
 from svfit_dreambooth.config import TOYBOX, TrainConfig
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.learned_word import check_word, word_pieces
+from svfit_dreambooth.learned_word import check_word, word_pieces, word_rows
 from svfit_dreambooth.photos import Photo, find_photos, photo_report
 from svfit_dreambooth.presets import apply_preset
 from svfit_dreambooth.svfit import as_matrix, resolve_rank
@@ -52,6 +56,8 @@ class Run:
     adapter_name: str
     targets: dict[str, list[str]]  # component -> canonical layer names
     weights: dict[str, Tensor]  # "<component>.<layer>" -> the base's weight as a matrix (out, in)
+    initial: Adapter | None = None  # where it starts, read now: its file may be one that the run replaces
+    free_memory: int | None = None  # `available_memory` before the base was opened; None: unknown
 
     @cached_property
     def hashes(self) -> dict[str, str]:
@@ -81,7 +87,8 @@ class Run:
         lines = photo_report(self.photos, self.config.resolution or 0)
         sizes = Counter(self.training_size(photo) for photo in self.photos)
         pixels = ", ".join(f"{width}x{height} ({count})" for (width, height), count in sorted(sizes.items()))
-        lines.append(f"base: {self.base.name}, trained at {pixels} pixels")
+        side = self.base.resolution
+        lines.append(f"base: {self.base.name}, for {side}x{side} pixels; the photos are trained on at {pixels}")
         for component, names in self.targets.items():
             if self.config.budget is not None:
                 total = sum(min(weight.shape) for weight in self.weights.values())
@@ -109,30 +116,33 @@ class Run:
 def prepare(config: TrainConfig, *, local_files_only: bool = False) -> Run:
     """Checks everything that `config` names and opens the base model; all options of the run are definite then.
 
-    `local_files_only`: nothing is downloaded.  Cheap checks come first.  Raises SVFitError for a folder without photos, an unknown schedule, a base model that
-    is none, a resolution that does not fit the base, targets that match nothing, an output that cannot be written.
+    `local_files_only`: nothing is downloaded.  Cheap checks come first.  Raises SVFitError for a folder without photos,
+    an unknown schedule, a base model that is none, a resolution that does not fit the base, targets that match nothing,
+    an output that cannot be written.
     """
     config = dataclasses.replace(config)
-    if config.lr_scheduler not in [kind.value for kind in SchedulerType]:
-        known = ", ".join(kind.value for kind in SchedulerType)
-        raise SVFitError(f"--lr_scheduler is {config.lr_scheduler!r}, but must be one of: {known}.")
+    schedules = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]  # it wants rules
+    if config.lr_scheduler not in schedules:
+        raise SVFitError(f"--lr_scheduler is {config.lr_scheduler!r}, but must be one of: {', '.join(schedules)}.")
     check_base_model(config.pretrained_model_name_or_path, config.base_config)
     _choose_subject(config)
     photos = find_photos(str(config.instance_data_dir))
     if config.instance_prompt is None and any(photo.caption is None for photo in photos):
         raise SVFitError('--instance_prompt is missing: say what the photos show, such as "a photo of sks dog".')
     _choose_class(config)
-    if config.init_adapter is not None and not Path(config.init_adapter).is_file():
-        raise SVFitError(f"--init_adapter {config.init_adapter} does not exist.")
+    initial = _read_initial(config)
     adapter_name = config.adapter_name or _file_name(Path(str(config.instance_data_dir)).resolve().name)
     if adapter_name != _file_name(adapter_name):
         raise SVFitError(f"--adapter_name {adapter_name!r} is no file name: use letters, digits, '-', '_' and '.'.")
     config.adapter_name = adapter_name
+    _check_output(config)
     if not config.dry_run:
         _check_writable(config.output_dir)
     config.warn_of_lora_values()
 
+    free = available_memory()
     base = open_run_base(config, local_files_only=local_files_only)
+    noise_scheduler(base.pipeline)  # raises for bases that are trained otherwise
     apply_preset(config, base.architecture)
     if config.validation_steps is None:
         quick = base.name == TOYBOX or torch.cuda.is_available() or torch.backends.mps.is_available()
@@ -161,7 +171,19 @@ def prepare(config: TrainConfig, *, local_files_only: bool = False) -> Run:
         for component, layers in found.items()
         for name, (_, _, layer) in layers.items()
     }
-    return Run(config, photos, base, adapter_name, targets, weights)
+    run = Run(config, photos, base, adapter_name, targets, weights, initial, free)
+    if initial is not None:
+        _check_initial(initial, run)
+    return run
+
+
+def available_memory() -> int | None:
+    """Bytes that are free where training happens: on the GPU if there is one, else in main memory."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    if torch.backends.mps.is_available():
+        return int(torch.mps.recommended_max_memory())
+    return int(psutil.virtual_memory().available)
 
 
 def open_run_base(config: TrainConfig, *, local_files_only: bool = False) -> BaseModel:
@@ -212,16 +234,54 @@ def _choose_class(config: TrainConfig) -> None:
         raise SVFitError(f"--class_data_dir {config.class_data_dir} is the folder of the photos: name another.")
 
 
+def _read_initial(config: TrainConfig) -> Adapter | None:
+    """The adapter that the run starts from, if any."""
+    if config.init_adapter is None:
+        return None
+    if not Path(config.init_adapter).exists():
+        raise SVFitError(f"--init_adapter {config.init_adapter} does not exist.")
+    return read_adapter(config.init_adapter)
+
+
+def _check_initial(initial: Adapter, run: Run) -> None:
+    """Raises SVFitError unless `initial` is of the base of `run`, and changes only what that trains."""
+    path, word = run.config.init_adapter, run.config.learned_word
+    for learned in initial.learned_words:
+        if learned.word != word:
+            raise SVFitError(f"--init_adapter {path} learned a word: add --learned_word {learned.word}.")
+    missing = sorted(set(initial.shifts) - set(run.weights))
+    if missing:
+        raise SVFitError(
+            f"--init_adapter {path} adapts {missing[0]}, which this run does not train: "
+            "use the same --target_modules and --train_text_encoder as its run."
+        )
+    names = {*initial.shifts, *initial.word_deltas()}
+    weights = run.weights | word_rows(run.base.pipeline, word)
+    own = {name: weight for name, weight in weights.items() if name in names}
+    if same_base(initial.base_fingerprint, own, run.hashes) == "different":
+        raise SVFitError(f"--init_adapter {path} was trained on another base model, {initial.base_model}.")
+
+
+def _check_output(config: TrainConfig) -> None:
+    """Raises SVFitError where the run would write among the photos, or over its own base."""
+    folder = Path(config.output_dir).resolve()
+    if folder == Path(str(config.instance_data_dir)).resolve():
+        raise SVFitError(f"--output_dir {config.output_dir} is the folder of the photos: name another.")
+    if folder / f"{config.adapter_name}.safetensors" == Path(config.pretrained_model_name_or_path).resolve():
+        raise SVFitError(
+            f"the adapter would replace its base model, {config.pretrained_model_name_or_path}: "
+            "give another --adapter_name or --output_dir."
+        )
+
+
 def _file_name(text: str) -> str:
     return re.sub(r"[^\w.-]+", "-", text).strip("-.") or "adapter"
 
 
 def _check_writable(folder: str) -> None:
-    probe = Path(folder) / ".svfit-write-test"
     try:
-        probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # a name of its own: several processes of a run ask at once
     except OSError as error:
         raise SVFitError(
             f"--output_dir {folder} cannot be written ({error.strerror}): choose another folder."

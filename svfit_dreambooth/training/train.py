@@ -37,7 +37,7 @@ from svfit_dreambooth.training.encoding import encode_examples
 from svfit_dreambooth.training.estimate import estimate_memory
 from svfit_dreambooth.training.loop import Loop, Step, stop_signals
 from svfit_dreambooth.training.outcome import TrainResult, end_event, finish, publish, save_result, training_record
-from svfit_dreambooth.training.patching import initial_adapter, patch_run
+from svfit_dreambooth.training.patching import patch_run
 from svfit_dreambooth.training.preparation import Run, prepare
 from svfit_dreambooth.training.slim import slim, unslim
 from svfit_dreambooth.training.validation import Watch
@@ -93,7 +93,7 @@ def _train(run: Run, accelerator: Accelerator, on_step: Callable[[Step], bool | 
         positions = choose_positions(run, examples, accelerator.device, dtype)
         run = narrowed(run, positions)
     shifts = patch_run(run, positions)
-    words = learn_words(pipeline, config.learned_word, initial_adapter(config))
+    words = learn_words(pipeline, config.learned_word, run.initial)
     networks = _place(run, accelerator)
     model = Denoiser(run, examples, dtype=dtype, device=accelerator.device, **networks)
     values = {f"{component}.{name}": shift for component in shifts for name, shift in shifts[component].items()}
@@ -209,10 +209,10 @@ def _open_folder(run: Run, resumed: TrainState | None) -> None:
     folder = Path(run.config.output_dir)
     if resumed is not None:
         rewind_progress(folder, resumed.step)
-    elif run.config.resume_from_checkpoint is None:
-        aside = set_aside(folder)
+    elif run.config.resume_from_checkpoint is None or run.adapter_path.exists():
+        aside = set_aside(folder, run.adapter_name, run.config.init_adapter)
         if aside is not None:
-            logger.info("the earlier run in %s lies in %s now.", folder, aside)
+            logger.info("the earlier files in %s lie in %s now.", folder, aside)
     else:
         rewind_progress(folder, -1)
     write_atomically(folder / "config.yaml", config_to_yaml(run.config))
