@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from svfit_dreambooth import TrainConfig, read_adapter, train
+from svfit_dreambooth.base_model import open_base_model, pipeline_components
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.generation import generate
 from svfit_dreambooth.run_folder import is_running, read_progress
 from svfit_dreambooth.training.denoising import Denoiser
 
@@ -157,6 +159,46 @@ def test_a_full_disk_costs_a_checkpoint_but_not_the_run(config, monkeypatch, cap
     assert result.steps == 8 and "no checkpoint of step 4" in caplog.text
     names = [path.name for path in sorted((Path(config["output_dir"]) / "checkpoints").iterdir())]
     assert names == ["step-000002.safetensors", "step-000006.safetensors", "step-000008.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no room"), SVFitError("a sentence."), OSError(28, "No space left on device")]
+)
+def test_pictures_that_fail_at_the_end_cost_only_themselves(config, monkeypatch, caplog, error):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr("svfit_dreambooth.training.outcome.show_result", fail)
+    result = train(TrainConfig(**{**config, "final_pictures": True, "max_train_steps": 2}, also="kohya"))
+    assert result.showing is None and "LoRA: " in result.summary()
+    (end,) = events(config, "end")
+    assert end["status"] == "finished" and end["adapter"] == "my-dog.safetensors" and end["sheet"] is None
+    (line,) = [record.message for record in caplog.records if "pictures at the end are missing" in record.message]
+    assert f"The adapter is saved in {result.adapter_path}." in line
+
+
+def test_final_pictures_of_a_float32_run_need_no_second_base(config, monkeypatch, tiny_base):
+    monkeypatch.setattr("svfit_dreambooth.training.outcome.open_run_base", None)  # never called
+    result = train(TrainConfig(**{**config, "final_pictures": True, "num_inference_steps": 1}, also="kohya"))
+    assert result.showing.sheet.is_file() and "LoRA: " in result.summary()
+    base, fresh = result.run.base.pipeline, open_base_model(str(tiny_base)).pipeline
+    for name, module in pipeline_components(fresh).items():
+        theirs = getattr(base, name).state_dict()
+        assert set(theirs) == set(module.state_dict())
+        assert all(torch.equal(theirs[key], tensor) for key, tensor in module.state_dict().items())
+
+
+def test_final_pictures_take_the_precision_of_the_run(config, monkeypatch):
+    seen = []
+
+    def note(model, prompts, **options):
+        seen.append({model.pipeline.unet.dtype, model.pipeline.text_encoder.dtype})
+        return generate(model, prompts, **options)
+
+    monkeypatch.setattr("svfit_dreambooth.training.showcase.generate", note)
+    options = {**config, "final_pictures": True, "num_inference_steps": 1, "max_train_steps": 2}
+    train(TrainConfig(**options, mixed_precision="bf16"))
+    assert seen == [{torch.bfloat16}] * 2
 
 
 def test_photos_deleted_while_training_are_missing_from_the_sheet_alone(config, photo_folder, tmp_path):

@@ -15,6 +15,8 @@ from svfit_dreambooth.training.class_pictures import paint_class_pictures, usabl
 from svfit_dreambooth.training.crops import crop_photo
 from svfit_dreambooth.training.preparation import Run
 
+WEIGHT_DTYPE = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --mixed_precision
+
 
 @dataclass
 class Examples:

@@ -33,18 +33,25 @@ from svfit_dreambooth.sheets import plot_run
 from svfit_dreambooth.training.budget import choose_positions, narrowed, spread
 from svfit_dreambooth.training.checkpoints import TrainState, restore, resume_state, run_identity
 from svfit_dreambooth.training.denoising import Denoiser
-from svfit_dreambooth.training.encoding import encode_examples
+from svfit_dreambooth.training.encoding import WEIGHT_DTYPE, encode_examples
 from svfit_dreambooth.training.estimate import estimate_memory
 from svfit_dreambooth.training.loop import Loop, Step, stop_signals
-from svfit_dreambooth.training.outcome import TrainResult, end_event, finish, publish, save_result, training_record
+from svfit_dreambooth.training.outcome import (
+    TrainResult,
+    end_event,
+    finish,
+    is_out_of_memory,
+    publish,
+    save_result,
+    training_record,
+    warned,
+)
 from svfit_dreambooth.training.patching import initial_adapter, patch_run
 from svfit_dreambooth.training.preparation import Run, prepare
 from svfit_dreambooth.training.slim import slim, unslim
 from svfit_dreambooth.training.validation import Watch
 
 logger = logging.getLogger(__name__)
-
-WEIGHT_DTYPE = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def train(config: TrainConfig, on_step: Callable[[Step], bool | None] | None = None) -> TrainResult:
@@ -62,7 +69,7 @@ def train(config: TrainConfig, on_step: Callable[[Step], bool | None] | None = N
         with lock_run(run.config.output_dir) if accelerator.is_main_process else nullcontext():
             return _train(run, accelerator, on_step)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise SVFitError(
             "out of memory: use --gradient_checkpointing, --mixed_precision bf16, a smaller --train_batch_size "
@@ -154,7 +161,8 @@ def _train(run: Run, accelerator: Accelerator, on_step: Callable[[Step], bool | 
     )
     if accelerator.is_main_process:
         save_result(adapter, run.adapter_path, config)
-        plot_run(folder, folder / "curve.png")
+        with warned("curve.png is missing", run.adapter_path):
+            plot_run(folder, folder / "curve.png")
     accelerator.wait_for_everyone()
     accelerator.end_training()
     for component in shifts:
@@ -195,13 +203,6 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     except ValueError as error:
         raise SVFitError(f"--mixed_precision {config.mixed_precision} and --report_to {config.report_to} do not work "
                          f"on this machine ({error}): use bf16 or no, and a tracker that is installed.") from error  # fmt: skip
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    words = str(error).lower()
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        "out of memory" in words or "not enough memory" in words or "can't allocate memory" in words
-    )
 
 
 def _open_folder(run: Run, resumed: TrainState | None) -> None:
