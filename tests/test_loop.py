@@ -16,6 +16,7 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.generation import generate
 from svfit_dreambooth.run_folder import is_running, read_progress
 from svfit_dreambooth.training.denoising import Denoiser
+from svfit_dreambooth.training.loop import Loop
 
 
 @pytest.fixture
@@ -63,6 +64,20 @@ def test_a_passing_nan_rolls_back_to_the_last_checkpoint_with_half_the_rate(conf
     rates = [step["learning_rate"] for step in events(config, "step")]
     assert [step["step"] for step in events(config, "step")] == [1, 2, 3, 4, 5, 5, 6, 7, 8]
     assert rates == pytest.approx([0.05] * 5 + [0.025] * 4)
+
+
+def test_a_rollback_leaves_no_gradient_of_the_step_it_gave_up(config, monkeypatch):
+    spoil(monkeypatch, step=5, times=1)  # the second of three micro-batches of step 2: the first has left gradients
+    seen, roll_back = [], Loop.roll_back
+
+    def note(self, reason):
+        before = [value.grad is not None for value in self.values.values()]
+        roll_back(self, reason)
+        seen.append((all(before), [value.grad for value in self.values.values() if value.grad is not None]))
+
+    monkeypatch.setattr(Loop, "roll_back", note)
+    train(TrainConfig(**{**config, "max_train_steps": 2}, gradient_accumulation_steps=3))
+    assert seen == [(True, [])]
 
 
 def test_a_lasting_nan_stops_after_three_returns_and_saves_the_last_good_state(config, monkeypatch, tmp_path):

@@ -97,6 +97,7 @@ class Loop:
     def go_to(self, state: TrainState) -> None:
         """Puts the run where `state` stood."""
         restore(state, self.values, self.raw_optimizer)
+        self.raw_optimizer.zero_grad()  # accelerate's own does nothing in the middle of a step
         if self.accelerator.scaler is not None and state.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
         self.accelerator.step = 0  # it counts micro-batches, and may have been left in the middle of a step
@@ -178,7 +179,6 @@ class Loop:
 
     def roll_back(self, reason: str) -> None:
         """Goes back to the last good state with half the learning rate.  Raises SVFitError after the last try."""
-        self.optimizer.zero_grad()
         factor, rollbacks = self.rate_factor / 2, self.rollbacks + 1
         self.go_to(self.good)
         if rollbacks > MAX_ROLLBACKS:
