@@ -176,6 +176,23 @@ def test_a_full_disk_costs_a_checkpoint_but_not_the_run(config, monkeypatch, cap
     assert names == ["step-000002.safetensors", "step-000006.safetensors", "step-000008.safetensors"]
 
 
+def test_a_full_disk_costs_the_pictures_of_a_look_but_not_its_measures(config, monkeypatch, caplog):
+    from svfit_dreambooth.training import validation
+
+    original = validation.save_png
+
+    def full(image, path):
+        if path.name == "step_000004.png":
+            raise SVFitError(f"'{path}' can't be written (No space left on device): choose another place.")
+        return original(image, path)
+
+    monkeypatch.setattr(validation, "save_png", full)
+    options = {**config, "validation_steps": 4, "num_inference_steps": 1, "validation_prompts": ["a dog"]}
+    assert train(TrainConfig(**options)).steps == 8 and "no pictures of step 4" in caplog.text
+    assert [event["step"] for event in events(config, "measure")] == [0, 4, 8]
+    assert [event["step"] for event in events(config, "pictures")] == [0, 8]
+
+
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("no room"), SVFitError("a sentence."), OSError(28, "No space left on device")]
 )

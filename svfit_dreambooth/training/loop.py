@@ -197,7 +197,9 @@ class Loop:
             return
         if self.accelerator.is_main_process:
             measure = self.watch.look(self.step, fixed_loss)
-            self.note("pictures", step=self.step, path=f"validation/step_{self.step:06d}.png")
+            path = f"validation/step_{self.step:06d}.png"
+            if (self.folder / path).is_file():
+                self.note("pictures", step=self.step, path=path)
             self.tell(measure)
             score = measure.score
             if self.step and score is not None and (self.best is None or score > self.best.score):

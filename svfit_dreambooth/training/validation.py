@@ -1,5 +1,6 @@
 """Looking at a run while it trains: pictures with fixed seeds, likeness to the photos, harm to everything else."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,6 +24,8 @@ from svfit_dreambooth.learned_word import word_embedding
 from svfit_dreambooth.photos import open_photo
 from svfit_dreambooth.sheets import contact_sheet
 from svfit_dreambooth.training.preparation import Run
+
+logger = logging.getLogger(__name__)
 
 SEED = 1000  # of the pictures shown; away from the seeds that training uses
 PLACES = ("on the beach", "in the snow", "under water", "in the city at night")
@@ -64,11 +67,17 @@ class Watch:
         self.untouched: Tensor | None = None  # (unrelated prompts, d), features of the base's own pictures
 
     def look(self, step: int, fixed_loss: float | None) -> Measure:
-        """Paints the prompts with the values of `step`, adds a row to the sheet, and measures."""
+        """Paints the prompts with the values of `step`, adds a row to the sheet, and measures.
+
+        A disk that takes no pictures is a warning: the measures decide which step is kept.
+        """
         model, options = self.run.base, painting_options(self.run)
         pictures = [picture.image for picture in generate(model, self.prompts, **options)]
-        save_png(join(pictures), self.folder / f"step_{step:06d}.png")
-        self.draw_grid()
+        try:
+            save_png(join(pictures), self.folder / f"step_{step:06d}.png")
+            self.draw_grid()
+        except (SVFitError, OSError) as error:
+            logger.warning("no pictures of step %d: %s Training goes on.", step, error)
         measure = Measure(fixed_loss)
         if self.features.subject is not None:
             if self.photos is None:
