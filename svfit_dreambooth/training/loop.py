@@ -219,7 +219,7 @@ class Loop:
         folder = self.folder / "checkpoints"
         try:
             path = save_checkpoint(self.good, folder, self.identity, self.config.checkpoints_total_limit)
-        except SVFitError as error:
+        except (SVFitError, OSError) as error:
             logger.warning("no checkpoint of step %d: %s Training goes on.", self.step, error)
             return
         self.note("checkpoint", step=self.step, path=f"checkpoints/{path.name}")

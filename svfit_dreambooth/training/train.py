@@ -26,12 +26,12 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.evaluation.features import Features, open_features
 from svfit_dreambooth.files import write_atomically
 from svfit_dreambooth.learned_word import learn_words, learned_words, remove_words, word_rows
-from svfit_dreambooth.run_folder import lock_run, rewind_progress, set_aside
+from svfit_dreambooth.run_folder import lock_run, read_progress, rewind_progress, set_aside
 from svfit_dreambooth.sharing.hub import check_login
 from svfit_dreambooth.sharing.metadata import base_metadata
 from svfit_dreambooth.sheets import plot_run
 from svfit_dreambooth.training.budget import choose_positions, narrowed, spread
-from svfit_dreambooth.training.checkpoints import TrainState, restore, resume_state, run_identity
+from svfit_dreambooth.training.checkpoints import TrainState, delete_later, restore, resume_state, run_identity
 from svfit_dreambooth.training.denoising import Denoiser
 from svfit_dreambooth.training.encoding import WEIGHT_DTYPE, encode_examples
 from svfit_dreambooth.training.estimate import estimate_memory
@@ -118,12 +118,14 @@ def _train(run: Run, accelerator: Accelerator, on_step: Callable[[Step], bool | 
     accelerator.init_trackers("svfit", config={k: str(v) for k, v in dataclasses.asdict(config).items()})
     count = sum(value.numel() for name, value in values.items() if name not in words)
     loss_before = model.fixed_loss()
-    if resumed is None:
+    if not any(event["event"] == "start" for event in read_progress(folder)):
         loop.note("start", time=time.time(), step=0, of=config.max_train_steps, adapter_name=run.adapter_name,
                   base_model=run.base.name, values=count)  # fmt: skip
-    if watch is not None:  # also when resuming: later looks are compared with this one
+    if watch is not None and accelerator.is_main_process:
+        watch.forget_after(-1 if resumed is None else resumed.step)
+    if resumed is None:
         loop.look(loss_before)
-    if resumed is not None:
+    else:
         loop.go_to(resumed)
     started, first = time.perf_counter(), loop.step
     stopped, failure = _run_loop(loop, on_step)
@@ -206,16 +208,17 @@ def _accelerator(config: TrainConfig) -> Accelerator:
 
 
 def _open_folder(run: Run, resumed: TrainState | None) -> None:
-    """Makes the run folder ready: an earlier run is moved aside, one that goes on loses what it will make again."""
-    folder = Path(run.config.output_dir)
-    if resumed is not None:
-        rewind_progress(folder, resumed.step)
-    elif run.config.resume_from_checkpoint is None:
+    """Makes the run folder ready: another run is moved aside, one that goes on loses what it will make again."""
+    folder, asked = Path(run.config.output_dir), run.config.resume_from_checkpoint
+    checkpoints = folder / "checkpoints"
+    if asked == "latest" or (asked is not None and Path(asked).resolve().parent == checkpoints.resolve()):
+        rewind_progress(folder, -1 if resumed is None else resumed.step)
+        if resumed is not None:
+            delete_later(checkpoints, resumed.step)
+    else:
         aside = set_aside(folder)
         if aside is not None:
             logger.info("the earlier run in %s lies in %s now.", folder, aside)
-    else:
-        rewind_progress(folder, -1)
     write_atomically(folder / "config.yaml", config_to_yaml(run.config))
 
 
