@@ -3,14 +3,21 @@
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 
 from svfit_dreambooth import TrainConfig, read_adapter, train
+from svfit_dreambooth.training.train import _accelerator
 
 ROOT = Path(__file__).parent.parent
+
+
+def test_processes_wait_as_long_as_painting_takes(tmp_path):
+    handler = _accelerator(TrainConfig(output_dir=str(tmp_path))).init_handler
+    assert handler.to_kwargs()["timeout"] >= timedelta(hours=12)  # the default, 10 or 30 minutes, would end the run
 
 
 @pytest.mark.slow

@@ -9,13 +9,14 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from svfit_dreambooth.adapter import Adapter
 from svfit_dreambooth.attention import get_shifts, remove_svfit
@@ -52,6 +53,8 @@ from svfit_dreambooth.training.slim import slim, unslim
 from svfit_dreambooth.training.validation import Watch
 
 logger = logging.getLogger(__name__)
+
+PATIENCE = timedelta(hours=24)  # of processes that wait while the first paints class pictures or looks
 
 
 def train(config: TrainConfig, on_step: Callable[[Step], bool | None] | None = None) -> TrainResult:
@@ -200,7 +203,10 @@ def _accelerator(config: TrainConfig) -> Accelerator:
             log_with=config.report_to,
             project_dir=str(Path(config.output_dir) / "logs"),
             # U and Vh are buffers, equal everywhere; and processes may call the UNet a different number of times
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+                InitProcessGroupKwargs(timeout=PATIENCE),
+            ],
         )
     except ValueError as error:
         raise SVFitError(f"--mixed_precision {config.mixed_precision} and --report_to {config.report_to} do not work "
