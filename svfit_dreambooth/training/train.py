@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
 
 from svfit_dreambooth.adapter import Adapter
 from svfit_dreambooth.attention import get_shifts, remove_svfit
@@ -49,7 +49,7 @@ from svfit_dreambooth.training.outcome import (
 )
 from svfit_dreambooth.training.patching import initial_adapter, patch_run
 from svfit_dreambooth.training.preparation import Run, prepare
-from svfit_dreambooth.training.slim import slim, unslim
+from svfit_dreambooth.training.slim import spare_memory, spend_memory
 from svfit_dreambooth.training.validation import Watch
 
 logger = logging.getLogger(__name__)
@@ -99,8 +99,10 @@ def _train(run: Run, accelerator: Accelerator, on_step: Callable[[Step], bool | 
     dtype = WEIGHT_DTYPE[config.mixed_precision]
     of_word = word_rows(pipeline, config.learned_word)  # before the networks are cast
     positions = None
+    _step_aside(run, accelerator)
     if config.budget is not None:
-        positions = choose_positions(run, examples, accelerator.device, dtype)
+        own = choose_positions(run, examples, accelerator.device, dtype)
+        (positions,) = broadcast_object_list([own])  # rounding must not give processes different layers
         run = narrowed(run, positions)
     shifts = patch_run(run, positions)
     words = learn_words(pipeline, config.learned_word, initial_adapter(config))
@@ -173,11 +175,9 @@ def _train(run: Run, accelerator: Accelerator, on_step: Callable[[Step], bool | 
     for component in shifts:
         module = getattr(pipeline, component)
         remove_svfit(module)
-        unslim(module)
+        spend_memory(module)
         module.eval()
     remove_words(pipeline)
-    if config.gradient_checkpointing:
-        pipeline.unet.disable_gradient_checkpointing()
     result = TrainResult(
         run.adapter_path, loop.step, kept, seconds, count, run.adapter_path.stat().st_size, loss_before, loss_after,
         stopped, run,
@@ -228,22 +228,22 @@ def _open_folder(run: Run, resumed: TrainState | None) -> None:
     write_atomically(folder / "config.yaml", config_to_yaml(run.config))
 
 
+def _step_aside(run: Run, accelerator: Accelerator) -> None:
+    """Brings what has no part in the steps out of their way: only looks at the run need it on its device."""
+    waiting = accelerator.device if run.config.validation_steps else torch.device("cpu")
+    run.base.pipeline.vae.to(waiting)
+    for component, module in pipeline_components(run.base.pipeline).items():
+        if component not in run.trained:
+            module.to(waiting)
+
+
 def _place(run: Run, accelerator: Accelerator) -> dict[str, Any]:
     """Brings the networks to where they work; returns UNet and text encoders by name, prepared where they train."""
-    config, pipeline = run.config, run.base.pipeline
-    waiting = accelerator.device if config.validation_steps else torch.device("cpu")
-    pipeline.vae.to(waiting)
-    placed: dict[str, Any] = {}
-    for component, module in pipeline_components(pipeline).items():
-        if component not in run.trained:
-            placed[component] = module.to(waiting)
-            continue
-        module.to(accelerator.device, WEIGHT_DTYPE[config.mixed_precision]).train()
-        slim(module)
-        if config.gradient_checkpointing:
-            diffusers_way = getattr(module, "enable_gradient_checkpointing", None)
-            enable: Callable[[], None] = diffusers_way or getattr(module, "gradient_checkpointing_enable")  # noqa: B009
-            enable()
+    config = run.config
+    placed: dict[str, Any] = pipeline_components(run.base.pipeline)
+    for component in run.trained:
+        module = placed[component].to(accelerator.device, WEIGHT_DTYPE[config.mixed_precision]).train()
+        spare_memory(module, config.gradient_checkpointing)
         placed[component] = accelerator.prepare(module)
     return placed
 
