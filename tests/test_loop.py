@@ -16,7 +16,7 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.generation import generate
 from svfit_dreambooth.run_folder import is_running, read_progress
 from svfit_dreambooth.training.denoising import Denoiser
-from svfit_dreambooth.training.loop import Loop
+from svfit_dreambooth.training.loop import MAX_SKIPPED, Loop
 
 
 @pytest.fixture
@@ -49,6 +49,18 @@ def spoil(monkeypatch, step, times, gradient=False):
         return parts._replace(total=parts.total.detach() + (bad - bad.detach()).nan_to_num(0) * math.nan if 0 else bad)
 
     monkeypatch.setattr(Denoiser, "loss", loss)
+
+
+class Explode(torch.autograd.Function):
+    """The same, with an infinite gradient."""
+
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * math.inf
 
 
 def events(config, kind):
@@ -103,15 +115,6 @@ def test_nan_from_the_first_step_saves_nothing(config, monkeypatch):
 def test_an_infinite_gradient_under_a_finite_loss_is_noticed(config, monkeypatch):
     original = Denoiser.loss
 
-    class Explode(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, loss):
-            return loss.clone()
-
-        @staticmethod
-        def backward(ctx, gradient):
-            return gradient * math.inf
-
     def loss(self, number, *args):
         parts = original(self, number, *args)
         return parts._replace(total=Explode.apply(parts.total)) if number == 2 else parts
@@ -119,6 +122,32 @@ def test_an_infinite_gradient_under_a_finite_loss_is_noticed(config, monkeypatch
     monkeypatch.setattr(Denoiser, "loss", loss)
     with pytest.raises(SVFitError, match="the gradient's length is (nan|inf) at step 3"):
         train(TrainConfig(**config))
+
+
+def test_gradients_that_are_never_finite_end_a_run_in_fp16(config, monkeypatch):
+    """Loss scaling, which accelerate arranges on GPUs alone, skips such steps, and goes on skipping them."""
+    from svfit_dreambooth.training import train as module
+
+    original, accelerator = Denoiser.loss, module._accelerator
+
+    def scaling(config):
+        made = accelerator(config)
+        made.scaler = torch.amp.GradScaler("cpu")
+        return made
+
+    monkeypatch.setattr(module, "_accelerator", scaling)
+
+    def loss(self, number, *args):
+        parts = original(self, number, *args)
+        return parts._replace(total=Explode.apply(parts.total)) if number >= 3 else parts
+
+    monkeypatch.setattr(Denoiser, "loss", loss)
+    options = {**config, "max_train_steps": 60, "lr_scheduler": "constant"}
+    with pytest.raises(
+        SVFitError, match=f"gradients of {MAX_SKIPPED} steps in a row, up to step {3 + MAX_SKIPPED}, are not"
+    ):
+        train(TrainConfig(**options, mixed_precision="fp16"))
+    assert events(config, "end")[0]["status"] == "failed"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
