@@ -62,8 +62,11 @@ def train(config: TrainConfig, on_step: Callable[[Step], bool | None] | None = N
 
     `on_step` is called after every optimizer step; a true value ends the run there: a checkpoint is written, and what
     was learnt is saved.  Ctrl-C and SIGTERM do the same.  What an earlier run left in <output_dir> is moved to
-    <output_dir>/earlier.  Raises SVFitError for input that cannot be used, before anything slow starts.
+    <output_dir>/earlier.  Raises SVFitError for input that cannot be used, before anything slow starts, and for
+    `dry_run`, which asks for no training.
     """
+    if config.dry_run:
+        raise SVFitError("dry_run asks for no training: use prepare(config).report(), as the command does.")
     accelerator = _accelerator(config)
     try:
         run = prepare(config)
