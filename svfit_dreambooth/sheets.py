@@ -3,6 +3,7 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -39,14 +40,19 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], captions: S
     return sheet
 
 
+def by_step(events: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """The events of one kind, ascending; of a step that was made again after a return to an earlier one, the last."""
+    found = {event["step"]: event for event in events if event["event"] == kind}
+    return [found[step] for step in sorted(found)]
+
+
 def plot_run(folder: Path, path: Path) -> Path | None:
     """Draws the loss and the measures of the run in `folder` over its steps; None if it has not made a step."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     events = read_progress(folder)
-    steps = [event for event in events if event["event"] == "step"]
-    measures = [event for event in events if event["event"] == "measure"]
+    steps, measures = by_step(events, "step"), by_step(events, "measure")
     if not steps:
         return None
     figure = Figure(figsize=(9, 3.2), layout="constrained")

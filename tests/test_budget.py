@@ -194,6 +194,49 @@ def test_scores_are_mean_gradients_and_leave_the_base_untouched(config):
     assert scores[f"unet.{name}"][0] == pytest.approx(expected.item(), rel=0.05)
 
 
+def test_scoring_spares_memory_as_the_run_does(config, monkeypatch):
+    run = prepare(TrainConfig(**config, gradient_checkpointing=True, learned_word="sks"))
+    cpu, unet, encoder = torch.device("cpu"), run.base.pipeline.unet, run.base.pipeline.text_encoder
+    examples, seen, loss = encode_examples(run, cpu), [], Denoiser.loss
+
+    def spared():
+        return unet.is_gradient_checkpointing, "forward" in vars(unet.conv_in)
+
+    def note(self, *args):
+        seen.append((*spared(), any(weight.requires_grad for weight in encoder.parameters())))
+        return loss(self, *args)
+
+    monkeypatch.setattr(Denoiser, "loss", note)
+    scores = score_values(run, examples, cpu, torch.float32)
+    assert seen == [(True, True, False)] * 2 and spared() == (False, False)
+    monkeypatch.undo()
+    monkeypatch.setattr("svfit_dreambooth.training.budget.SCORING_BATCHES", 2)
+    plain = score_values(prepare(TrainConfig(**config)), examples, cpu, torch.float32)
+    assert all(torch.allclose(scores[name], score, rtol=1e-3, atol=1e-7) for name, score in plain.items())
+
+
+def test_what_waits_is_off_the_device_before_scoring(config, monkeypatch):
+    moved, where = [], torch.nn.Module.to
+
+    def note(module, *args, **kwargs):
+        moved.append((type(module).__name__, *args[:1]))
+        return where(module, *args, **kwargs)
+
+    def choose(run, *args):
+        assert ("AutoencoderKL", torch.device("cpu")) in moved and ("CLIPTextModel", torch.device("cpu")) in moved
+        return choose_positions(run, *args)
+
+    def encode(run, device):
+        examples = encode_examples(run, device)
+        moved.clear()
+        return examples
+
+    monkeypatch.setattr(torch.nn.Module, "to", note)
+    monkeypatch.setattr("svfit_dreambooth.training.train.encode_examples", encode)
+    monkeypatch.setattr("svfit_dreambooth.training.train.choose_positions", choose)
+    train(TrainConfig(**{**config, "max_train_steps": 1}, budget=25))
+
+
 def test_narrowed_runs_hold_what_was_chosen(config):
     run = prepare(TrainConfig(**config, budget=40))
     positions = choose_positions(run, encode_examples(run, torch.device("cpu")), torch.device("cpu"), torch.float32)

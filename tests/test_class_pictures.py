@@ -102,6 +102,30 @@ def test_blacked_out_and_failed_pictures_are_never_used(base, tmp_path, monkeypa
         paint_class_pictures(tmp_path, base, "a dog", 4, **OPTIONS)
 
 
+@pytest.mark.parametrize("xl", [False, True])
+def test_a_run_of_less_precision_paints_with_a_unet_of_its_own_type(config, tiny_base_xl, monkeypatch, xl):
+    """And leaves its mark by the stored weights: a run in float32 uses the same pictures."""
+    config |= {"pretrained_model_name_or_path": str(tiny_base_xl)} if xl else {}
+    seen = []
+
+    def note(model, prompts, **options):
+        pipeline = model.pipeline
+        seen.append((pipeline.unet.dtype, pipeline.text_encoder.dtype, pipeline.vae.dtype))
+        return generate(model, prompts, **options)
+
+    monkeypatch.setattr(class_pictures, "generate", note)
+    run = prepare(TrainConfig(**config, mixed_precision="bf16"))
+    exact = {name: weight.clone() for name, weight in run.weights.items()}
+    encode_examples(run, CPU)
+    assert seen == [(torch.bfloat16, torch.float32, torch.float32)] * 3 and "forward" not in vars(
+        run.base.pipeline.unet
+    )
+    assert all(torch.equal(weight, exact[name]) for name, weight in run.weights.items())  # directions come from them
+    again = prepare(TrainConfig(**config))
+    assert len(encode_examples(again, CPU).prior.mean) == 3 and len(seen) == 3
+    assert again.base.pipeline.unet.dtype == torch.float32
+
+
 def test_interrupted_painting_ends_at_the_same_pictures(base, tmp_path, monkeypatch):
     def interrupted(model, prompts, *, seed, **options):
         if seed == 6:

@@ -88,6 +88,21 @@ def test_both_predictions_weigh_the_same_error_of_the_picture_alike(prediction_t
     assert torch.allclose(min_snr_weights(alphas, 5.0, prediction_type), snr.clamp(max=5) * moved)
 
 
+def test_min_snr_weights_need_no_float64_of_the_device():
+    """Apple's has none; the scheduler moves its table there with the first noise."""
+
+    class OnDevice(torch.Tensor):
+        def cpu(self):
+            return self.as_subclass(torch.Tensor)
+
+        def double(self):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+    plain, moved = denoiser(snr_gamma=5.0), denoiser(snr_gamma=5.0)
+    moved.scheduler.alphas_cumprod = moved.scheduler.alphas_cumprod.as_subclass(OnDevice)
+    assert torch.equal(moved.loss(0, 0, 1).total, plain.loss(0, 0, 1).total)
+
+
 def test_min_snr_weighs_every_example_by_its_timestep():
     plain, weighted = denoiser(), denoiser(snr_gamma=5.0)
     draws = [plain._draw(number) for number in range(4)]

@@ -11,9 +11,12 @@ import pytest
 import torch
 
 from svfit_dreambooth import TrainConfig, read_adapter, train
+from svfit_dreambooth.base_model import open_base_model, pipeline_components
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.generation import generate
 from svfit_dreambooth.run_folder import lock_run, read_progress
 from svfit_dreambooth.training.denoising import Denoiser
+from svfit_dreambooth.training.loop import MAX_SKIPPED, Loop
 
 
 @pytest.fixture
@@ -48,6 +51,18 @@ def spoil(monkeypatch, step, times, gradient=False):
     monkeypatch.setattr(Denoiser, "loss", loss)
 
 
+class Explode(torch.autograd.Function):
+    """The same, with an infinite gradient."""
+
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * math.inf
+
+
 def events(config, kind):
     return [event for event in read_progress(config["output_dir"]) if event["event"] == kind]
 
@@ -61,6 +76,20 @@ def test_a_passing_nan_rolls_back_to_the_last_checkpoint_with_half_the_rate(conf
     rates = [step["learning_rate"] for step in events(config, "step")]
     assert [step["step"] for step in events(config, "step")] == [1, 2, 3, 4, 5, 5, 6, 7, 8]
     assert rates == pytest.approx([0.05] * 5 + [0.025] * 4)
+
+
+def test_a_rollback_leaves_no_gradient_of_the_step_it_gave_up(config, monkeypatch):
+    spoil(monkeypatch, step=5, times=1)  # the second of three micro-batches of step 2: the first has left gradients
+    seen, roll_back = [], Loop.roll_back
+
+    def note(self, reason):
+        before = [value.grad is not None for value in self.values.values()]
+        roll_back(self, reason)
+        seen.append((all(before), [value.grad for value in self.values.values() if value.grad is not None]))
+
+    monkeypatch.setattr(Loop, "roll_back", note)
+    train(TrainConfig(**{**config, "max_train_steps": 2}, gradient_accumulation_steps=3))
+    assert seen == [(True, [])]
 
 
 def test_a_lasting_nan_stops_after_three_returns_and_saves_the_last_good_state(config, monkeypatch, tmp_path):
@@ -86,15 +115,6 @@ def test_nan_from_the_first_step_saves_nothing(config, monkeypatch):
 def test_an_infinite_gradient_under_a_finite_loss_is_noticed(config, monkeypatch):
     original = Denoiser.loss
 
-    class Explode(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, loss):
-            return loss.clone()
-
-        @staticmethod
-        def backward(ctx, gradient):
-            return gradient * math.inf
-
     def loss(self, number, *args):
         parts = original(self, number, *args)
         return parts._replace(total=Explode.apply(parts.total)) if number == 2 else parts
@@ -102,6 +122,32 @@ def test_an_infinite_gradient_under_a_finite_loss_is_noticed(config, monkeypatch
     monkeypatch.setattr(Denoiser, "loss", loss)
     with pytest.raises(SVFitError, match="the gradient's length is (nan|inf) at step 3"):
         train(TrainConfig(**config))
+
+
+def test_gradients_that_are_never_finite_end_a_run_in_fp16(config, monkeypatch):
+    """Loss scaling, which accelerate arranges on GPUs alone, skips such steps, and goes on skipping them."""
+    from svfit_dreambooth.training import train as module
+
+    original, accelerator = Denoiser.loss, module._accelerator
+
+    def scaling(config):
+        made = accelerator(config)
+        made.scaler = torch.amp.GradScaler("cpu")
+        return made
+
+    monkeypatch.setattr(module, "_accelerator", scaling)
+
+    def loss(self, number, *args):
+        parts = original(self, number, *args)
+        return parts._replace(total=Explode.apply(parts.total)) if number >= 3 else parts
+
+    monkeypatch.setattr(Denoiser, "loss", loss)
+    options = {**config, "max_train_steps": 60, "lr_scheduler": "constant"}
+    with pytest.raises(
+        SVFitError, match=f"gradients of {MAX_SKIPPED} steps in a row, up to step {3 + MAX_SKIPPED}, are not"
+    ):
+        train(TrainConfig(**options, mixed_precision="fp16"))
+    assert events(config, "end")[0]["status"] == "failed"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -157,6 +203,63 @@ def test_a_full_disk_costs_a_checkpoint_but_not_the_run(config, monkeypatch, cap
     assert result.steps == 8 and "no checkpoint of step 4" in caplog.text
     names = [path.name for path in sorted((Path(config["output_dir"]) / "checkpoints").iterdir())]
     assert names == ["step-000002.safetensors", "step-000006.safetensors", "step-000008.safetensors"]
+
+
+def test_a_full_disk_costs_the_pictures_of_a_look_but_not_its_measures(config, monkeypatch, caplog):
+    from svfit_dreambooth.training import validation
+
+    original = validation.save_png
+
+    def full(image, path):
+        if path.name == "step_000004.png":
+            raise SVFitError(f"'{path}' can't be written (No space left on device): choose another place.")
+        return original(image, path)
+
+    monkeypatch.setattr(validation, "save_png", full)
+    options = {**config, "validation_steps": 4, "num_inference_steps": 1, "validation_prompts": ["a dog"]}
+    assert train(TrainConfig(**options)).steps == 8 and "no pictures of step 4" in caplog.text
+    assert [event["step"] for event in events(config, "measure")] == [0, 4, 8]
+    assert [event["step"] for event in events(config, "pictures")] == [0, 8]
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no room"), SVFitError("a sentence."), OSError(28, "No space left on device")]
+)
+def test_pictures_that_fail_at_the_end_cost_only_themselves(config, monkeypatch, caplog, error):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr("svfit_dreambooth.training.outcome.show_result", fail)
+    result = train(TrainConfig(**{**config, "final_pictures": True, "max_train_steps": 2}, also="kohya"))
+    assert result.showing is None and "LoRA: " in result.summary()
+    (end,) = events(config, "end")
+    assert end["status"] == "finished" and end["adapter"] == "my-dog.safetensors" and end["sheet"] is None
+    (line,) = [record.message for record in caplog.records if "pictures at the end are missing" in record.message]
+    assert f"The adapter is saved in {result.adapter_path}." in line
+
+
+def test_final_pictures_of_a_float32_run_need_no_second_base(config, monkeypatch, tiny_base):
+    monkeypatch.setattr("svfit_dreambooth.training.outcome.open_run_base", None)  # never called
+    result = train(TrainConfig(**{**config, "final_pictures": True, "num_inference_steps": 1}, also="kohya"))
+    assert result.showing.sheet.is_file() and "LoRA: " in result.summary()
+    base, fresh = result.run.base.pipeline, open_base_model(str(tiny_base)).pipeline
+    for name, module in pipeline_components(fresh).items():
+        theirs = getattr(base, name).state_dict()
+        assert set(theirs) == set(module.state_dict())
+        assert all(torch.equal(theirs[key], tensor) for key, tensor in module.state_dict().items())
+
+
+def test_final_pictures_take_the_precision_of_the_run(config, monkeypatch):
+    seen = []
+
+    def note(model, prompts, **options):
+        seen.append({model.pipeline.unet.dtype, model.pipeline.text_encoder.dtype})
+        return generate(model, prompts, **options)
+
+    monkeypatch.setattr("svfit_dreambooth.training.showcase.generate", note)
+    options = {**config, "final_pictures": True, "num_inference_steps": 1, "max_train_steps": 2}
+    train(TrainConfig(**options, mixed_precision="bf16"))
+    assert seen == [{torch.bfloat16}] * 2
 
 
 def test_photos_deleted_while_training_are_missing_from_the_sheet_alone(config, photo_folder, tmp_path):

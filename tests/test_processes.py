@@ -3,14 +3,21 @@
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 
 from svfit_dreambooth import TrainConfig, read_adapter, train
+from svfit_dreambooth.training.train import _accelerator
 
 ROOT = Path(__file__).parent.parent
+
+
+def test_processes_wait_as_long_as_painting_takes(tmp_path):
+    handler = _accelerator(TrainConfig(output_dir=str(tmp_path))).init_handler
+    assert handler.to_kwargs()["timeout"] >= timedelta(hours=12)  # the default, 10 or 30 minutes, would end the run
 
 
 @pytest.mark.slow
@@ -48,3 +55,42 @@ def test_two_processes_train_what_one_trains_with_twice_the_batch(tiny_base, pho
     first, second = read_adapter(tmp_path / "two" / "my-dog.safetensors").shifts, read_adapter(one.adapter_path).shifts
     assert all(torch.allclose(first[name], second[name], rtol=1e-3, atol=1e-5) for name in second)
     assert any(shift.abs().max() > 1e-3 for shift in second.values())
+
+
+STOPPING = """
+import os, sys
+from svfit_dreambooth import TrainConfig, train
+from svfit_dreambooth.config import parse_config
+
+alone = os.environ["RANK"] == "1"  # asked to stop a step earlier than the other, as by a signal
+result = train(parse_config(sys.argv[1:], prog="train"), on_step=lambda step: step.step == (2 if alone else 3))
+print("steps", result.steps, result.stopped)
+"""
+
+
+@pytest.mark.slow
+def test_when_one_process_is_asked_to_stop_all_do(tiny_base, photo_folder, tmp_path):
+    (tmp_path / "stopping.py").write_text(STOPPING)
+    options = {
+        "pretrained_model_name_or_path": str(tiny_base),
+        "instance_data_dir": str(photo_folder),
+        "instance_prompt": "a photo of sks dog",
+        "output_dir": str(tmp_path / "two"),
+        "max_train_steps": 6,
+        "train_batch_size": 1,
+        "resolution": 16,
+        "budget": 30,
+        "fixed_loss_examples": 0,
+        "validation_steps": 0,
+    }
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launch, str(tmp_path / "stopping.py"), *(f"--{name}={value}" for name, value in options.items())],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("steps 2 True") == 2

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -104,7 +105,8 @@ def assert_same(config, folder, whole):
         [(event["event"], event["step"], event.get("loss")) for event in read_progress(path)]
         for path in (folder, whole.adapter_path.parent)
     )
-    assert [event for event in ours if event[0] == "step"] == [event for event in theirs if event[0] == "step"]
+    for kind in ("step", "measure", "pictures"):
+        assert [event for event in ours if event[0] == kind] == [event for event in theirs if event[0] == kind]
 
 
 @pytest.mark.parametrize("number", [1, *random.Random(0).sample(range(2, 12), 4), 12])
@@ -149,6 +151,38 @@ def test_a_named_checkpoint_resumes_into_another_folder(config, whole, tmp_path)
     checkpoint = whole.adapter_path.parent / "checkpoints" / "step-000009.safetensors"
     result = train(TrainConfig(**config, output_dir=str(tmp_path), resume_from_checkpoint=str(checkpoint)))
     assert_same_values(result.adapter_path, whole.adapter_path)
+
+
+def looks(folder):
+    measured = [event["step"] for event in read_progress(folder) if event["event"] == "measure"]
+    return measured, sorted(int(path.stem.partition("_")[2]) for path in (folder / "validation").glob("*.png"))
+
+
+def test_an_older_checkpoint_of_the_same_run_takes_back_what_came_after_it(config, whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole.adapter_path.parent, folder)
+    assert looks(folder) == ([0, 5, 10, 12], [0, 5, 10, 12])
+    checkpoint, seen = folder / "checkpoints" / "step-000009.safetensors", []
+
+    def note(step):
+        seen.append((looks(folder), [path.stem for path in list_checkpoints(folder / "checkpoints")]))
+        return True
+
+    options = {**config, "output_dir": str(folder)}
+    train(TrainConfig(**options, resume_from_checkpoint=str(checkpoint)), on_step=note)
+    assert seen == [(([0, 5, 10], [0, 5, 10]), ["step-000009"])]
+    assert [path.stem for path in list_checkpoints(folder / "checkpoints")] == ["step-000009", "step-000010"]
+    again = train(TrainConfig(**options, resume_from_checkpoint="latest"))
+    assert_same_values(again.adapter_path, whole.adapter_path)
+    assert looks(folder) == ([0, 5, 10, 12], [0, 5, 10, 12])
+
+
+def test_a_checkpoint_from_elsewhere_moves_an_earlier_run_aside(config, whole, tmp_path):
+    train(TrainConfig(**{**config, "seed": 1, "output_dir": str(tmp_path)}), on_step=lambda step: step.step == 5)
+    other = whole.adapter_path.parent / "checkpoints" / "step-000009.safetensors"
+    train(TrainConfig(**config, output_dir=str(tmp_path), resume_from_checkpoint=str(other)))
+    assert looks(tmp_path / "earlier" / "001") == ([0, 5], [0, 5]) and looks(tmp_path) == ([10, 12], [10, 12])
+    assert [event["event"] for event in read_progress(tmp_path)].count("start") == 1
 
 
 @pytest.mark.parametrize(

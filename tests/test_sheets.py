@@ -3,7 +3,7 @@
 from PIL import Image
 
 from svfit_dreambooth.run_folder import append_progress
-from svfit_dreambooth.sheets import CELL, contact_sheet, plot_run
+from svfit_dreambooth.sheets import CELL, by_step, contact_sheet, plot_run
 
 
 def test_contact_sheet_holds_every_picture_and_fits_long_captions():
@@ -25,3 +25,10 @@ def test_curves_are_drawn_from_the_diary(tmp_path):
     with Image.open(path) as picture:
         colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 20)}
     assert len(colours) > 20
+
+
+def test_a_step_that_was_made_again_is_drawn_once():
+    made = [("step", 1), ("step", 2), ("measure", 2), ("rollback", 1), ("step", 2), ("step", 3)]
+    events = [{"event": event, "step": step, "loss": number} for number, (event, step) in enumerate(made)]
+    assert [(event["step"], event["loss"]) for event in by_step(events, "step")] == [(1, 0), (2, 4), (3, 5)]
+    assert [event["step"] for event in by_step(events, "measure")] == [2]

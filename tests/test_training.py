@@ -219,6 +219,12 @@ def test_bad_input_is_one_sentence_before_anything_slow(config, changes, sentenc
     assert "\n" not in str(error.value)
 
 
+def test_a_dry_run_trains_nothing(config, tmp_path):
+    with pytest.raises(SVFitError, match="dry_run asks for no training"):
+        train(TrainConfig(**config, dry_run=True))
+    assert not (tmp_path / "the run").exists()
+
+
 def test_base_folders_that_are_none(config, tmp_path):
     with pytest.raises(SVFitError, match="is not a diffusers model folder"):
         train(TrainConfig(**{**config, "pretrained_model_name_or_path": str(tmp_path)}))

@@ -6,8 +6,9 @@ import torch
 from PIL import Image
 
 from svfit_dreambooth import TrainConfig
-from svfit_dreambooth.attention import apply_svfit, set_shifts
+from svfit_dreambooth.attention import apply_svfit, get_shifts, set_shifts
 from svfit_dreambooth.evaluation.features import Features, open_features
+from svfit_dreambooth.learned_word import learn_words
 from svfit_dreambooth.training.preparation import prepare
 from svfit_dreambooth.training.validation import Measure, Watch, cut, join, validation_prompts
 
@@ -50,6 +51,22 @@ def test_looks_paint_measure_and_compare_with_the_base(run, tmp_path):
     assert [path.name for path in folder.iterdir()] == ["step_000000.png"]
     watch.draw_grid()
     assert Image.open(tmp_path / "run" / "validation.png").size[1] < grid[1]
+
+
+def test_drift_is_measured_from_the_base_also_where_a_run_begins_away_from_it(run, tiny_run, tmp_path):
+    unet = run.base.pipeline.unet
+    shifts = apply_svfit(unet)
+    given = {name: torch.full_like(shift, 0.5) for name, shift in shifts.items()}
+    set_shifts(unet, given)
+    (delta,) = learn_words(run.base.pipeline, "sks").values()
+    delta.data.fill_(0.5)
+    watch = Watch(run, Features(subject=pixels))
+    first = watch.look(0, None)
+    assert all(torch.equal(shift, given[name]) for name, shift in get_shifts(unet).items()) and (delta == 0.5).all()
+    plain = Watch(tiny_run(output_dir=str(tmp_path / "plain"), num_inference_steps=2), Features(subject=pixels))
+    plain.look(0, None)
+    assert torch.equal(watch.untouched, plain.untouched)
+    assert first.drift > 1e-6 and first.drift == watch.look(1, None).drift
 
 
 def test_without_features_the_loss_decides(run):

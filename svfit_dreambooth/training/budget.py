@@ -29,6 +29,7 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.training.denoising import Denoiser
 from svfit_dreambooth.training.encoding import Examples
 from svfit_dreambooth.training.preparation import Run
+from svfit_dreambooth.training.slim import spare_memory, spend_memory
 
 SCORING_BATCHES = 16  # of the run's own size
 FLOAT16_LOSS_SCALE = 2.0**12  # keeps gradients within float16's range; a common factor changes no order
@@ -60,7 +61,7 @@ def choose_positions(run: Run, examples: Examples, device: torch.device, dtype: 
     """The singular values that `run.config.budget` pays for: "<component>.<layer>" -> positions, as `allocate`.
 
     Follows from the run's options and the base alone.  Costs about as much as `SCORING_BATCHES` training steps at
-    full rank; moves the adapted models to `device`, in `dtype`, and leaves them unpatched and frozen.
+    full rank, in time and in memory; moves the adapted models to `device`, in `dtype`, and leaves them unpatched and frozen.
     Raises SVFitError where gradients are not finite, and as `allocate` does.
     """
     budget = run.config.budget
@@ -75,24 +76,26 @@ def score_values(run: Run, examples: Examples, device: torch.device, dtype: torc
     cache_dir = None if config.basis_cache_dir is None else Path(config.basis_cache_dir)
     bases = model_basis(run.weights, cache_dir=cache_dir, hashes=run.hashes)
     shifts: dict[str, nn.Parameter] = {}
-    for component, names in run.targets.items():
-        module = getattr(pipeline, component)
-        own = apply_svfit(module, target_modules=names, basis={name: bases[f"{component}.{name}"] for name in names})
-        shifts |= {f"{component}.{name}": shift for name, shift in own.items()}
-        module.to(device, dtype).train()
     networks = pipeline_components(pipeline)
-    for component in set(networks) - set(run.targets):
-        networks[component].to(device)
-    denoiser = Denoiser(run, examples, device=device, dtype=dtype, **networks)
     scale = FLOAT16_LOSS_SCALE if dtype == torch.float16 else 1.0
     try:
+        for component, names in run.targets.items():
+            own_bases = {name: bases[f"{component}.{name}"] for name in names}
+            own = apply_svfit(networks[component], target_modules=names, basis=own_bases)
+            shifts |= {f"{component}.{name}": shift for name, shift in own.items()}
+            networks[component].to(device, dtype).train()
+            spare_memory(networks[component], config.gradient_checkpointing)
+        for component in set(run.trained) - set(run.targets):  # text encoders that learn a word and nothing else
+            networks[component].to(device).requires_grad_(False)
+        denoiser = Denoiser(run, examples, device=device, dtype=dtype, **networks)
         for number in tqdm(range(SCORING_BATCHES), desc="sharing out the budget", unit="batch", leave=False):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 loss = denoiser.loss(number, 0, 1).total
             (loss * scale).backward()  # gradients add up
     finally:
         for component in run.targets:
-            remove_svfit(getattr(pipeline, component))
+            remove_svfit(networks[component])
+            spend_memory(networks[component])
     scores = {}
     for name, shift in shifts.items():
         rate = config.learning_rate if name.startswith("unet.") else config.text_encoder_lr

@@ -121,10 +121,21 @@ def save_checkpoint(state: TrainState, folder: Path, identity: Mapping[str, Any]
     return path
 
 
+def delete_later(folder: Path, step: int) -> None:
+    """Deletes the checkpoints in `folder` of steps after `step`, from where the run makes them again."""
+    for path in list_checkpoints(folder):
+        if _step(path) > step:
+            path.unlink(missing_ok=True)
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in `folder`, oldest first."""
     found = [path for path in folder.glob("step-*.safetensors") if NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.stem.partition("-")[2]))
+    return sorted(found, key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.stem.partition("-")[2])
 
 
 def find_checkpoint(asked: str, output_dir: Path) -> Path | None:

@@ -6,14 +6,16 @@ arXiv 2208.12242, section 3.3).  What was painted stays in the folder with a not
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from svfit_dreambooth.base_model import BaseModel
+from svfit_dreambooth.base_model import BaseModel, Pipeline
 from svfit_dreambooth.basis import weight_hash
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import write_atomically
@@ -65,13 +67,22 @@ def check_class_pictures(folder: Path, class_prompt: str, base: BaseModel) -> No
 
 
 def paint_class_pictures(
-    folder: Path, base: BaseModel, class_prompt: str, count: int, *, seed: int, **options: Any
+    folder: Path,
+    base: BaseModel,
+    class_prompt: str,
+    count: int,
+    *,
+    seed: int,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    **options: Any,
 ) -> list[Photo]:
     """The first `count` usable pictures of `folder`, painted there by `base` as far as they are missing.
 
     Pictures take the seeds `seed`, `seed + 1`, ...; one that the base's content filter blacked out, or that came out
     in one colour, is not kept and the next seed takes its place.  A picture that somebody deleted is not painted
-    again: another is.  Interrupted painting goes on where it was.  `options`: as for `generation.generate`.
+    again: another is.  Interrupted painting goes on where it was.  `device`, `dtype`: where the base goes for it, and its
+    UNet's type from then on; None: they stay.  `options`: as for `generation.generate`.
     Raises SVFitError as `check_class_pictures` does, and when nothing usable comes out.
     """
     check_class_pictures(folder, class_prompt, base)
@@ -90,7 +101,8 @@ def paint_class_pictures(
         "next_seed": seed,
     } | _read_note(folder)
     failures = 0
-    with tqdm(total=missing, desc="painting class pictures", unit="picture") as bar:
+    bar = tqdm(total=missing, desc="painting class pictures", unit="picture")
+    with bar, _placed(base.pipeline, device or base.pipeline.device, dtype):
         while missing > 0:
             own_seed = note["next_seed"]
             (picture,) = generate(base, [class_prompt], seed=own_seed, **options)
@@ -111,6 +123,24 @@ def paint_class_pictures(
                     "--class_prompt, or put pictures of your own into --class_data_dir."
                 )
     return usable_class_pictures(folder)[:count]
+
+
+@contextmanager
+def _placed(pipeline: Pipeline, device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
+    """Brings `pipeline` to `device`, its UNet in `dtype`, in which that computes within.
+
+    The autoencoder and the text encoders stay as they are: photos and captions are encoded with them afterwards.
+    """
+    unet = pipeline.unet.to(device, dtype)  # before the rest, so that it never lies there in full size
+    pipeline.to(device)
+    if dtype in (None, torch.float32):
+        yield
+        return
+    unet.forward = torch.autocast(device.type, dtype)(unet.forward)
+    try:
+        yield
+    finally:
+        del unet.forward
 
 
 def class_picture_report(present: Sequence[Photo], count: int, folder: Path) -> str:

@@ -71,10 +71,10 @@ class Denoiser:
         errors = self._errors(draws)  # (batch,)
         if self.config.snr_gamma is not None:
             timesteps = torch.tensor([draw.timestep for draw in draws])
-            weights = min_snr_weights(
-                self.scheduler.alphas_cumprod[timesteps], self.config.snr_gamma, self.scheduler.config.prediction_type
-            )  # (batch,)
-            errors = errors * weights.to(errors)
+            alphas_cumprod = self.scheduler.alphas_cumprod.cpu()[timesteps]  # by now on the device: MPS has no float64
+            prediction_type = self.scheduler.config.prediction_type
+            weights = min_snr_weights(alphas_cumprod, self.config.snr_gamma, prediction_type)  # (batch,)
+            errors = errors * weights.float().to(errors)
         instance = errors[:size].mean()
         if self.examples.prior is None:
             return Loss(instance, instance, None)

@@ -15,6 +15,8 @@ from svfit_dreambooth.training.class_pictures import paint_class_pictures, usabl
 from svfit_dreambooth.training.crops import crop_photo
 from svfit_dreambooth.training.preparation import Run
 
+WEIGHT_DTYPE = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --mixed_precision
+
 
 @dataclass
 class Examples:
@@ -32,19 +34,23 @@ class Examples:
 
 
 def make_class_pictures(run: Run, device: torch.device) -> list[Photo]:
-    """The class pictures of the run, painted by the base on `device` as far as they are missing."""
+    """The class pictures of the run, painted by the base on `device` as far as they are missing.
+
+    The UNet is left in the type in which the run trains it; `run.weights` stay as they are stored.
+    """
     config = run.config
     folder = Path(str(config.class_data_dir))
     pictures = usable_class_pictures(folder)
     if len(pictures) >= config.num_class_images:
         return pictures[: config.num_class_images]
-    run.base.pipeline.to(device)
     return paint_class_pictures(
         folder,
         run.base,
         str(config.class_prompt),
         config.num_class_images,
         seed=config.seed,
+        device=device,
+        dtype=WEIGHT_DTYPE[config.mixed_precision],
         height=config.resolution,
         width=config.resolution,
         num_inference_steps=config.num_inference_steps,

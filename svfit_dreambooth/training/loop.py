@@ -27,6 +27,7 @@ from svfit_dreambooth.training.validation import Measure, Watch
 logger = logging.getLogger(__name__)
 
 MAX_ROLLBACKS = 3
+MAX_SKIPPED = 30  # steps in a row; fp16 begins with a loss scale of 2^16, and each one halves it
 
 
 @dataclass
@@ -79,7 +80,7 @@ class Loop:
         )
         self.multiplier: Callable[[int], float] = schedule.lr_lambdas[0]
         self.optimizer = accelerator.prepare_optimizer(self.raw_optimizer)
-        self.step, self.rate_factor, self.rollbacks = 0, 1.0, 0
+        self.step, self.rate_factor, self.rollbacks, self.skipped = 0, 1.0, 0, 0
         self.best: Best | None = None
         self.good = self.state()
         self.between_steps = True  # False while values, optimizer and step disagree
@@ -97,11 +98,12 @@ class Loop:
     def go_to(self, state: TrainState) -> None:
         """Puts the run where `state` stood."""
         restore(state, self.values, self.raw_optimizer)
+        self.raw_optimizer.zero_grad()  # accelerate's own does nothing in the middle of a step
         if self.accelerator.scaler is not None and state.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
         self.accelerator.step = 0  # it counts micro-batches, and may have been left in the middle of a step
         self.step, self.rate_factor, self.rollbacks = state.step, state.rate_factor, state.rollbacks
-        self.best, self.good, self.between_steps = state.best, state, True
+        self.best, self.good, self.between_steps, self.skipped = state.best, state, True, 0
 
     def run(self, on_step: Callable[[Step], bool | None] | None, stop_asked: Callable[[], bool]) -> bool:
         """Makes the steps that are left; returns whether it was asked to stop before the last one.
@@ -133,12 +135,24 @@ class Loop:
                 stopped = self.step < of and stop_asked()
                 if on_step is not None:
                     stopped = bool(on_step(done)) or stopped
+                stopped = self.on_any_process(stopped)
         finally:
             bar.close()
         return stopped
 
+    def on_any_process(self, flag: bool) -> bool:
+        """Whether one of the processes says so: they must leave the loop together, or some would wait for ever."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        votes = self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum")
+        return votes.item() > 0
+
     def make_step(self) -> Step:
-        """One optimizer step over all micro-batches."""
+        """One optimizer step over all micro-batches.
+
+        Raises NotFinite for a loss or gradient that is not finite, and SVFitError where fp16's loss scaling has
+        skipped `MAX_SKIPPED` steps in a row for that.
+        """
         accelerator, config = self.accelerator, self.config
         rate = self.rate_factor * self.multiplier(self.step)
         for group in self.raw_optimizer.param_groups:
@@ -162,6 +176,12 @@ class Loop:
                         self.check(bool(torch.isfinite(norm)), f"the gradient's length is {norm}")
                 self.optimizer.step()
                 self.optimizer.zero_grad()
+        self.skipped = self.skipped + 1 if self.optimizer.step_was_skipped else 0
+        if self.skipped == MAX_SKIPPED:  # no value has changed since, so there is nothing to return to
+            raise SVFitError(
+                f"the gradients of {MAX_SKIPPED} steps in a row, up to step {self.step + 1}, are not finite: "
+                "lower --learning_rate, or use --mixed_precision no."
+            )
         self.step += 1
         self.between_steps = True
         return Step(
@@ -178,7 +198,6 @@ class Loop:
 
     def roll_back(self, reason: str) -> None:
         """Goes back to the last good state with half the learning rate.  Raises SVFitError after the last try."""
-        self.optimizer.zero_grad()
         factor, rollbacks = self.rate_factor / 2, self.rollbacks + 1
         self.go_to(self.good)
         if rollbacks > MAX_ROLLBACKS:
@@ -197,7 +216,9 @@ class Loop:
             return
         if self.accelerator.is_main_process:
             measure = self.watch.look(self.step, fixed_loss)
-            self.note("pictures", step=self.step, path=f"validation/step_{self.step:06d}.png")
+            path = f"validation/step_{self.step:06d}.png"
+            if (self.folder / path).is_file():
+                self.note("pictures", step=self.step, path=path)
             self.tell(measure)
             score = measure.score
             if self.step and score is not None and (self.best is None or score > self.best.score):
@@ -217,7 +238,7 @@ class Loop:
         folder = self.folder / "checkpoints"
         try:
             path = save_checkpoint(self.good, folder, self.identity, self.config.checkpoints_total_limit)
-        except SVFitError as error:
+        except (SVFitError, OSError) as error:
             logger.warning("no checkpoint of step %d: %s Training goes on.", self.step, error)
             return
         self.note("checkpoint", step=self.step, path=f"checkpoints/{path.name}")

@@ -2,6 +2,8 @@
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -9,11 +11,13 @@ from typing import Any, Literal, cast
 import torch
 
 from svfit_dreambooth.adapter import Adapter, read_adapter, save_adapter
+from svfit_dreambooth.base_model import BaseModel
 from svfit_dreambooth.config import TrainConfig
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.sharing.export import export_lora
 from svfit_dreambooth.sharing.hub import push_adapter
 from svfit_dreambooth.sharing.metadata import annotate_adapter
+from svfit_dreambooth.training.encoding import WEIGHT_DTYPE
 from svfit_dreambooth.training.preparation import Run, open_run_base
 from svfit_dreambooth.training.showcase import Showing, show_result
 
@@ -100,28 +104,60 @@ def training_record(
 
 
 def finish(result: TrainResult) -> None:
-    """Makes from the saved file what the run was asked for besides: pictures, a LoRA."""
+    """Makes from the saved file what the run was asked for besides: pictures, a LoRA.  What fails is a warning."""
     run, config = result.run, result.run.config
-    run.base.pipeline.to("cpu")  # makes room for the base that is opened from its files, as users open it
+    run.base.pipeline.to("cpu")  # makes room for a base that is opened from its files
     if config.final_pictures:
-        result.showing = show_result(run)
-        if "modelspec.thumbnail" not in read_adapter(run.adapter_path).metadata:
-            annotate_adapter(run.adapter_path, thumbnail=result.showing.first)
-            result.file_bytes = run.adapter_path.stat().st_size
+        with warned("the pictures at the end are missing", run.adapter_path):
+            result.showing = show_result(run, _stored_base(run), WEIGHT_DTYPE[config.mixed_precision])
+            if "modelspec.thumbnail" not in read_adapter(run.adapter_path).metadata:
+                annotate_adapter(run.adapter_path, thumbnail=result.showing.first)
+                result.file_bytes = run.adapter_path.stat().st_size
+        run.base.pipeline.to("cpu")
     if config.also is not None:
-        base = open_run_base(config)
-        path = run.adapter_path.with_name(f"{run.adapter_name}-{config.also}.safetensors")
-        export = export_lora(
-            run.adapter_path,
-            base,
-            path,
-            cast(Literal["kohya", "diffusers"], config.also),
-            error=ALSO_ERROR,
-            without_words=True,
-            basis_cache_dir=config.basis_cache_dir,
-        )
-        without = f", without the word {config.learned_word}" if config.learned_word else ""
-        result.extras.append(f"LoRA{without}: {export.summary()}; {export.plan.lines()[1]}")
+        with warned(f"there is no LoRA for {config.also}", run.adapter_path):
+            result.extras.append(_export(run))
+
+
+@contextmanager
+def warned(what: str, saved: Path) -> Iterator[None]:
+    """Within it full disks, unreadable files and a lack of memory are a warning: the adapter is `saved` already."""
+    try:
+        yield
+    except (SVFitError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
+        reason = "out of memory" if is_out_of_memory(error) else str(error).rstrip(".")
+        logger.warning("%s (%s).  The adapter is saved in %s.", what, reason, saved)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` is a lack of memory, by its type or, as of torch's allocators, by its words."""
+    words = str(error).lower()
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        "out of memory" in words or "not enough memory" in words or "can't allocate memory" in words
+    )
+
+
+def _stored_base(run: Run) -> BaseModel:
+    """The base as its files hold it: the run's own, or opened once more where training rounded that."""
+    return run.base if run.config.mixed_precision == "no" else open_run_base(run.config)
+
+
+def _export(run: Run) -> str:
+    """Writes the LoRA that --also asks for; returns what it is, in a plain line."""
+    config = run.config
+    export = export_lora(
+        run.adapter_path,
+        _stored_base(run),
+        run.adapter_path.with_name(f"{run.adapter_name}-{config.also}.safetensors"),
+        cast(Literal["kohya", "diffusers"], config.also),
+        error=ALSO_ERROR,
+        without_words=True,
+        basis_cache_dir=config.basis_cache_dir,
+    )
+    without = f", without the word {config.learned_word}" if config.learned_word else ""
+    return f"LoRA{without}: {export.summary()}; {export.plan.lines()[1]}"
 
 
 def publish(result: TrainResult) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from svfit_dreambooth.base_model import BaseModel
+from svfit_dreambooth.base_model import BaseModel, cast_pipeline
 from svfit_dreambooth.evaluation.metrics import diversity, drift, subject_fidelity
 from svfit_dreambooth.evaluation.protocol import UNRELATED_PROMPTS, share_right, toybox_questions
 from svfit_dreambooth.files import save_png
-from svfit_dreambooth.generation import generate, open_for_adapters
-from svfit_dreambooth.pipeline import loaded_adapters, set_adapters
+from svfit_dreambooth.generation import default_device, generate
+from svfit_dreambooth.pipeline import load_adapter, loaded_adapters, set_adapters, unload_adapter
 from svfit_dreambooth.sheets import contact_sheet
 from svfit_dreambooth.training.preparation import Run
 from svfit_dreambooth.training.validation import (
@@ -50,17 +50,22 @@ class Showing:
         return "\n".join(lines)
 
 
-def show_result(run: Run) -> Showing:
-    """Paints the validation prompts from the saved file, with and without it, as <output_dir>/<adapter_name>.png."""
-    config = run.config
-    model = open_for_adapters(
-        [(run.adapter_path, 1.0)],
-        config.pretrained_model_name_or_path,
-        basis_cache_dir=config.basis_cache_dir,
-        revision=config.revision,
-        variant=config.variant,
-        base_config=config.base_config,
-    )
+def show_result(run: Run, base: BaseModel, dtype: torch.dtype) -> Showing:
+    """Paints the validation prompts from the saved file, with and without it, as <output_dir>/<adapter_name>.png.
+
+    `base`: untouched and in the precision of its files; it is cast to `dtype`, painted with, and carries no adapter
+    afterwards.
+    """
+    load_adapter(base.pipeline, run.adapter_path, basis_cache_dir=run.config.basis_cache_dir)
+    try:
+        cast_pipeline(base.pipeline, dtype)
+        base.pipeline.to(default_device())
+        return _show(run, base)
+    finally:
+        unload_adapter(base.pipeline)
+
+
+def _show(run: Run, model: BaseModel) -> Showing:
     prompts, options = validation_prompts(run), painting_options(run)
     adapted = _paint(model, prompts, 1.0, options)
     base = _paint(model, prompts, 0.0, options)

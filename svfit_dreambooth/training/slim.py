@@ -46,6 +46,28 @@ def unslim(model: nn.Module) -> None:
             del module.forward
 
 
+def spare_memory(model: nn.Module, checkpointing: bool) -> None:
+    """Lets a frozen `model` keep less for its backward pass: `slim`, and where `checkpointing`, gradient checkpointing.
+
+    `spend_memory` takes both back.
+    """
+    slim(model)
+    if checkpointing:
+        _diffusers_or_transformers(model, "enable_gradient_checkpointing", "gradient_checkpointing_enable")
+
+
+def spend_memory(model: nn.Module) -> None:
+    """`model` as it was before `spare_memory`."""
+    unslim(model)
+    if getattr(model, "is_gradient_checkpointing", False):
+        _diffusers_or_transformers(model, "disable_gradient_checkpointing", "gradient_checkpointing_disable")
+
+
+def _diffusers_or_transformers(model: nn.Module, *names: str) -> None:
+    act: Callable[[], None] = next(getattr(model, name) for name in names if hasattr(model, name))
+    act()
+
+
 def _conv(module: nn.Conv2d, x: Tensor) -> Tensor:
     """(batch, in, height, width) -> (batch, out, height', width')"""
     weight, bias = module.weight, module.bias

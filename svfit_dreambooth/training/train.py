@@ -9,13 +9,14 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
 
 from svfit_dreambooth.adapter import Adapter
 from svfit_dreambooth.attention import get_shifts, remove_svfit
@@ -26,25 +27,34 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.evaluation.features import Features, open_features
 from svfit_dreambooth.files import write_atomically
 from svfit_dreambooth.learned_word import learn_words, learned_words, remove_words, word_rows
-from svfit_dreambooth.run_folder import lock_run, rewind_progress, set_aside
+from svfit_dreambooth.run_folder import lock_run, read_progress, rewind_progress, set_aside
 from svfit_dreambooth.sharing.hub import check_login
 from svfit_dreambooth.sharing.metadata import base_metadata
 from svfit_dreambooth.sheets import plot_run
 from svfit_dreambooth.training.budget import choose_positions, narrowed, spread
-from svfit_dreambooth.training.checkpoints import TrainState, restore, resume_state, run_identity
+from svfit_dreambooth.training.checkpoints import TrainState, delete_later, restore, resume_state, run_identity
 from svfit_dreambooth.training.denoising import Denoiser
-from svfit_dreambooth.training.encoding import encode_examples
+from svfit_dreambooth.training.encoding import WEIGHT_DTYPE, encode_examples
 from svfit_dreambooth.training.estimate import estimate_memory
 from svfit_dreambooth.training.loop import Loop, Step, stop_signals
-from svfit_dreambooth.training.outcome import TrainResult, end_event, finish, publish, save_result, training_record
+from svfit_dreambooth.training.outcome import (
+    TrainResult,
+    end_event,
+    finish,
+    is_out_of_memory,
+    publish,
+    save_result,
+    training_record,
+    warned,
+)
 from svfit_dreambooth.training.patching import patch_run
 from svfit_dreambooth.training.preparation import Run, prepare
-from svfit_dreambooth.training.slim import slim, unslim
+from svfit_dreambooth.training.slim import spare_memory, spend_memory
 from svfit_dreambooth.training.validation import Watch
 
 logger = logging.getLogger(__name__)
 
-WEIGHT_DTYPE = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PATIENCE = timedelta(hours=24)  # of processes that wait while the first paints class pictures or looks
 
 
 def train(config: TrainConfig, on_step: Callable[[Step], bool | None] | None = None) -> TrainResult:
@@ -52,8 +62,11 @@ def train(config: TrainConfig, on_step: Callable[[Step], bool | None] | None = N
 
     `on_step` is called after every optimizer step; a true value ends the run there: a checkpoint is written, and what
     was learnt is saved.  Ctrl-C and SIGTERM do the same.  What an earlier run left in <output_dir> is moved to
-    <output_dir>/earlier.  Raises SVFitError for input that cannot be used, before anything slow starts.
+    <output_dir>/earlier.  Raises SVFitError for input that cannot be used, before anything slow starts, and for
+    `dry_run`, which asks for no training.
     """
+    if config.dry_run:
+        raise SVFitError("dry_run asks for no training: use prepare(config).report(), as the command does.")
     accelerator = _accelerator(config)
     try:
         run = prepare(config)
@@ -62,7 +75,7 @@ def train(config: TrainConfig, on_step: Callable[[Step], bool | None] | None = N
         with lock_run(run.config.output_dir) if accelerator.is_main_process else nullcontext():
             return _train(run, accelerator, on_step)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise SVFitError(
             "out of memory: use --gradient_checkpointing, --mixed_precision bf16, a smaller --train_batch_size "
@@ -89,8 +102,10 @@ def _train(run: Run, accelerator: Accelerator, on_step: Callable[[Step], bool | 
     dtype = WEIGHT_DTYPE[config.mixed_precision]
     of_word = word_rows(pipeline, config.learned_word)  # before the networks are cast
     positions = None
+    _step_aside(run, accelerator)
     if config.budget is not None:
-        positions = choose_positions(run, examples, accelerator.device, dtype)
+        own = choose_positions(run, examples, accelerator.device, dtype)
+        (positions,) = broadcast_object_list([own])  # rounding must not give processes different layers
         run = narrowed(run, positions)
     shifts = patch_run(run, positions)
     words = learn_words(pipeline, config.learned_word, run.initial)
@@ -111,12 +126,14 @@ def _train(run: Run, accelerator: Accelerator, on_step: Callable[[Step], bool | 
     accelerator.init_trackers("svfit", config={k: str(v) for k, v in dataclasses.asdict(config).items()})
     count = sum(value.numel() for name, value in values.items() if name not in words)
     loss_before = model.fixed_loss()
-    if resumed is None:
+    if not any(event["event"] == "start" for event in read_progress(folder)):
         loop.note("start", time=time.time(), step=0, of=config.max_train_steps, adapter_name=run.adapter_name,
                   base_model=run.base.name, values=count)  # fmt: skip
-    if watch is not None:  # also when resuming: later looks are compared with this one
+    if watch is not None and accelerator.is_main_process:
+        watch.forget_after(-1 if resumed is None else resumed.step)
+    if resumed is None:
         loop.look(loss_before)
-    if resumed is not None:
+    else:
         loop.go_to(resumed)
     started, first = time.perf_counter(), loop.step
     stopped, failure = _run_loop(loop, on_step)
@@ -154,17 +171,16 @@ def _train(run: Run, accelerator: Accelerator, on_step: Callable[[Step], bool | 
     )
     if accelerator.is_main_process:
         save_result(adapter, run.adapter_path, config)
-        plot_run(folder, folder / "curve.png")
+        with warned("curve.png is missing", run.adapter_path):
+            plot_run(folder, folder / "curve.png")
     accelerator.wait_for_everyone()
     accelerator.end_training()
     for component in shifts:
         module = getattr(pipeline, component)
         remove_svfit(module)
-        unslim(module)
+        spend_memory(module)
         module.eval()
     remove_words(pipeline)
-    if config.gradient_checkpointing:
-        pipeline.unet.disable_gradient_checkpointing()
     result = TrainResult(
         run.adapter_path, loop.step, kept, seconds, count, run.adapter_path.stat().st_size, loss_before, loss_after,
         stopped, run,
@@ -190,50 +206,49 @@ def _accelerator(config: TrainConfig) -> Accelerator:
             log_with=config.report_to,
             project_dir=str(Path(config.output_dir) / "logs"),
             # U and Vh are buffers, equal everywhere; and processes may call the UNet a different number of times
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+                InitProcessGroupKwargs(timeout=PATIENCE),
+            ],
         )
     except ValueError as error:
         raise SVFitError(f"--mixed_precision {config.mixed_precision} and --report_to {config.report_to} do not work "
                          f"on this machine ({error}): use bf16 or no, and a tracker that is installed.") from error  # fmt: skip
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    words = str(error).lower()
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        "out of memory" in words or "not enough memory" in words or "can't allocate memory" in words
-    )
-
-
 def _open_folder(run: Run, resumed: TrainState | None) -> None:
-    """Makes the run folder ready: an earlier run is moved aside, one that goes on loses what it will make again."""
-    folder = Path(run.config.output_dir)
-    if resumed is not None:
+    """Makes the run folder ready: another run is moved aside, one that goes on loses what it will make again."""
+    folder, asked = Path(run.config.output_dir), run.config.resume_from_checkpoint
+    checkpoints = folder / "checkpoints"
+    goes_on = asked == "latest" or (asked is not None and Path(asked).resolve().parent == checkpoints.resolve())
+    if goes_on and resumed is not None:
         rewind_progress(folder, resumed.step)
-    elif run.config.resume_from_checkpoint is None or run.adapter_path.exists():
+        delete_later(checkpoints, resumed.step)
+    elif goes_on and not run.adapter_path.exists():
+        rewind_progress(folder, -1)
+    else:
         aside = set_aside(folder, run.adapter_name, run.config.init_adapter)
         if aside is not None:
             logger.info("the earlier files in %s lie in %s now.", folder, aside)
-    else:
-        rewind_progress(folder, -1)
     write_atomically(folder / "config.yaml", config_to_yaml(run.config))
+
+
+def _step_aside(run: Run, accelerator: Accelerator) -> None:
+    """Brings what has no part in the steps out of their way: only looks at the run need it on its device."""
+    waiting = accelerator.device if run.config.validation_steps else torch.device("cpu")
+    run.base.pipeline.vae.to(waiting)
+    for component, module in pipeline_components(run.base.pipeline).items():
+        if component not in run.trained:
+            module.to(waiting)
 
 
 def _place(run: Run, accelerator: Accelerator) -> dict[str, Any]:
     """Brings the networks to where they work; returns UNet and text encoders by name, prepared where they train."""
-    config, pipeline = run.config, run.base.pipeline
-    waiting = accelerator.device if config.validation_steps else torch.device("cpu")
-    pipeline.vae.to(waiting)
-    placed: dict[str, Any] = {}
-    for component, module in pipeline_components(pipeline).items():
-        if component not in run.trained:
-            placed[component] = module.to(waiting)
-            continue
-        module.to(accelerator.device, WEIGHT_DTYPE[config.mixed_precision]).train()
-        slim(module)
-        if config.gradient_checkpointing:
-            diffusers_way = getattr(module, "enable_gradient_checkpointing", None)
-            enable: Callable[[], None] = diffusers_way or getattr(module, "gradient_checkpointing_enable")  # noqa: B009
-            enable()
+    config = run.config
+    placed: dict[str, Any] = pipeline_components(run.base.pipeline)
+    for component in run.trained:
+        module = placed[component].to(accelerator.device, WEIGHT_DTYPE[config.mixed_precision]).train()
+        spare_memory(module, config.gradient_checkpointing)
         placed[component] = accelerator.prepare(module)
     return placed
 

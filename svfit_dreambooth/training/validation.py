@@ -1,14 +1,18 @@
 """Looking at a run while it trains: pictures with fixed seeds, likeness to the photos, harm to everything else."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
-from svfit_dreambooth.base_model import TOYBOX_SUBJECTS
+from svfit_dreambooth.attention import svfit_layers
+from svfit_dreambooth.base_model import TOYBOX_SUBJECTS, Pipeline, pipeline_components
 from svfit_dreambooth.config import TOYBOX
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.evaluation.features import Features
@@ -16,9 +20,12 @@ from svfit_dreambooth.evaluation.metrics import drift, prompt_fidelity, subject_
 from svfit_dreambooth.evaluation.protocol import UNRELATED_PROMPTS
 from svfit_dreambooth.files import save_png
 from svfit_dreambooth.generation import generate
+from svfit_dreambooth.learned_word import word_embedding
 from svfit_dreambooth.photos import open_photo
 from svfit_dreambooth.sheets import contact_sheet
 from svfit_dreambooth.training.preparation import Run
+
+logger = logging.getLogger(__name__)
 
 SEED = 1000  # of the pictures shown; away from the seeds that training uses
 PLACES = ("on the beach", "in the snow", "under water", "in the city at night")
@@ -62,12 +69,15 @@ class Watch:
     def look(self, step: int, fixed_loss: float | None) -> Measure:
         """Paints the prompts with the values of `step`, adds a row to the sheet, and measures.
 
-        The first look must be at step 0, at the base itself: later ones are compared with it.
+        A disk that takes no pictures is a warning: the measures decide which step is kept.
         """
         model, options = self.run.base, painting_options(self.run)
         pictures = [picture.image for picture in generate(model, self.prompts, **options)]
-        save_png(join(pictures), self.folder / f"step_{step:06d}.png")
-        self.draw_grid()
+        try:
+            save_png(join(pictures), self.folder / f"step_{step:06d}.png")
+            self.draw_grid()
+        except (SVFitError, OSError) as error:
+            logger.warning("no pictures of step %d: %s Training goes on.", step, error)
         measure = Measure(fixed_loss)
         if self.features.subject is not None:
             if self.photos is None:
@@ -80,6 +90,10 @@ class Watch:
             others = self.features.any([p.image for p in generate(model, UNRELATED_PROMPTS, **options)])
             if self.untouched is None:
                 self.untouched = others
+                with nothing_learnt(model.pipeline) as was_learnt:
+                    if was_learnt:  # a run that goes on from an adapter begins away from the base
+                        pictures = [p.image for p in generate(model, UNRELATED_PROMPTS, **options)]
+                        self.untouched = self.features.any(pictures)
             measure.drift = drift(others, self.untouched)
         return measure
 
@@ -104,6 +118,25 @@ class Watch:
         for path in self.folder.glob("step_*.png"):
             if int(path.stem.partition("_")[2]) > step:
                 path.unlink()
+
+
+@contextmanager
+def nothing_learnt(pipeline: Pipeline) -> Iterator[bool]:
+    """Within it all shifts and word deltas of `pipeline` are zero; gives whether they were not before."""
+    models = pipeline_components(pipeline).values()
+    values = [layer.shift for model in models for layer in svfit_layers(model).values()]
+    embeddings = [embedding for embedding in map(word_embedding, models) if embedding is not None]
+    values += [delta for embedding in embeddings for delta in embedding.deltas().values()]
+    held = [value.detach().clone() for value in values]
+    with torch.no_grad():
+        for value in values:
+            value.zero_()
+    try:
+        yield any(bool(value.any()) for value in held)
+    finally:
+        with torch.no_grad():
+            for value, before in zip(values, held, strict=True):
+                value.copy_(before)
 
 
 def painting_options(run: Run) -> dict[str, Any]:
