@@ -87,16 +87,22 @@ def load_adapter(
         words = _learned_words(pipeline, components, name, adapter)
         hashes = weight_hashes(weights)
         _check_base(pipeline, adapter, name, weights, hashes, allow_other_base)
-        for component, own in shifts.items():
+        for component in shifts:
             model = components[component]
             if (svfit_layers(model) or word_embedding(model)) and not _registry(model):
                 raise SVFitError(f"the {component} is being trained: finish with remove_svfit before loading adapters.")
-            _widen(component, model, own, weights, hashes, basis_cache_dir)
-        for component, own in shifts.items():
-            _registry(components[component])[name] = Loaded(own, float(scale), words.get(component, {}))
-            if component in words:
-                install_words(components[component], tokenizer_of(pipeline, component))
-            _refresh(components[component])
+        try:
+            for component, own in shifts.items():
+                _widen(component, components[component], own, weights, hashes, basis_cache_dir)
+            for component, own in shifts.items():
+                _registry(components[component])[name] = Loaded(own, float(scale), words.get(component, {}))
+                if component in words:
+                    install_words(components[component], tokenizer_of(pipeline, component))
+                _refresh(components[component])
+        except BaseException:  # out of memory, Ctrl-C: as it was before
+            for component in shifts:
+                _take_off(components[component], name)
+            raise
     return name
 
 
@@ -116,14 +122,19 @@ def unload_adapter(pipeline: DiffusionPipeline, name: str | None = None) -> None
         _check_loaded(pipeline, name)
     with offloading_lifted(pipeline):
         for model in pipeline_components(pipeline).values():
-            registry = _registry(model)
-            for gone in [name] if name is not None else list(registry):
-                registry.pop(gone, None)
-            if registry:
-                _refresh(model)
-            else:
-                remove_svfit(model)
-                remove_word_embedding(model)
+            _take_off(model, *([name] if name is not None else list(_registry(model))))
+
+
+def _take_off(model: nn.Module, *names: str) -> None:
+    """Takes those of the adapters `names` that `model` has off it; without any left, it is the base again."""
+    registry = _registry(model)
+    for name in names:
+        registry.pop(name, None)
+    if registry:
+        _refresh(model)
+    else:
+        remove_svfit(model)
+        remove_word_embedding(model)
 
 
 def loaded_adapters(pipeline: DiffusionPipeline) -> dict[str, float]:
@@ -295,11 +306,15 @@ def _widen(
         description=f"decomposing the {component}",
         hashes={path: hashes[f"{component}.{path}"] for path in narrow},
     )
-    for layer in patch_layers(model, bases).values():
-        layer.shift.requires_grad_(False)
+    try:
+        patch_layers(model, bases)
+    finally:  # also those that were patched before something went wrong
+        for layer in svfit_layers(model).values():
+            layer.shift.requires_grad_(False)
 
 
 def _refresh(model: nn.Module) -> None:
+    """Sets what `model` computes with to the sum of its adapters."""
     registry = _registry(model).values()
     set_shifts(model, add_shifts([(loaded.shifts, loaded.scale) for loaded in registry]))
     embedding = word_embedding(model)

@@ -1,6 +1,8 @@
 """Adapters on a pipeline: load, set strengths, unload, on whatever kind of pipeline."""
 
 import logging
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -9,10 +11,11 @@ from conftest import tiny_pipeline
 
 from svfit_dreambooth import load_adapter, merge_adapters, save_adapter, set_adapters, unload_adapter
 from svfit_dreambooth.adapter import Adapter
-from svfit_dreambooth.attention import find_projections, svfit_layers
+from svfit_dreambooth.attention import apply_svfit, find_projections, svfit_layers
 from svfit_dreambooth.basis import fingerprint
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.pipeline import loaded_adapters
+from svfit_dreambooth.svfit import SVFitLayer
 
 
 @pytest.fixture
@@ -128,6 +131,52 @@ def test_another_base_is_refused_unless_allowed(pipeline):
     assert torch.equal(paint(other), base) and not loaded_adapters(other)
     load_adapter(other, adapter, allow_other_base=True)
     assert not torch.allclose(paint(other), base)
+
+
+@contextmanager
+def failing_layer(number, error):
+    """Within it the layer of that number, from 1, does not get its basis."""
+    takes_over, left = SVFitLayer._take_over, iter(range(number - 1))
+
+    def take_over(layer, *arguments):
+        if next(left, None) is None:
+            raise error
+        takes_over(layer, *arguments)
+
+    with patch.object(SVFitLayer, "_take_over", take_over), pytest.raises(type(error)):
+        yield
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), KeyboardInterrupt()])
+@pytest.mark.parametrize("number", [5, 38])  # in the text encoder, in the UNet
+def test_a_first_adapter_that_fails_half_way_leaves_the_base(pipeline, error, number):
+    base, adapter = paint(pipeline), make_adapter(pipeline)
+    with failing_layer(number, error):
+        load_adapter(pipeline, adapter)
+    assert not loaded_adapters(pipeline) and torch.equal(paint(pipeline), base)
+    assert not svfit_layers(pipeline.unet) and not svfit_layers(pipeline.text_encoder)
+    load_adapter(pipeline, adapter)
+    assert not torch.allclose(paint(pipeline), base)
+
+
+@pytest.mark.parametrize("number", [5, 38])
+def test_a_second_adapter_that_fails_half_way_leaves_the_first(pipeline, number):
+    load_adapter(pipeline, make_adapter(pipeline, 1, rank=3), name="dog")
+    before = paint(pipeline)
+    with failing_layer(number, torch.OutOfMemoryError("CUDA out of memory")):
+        load_adapter(pipeline, make_adapter(tiny_pipeline(), 2))
+    assert loaded_adapters(pipeline) == {"dog": 1.0}
+    assert torch.allclose(paint(pipeline), before, atol=1e-5)
+    layers = svfit_layers(pipeline.text_encoder) | svfit_layers(pipeline.unet)
+    assert not any(layer.shift.requires_grad for layer in layers.values())
+
+
+def test_a_component_that_is_being_trained_is_left_alone(pipeline):
+    shifts = apply_svfit(pipeline.unet)
+    with pytest.raises(SVFitError, match="the unet is being trained"):
+        load_adapter(pipeline, make_adapter(tiny_pipeline()))
+    assert svfit_layers(pipeline.unet).keys() == shifts.keys()
+    assert not svfit_layers(pipeline.text_encoder)
 
 
 def test_refusals(pipeline):
