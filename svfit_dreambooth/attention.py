@@ -258,8 +258,8 @@ def unmerge_shifts(model: nn.Module) -> None:
 def merged(model: nn.Module) -> Iterator[None]:
     """Within it the shifts of `model` are merged; afterwards every layer is as it was before."""
     before = {name: layer.unmerged_weight is not None for name, layer in svfit_layers(model).items()}
-    merge_shifts(model)
     try:
+        merge_shifts(model)
         yield
     finally:
         for name, layer in svfit_layers(model).items():

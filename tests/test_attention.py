@@ -1,5 +1,7 @@
 """Putting SVFit layers into a UNet and a text encoder, and everything that must keep working there."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from conftest import tiny_text_encoder, tiny_unet
@@ -167,6 +169,17 @@ def test_merge_is_exact_to_undo_and_the_context_restores_what_was(unet):
     assert all(layer.unmerged_weight is not None for layer in svfit_layers(unet).values())
     unmerge_shifts(unet)
     assert torch.equal(run(unet), factored)
+
+
+def test_layers_merged_before_one_fails_are_unmerged(unet, monkeypatch):
+    apply_svfit(unet)
+    randomize(unet)
+    expected = run(unet)
+    last = list(svfit_layers(unet).values())[-1]
+    monkeypatch.setattr(last, "merge", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(torch.OutOfMemoryError), merged(unet):
+        pass
+    assert torch.equal(run(unet), expected)
 
 
 def test_set_add_and_scale_shifts(unet):
