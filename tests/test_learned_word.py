@@ -133,6 +133,15 @@ def with_word(pipeline, word="sks", seed=0, components=("unet",), **options):
     return adapter
 
 
+def test_a_word_of_what_reads_no_text_is_refused(tmp_path):
+    adapter = with_word(tiny_pipeline(), "mine")
+    (word,) = adapter.learned_words
+    word.tokens, word.deltas = ({"unet": held["text_encoder"]} for held in (word.tokens, word.deltas))
+    path = save_adapter(adapter, tmp_path / "a.safetensors")
+    with pytest.raises(SVFitError, match="'unet' learned a word, which only text_encoder and text_encoder_2 read"):
+        read_adapter(path)
+
+
 def test_round_trip(tmp_path):
     adapter = with_word(tiny_pipeline(), "mine")
     path = save_adapter(adapter, tmp_path / "a.safetensors", torch.float32)
