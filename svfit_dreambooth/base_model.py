@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.utils.torch_utils import get_module_execution_device
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -285,7 +286,9 @@ def encode_images(pipeline: Pipeline, pixel_values: Tensor) -> tuple[Tensor, Ten
 def decode_latents(pipeline: Pipeline, latents: Tensor) -> list[Image.Image]:
     """The pictures of `latents` (n, channels, h, w) in the UNet's unit, decoded in the autoencoder's own precision."""
     vae = pipeline.vae
-    pixels = vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+    latents = latents.to(get_module_execution_device(vae), vae.dtype)  # if offloaded, not where its weights wait
+    pixels = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
+    pipeline.maybe_free_model_hooks()
     if getattr(pipeline, "watermark", None) is not None:
         pixels = pipeline.watermark.apply_watermark(pixels)
     return pipeline.image_processor.postprocess(pixels, output_type="pil")

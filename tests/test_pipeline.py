@@ -2,12 +2,12 @@
 
 import logging
 from contextlib import contextmanager
+from functools import partial
 from unittest.mock import patch
 
 import pytest
 import torch
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module, attach_align_device_hook
-from conftest import tiny_pipeline
+from conftest import offload_sequentially, tiny_pipeline
 
 from svfit_dreambooth import load_adapter, merge_adapters, save_adapter, set_adapters, unload_adapter
 from svfit_dreambooth.adapter import Adapter
@@ -197,17 +197,11 @@ def test_refusals(pipeline):
 
 
 def test_sequential_cpu_offload_stays_on(pipeline, monkeypatch):
-    def offload(device):
-        # what diffusers does, without accelerate's sharing of tied weights, which fails when both devices are the CPU
-        weights = {name: tensor.detach().clone() for name, tensor in pipeline.unet.state_dict().items()}
-        add_hook_to_module(pipeline.unet, AlignDevicesHook(device, io_same_device=True), append=True)
-        attach_align_device_hook(pipeline.unet, execution_device=device, offload=True, weights_map=weights)
-
     load_adapter(pipeline, make_adapter(pipeline), name="dog")
     adapted = paint(pipeline)
     unload_adapter(pipeline)
     base = paint(pipeline)
-    monkeypatch.setattr(pipeline, "enable_sequential_cpu_offload", offload)
+    monkeypatch.setattr(pipeline, "enable_sequential_cpu_offload", partial(offload_sequentially, pipeline.unet))
     pipeline.enable_sequential_cpu_offload(device=torch.device("cpu"))
     assert next(pipeline.unet.parameters()).is_meta
     load_adapter(pipeline, make_adapter(tiny_pipeline()), name="dog")
