@@ -8,6 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from conftest import offload_sequentially, tiny_pipeline
+from diffusers.hooks import apply_group_offloading
 
 from svfit_dreambooth import load_adapter, merge_adapters, save_adapter, set_adapters, unload_adapter
 from svfit_dreambooth.adapter import Adapter
@@ -16,6 +17,8 @@ from svfit_dreambooth.basis import fingerprint
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.pipeline import loaded_adapters
 from svfit_dreambooth.svfit import SVFitLayer
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -221,6 +224,29 @@ def test_model_cpu_offload_stays_on(pipeline):
     load_adapter(other, make_adapter(other), name="dog")
     assert torch.allclose(paint(pipeline), paint(other), atol=1e-5)
     assert hasattr(pipeline.unet, "_hf_hook")
+
+
+@pytest.mark.parametrize("level", ["leaf_level", "block_level"])
+def test_group_offload_stays_on(pipeline, level):
+    def offloaded(model):
+        hooks = {path: getattr(module, "_diffusers_hook", None) for path, module in model.named_modules()}
+        return {path for path, hook in hooks.items() if hook is not None and hook.get_hook("group_offloading")}
+
+    base = paint(pipeline)
+    other = tiny_pipeline()
+    load_adapter(other, make_adapter(other), name="dog")
+    adapted = paint(other)
+    for model in (pipeline.unet, pipeline.text_encoder):
+        apply_group_offloading(model, CPU, CPU, offload_type=level, num_blocks_per_group=1)
+    hooked = offloaded(pipeline.unet)
+    load_adapter(pipeline, make_adapter(tiny_pipeline()), name="dog")
+    assert offloaded(pipeline.unet) == hooked  # the new layers too
+    assert torch.allclose(paint(pipeline), adapted, atol=1e-5)
+    with merge_adapters(pipeline):
+        assert all(layer.unmerged_weight is None for layer in svfit_layers(pipeline.unet).values())
+    unload_adapter(pipeline)
+    assert offloaded(pipeline.unet) == hooked
+    assert torch.equal(paint(pipeline), base)
 
 
 def test_pipelines_that_share_components_share_adapters(pipeline):
