@@ -65,8 +65,10 @@ class WordEmbedding(nn.Embedding):
         """(..., tokens) -> (..., tokens, dim)"""
         embedded = super().forward(input)  # (..., tokens, dim)
         tokens = input.shape[-1]
+        added = self.num_embeddings - len(self.ends)  # tokens of textual inversions that were loaded since
+        ends = F.pad(self.ends, (0, added), value=True) if added > 0 else self.ends
         for pieces, delta in self.deltas().items():
-            starts = find_word(input, pieces, self.ends)  # (..., tokens)
+            starts = find_word(input, pieces, ends)  # (..., tokens)
             for k in range(len(pieces)):
                 here = F.pad(starts, (k, 0))[..., :tokens, None]  # (..., tokens, 1)
                 embedded = torch.where(here, (embedded + delta[k]).to(embedded.dtype), embedded)
