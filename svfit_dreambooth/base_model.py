@@ -227,9 +227,9 @@ def cast_pipeline(pipeline: Pipeline, dtype: torch.dtype) -> None:
             module.to(dtype)
 
 
-def text_encoders(pipeline: Pipeline) -> list[nn.Module]:
-    """The text encoders of `pipeline`, one or two."""
-    return [module for name, module in pipeline_components(pipeline).items() if name != "unet"]
+def text_encoders(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+    """The text encoders of `pipeline`, one or two, by name."""
+    return {name: module for name, module in pipeline_components(pipeline).items() if name != "unet"}
 
 
 def tokenize(pipeline: Pipeline, prompts: list[str]) -> list[Tensor]:
@@ -257,13 +257,6 @@ def encode_tokens(encoders: Sequence[nn.Module], input_ids: Sequence[Tensor]) ->
         return encoders[0](input_ids[0])[0], None
     outputs = [encoder(ids, output_hidden_states=True) for encoder, ids in zip(encoders, input_ids, strict=True)]
     return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[1][0]
-
-
-def encode_prompts(pipeline: Pipeline, prompts: list[str]) -> tuple[Tensor, Tensor | None]:
-    """`encode_tokens` of `prompts`."""
-    encoders = text_encoders(pipeline)
-    ids = [own.to(next(e.parameters()).device) for e, own in zip(encoders, tokenize(pipeline, prompts), strict=True)]
-    return encode_tokens(encoders, ids)
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from svfit_dreambooth.adapter import Adapter
 from svfit_dreambooth.adapter_words import LearnedWord, word_key
+from svfit_dreambooth.base_model import text_encoders
 from svfit_dreambooth.errors import SVFitError
 
 Pieces = tuple[int, ...]  # token ids of a word
@@ -134,12 +135,6 @@ def check_word(pipeline: Any, word: str, captions: Sequence[str]) -> None:
             ids = tokenizer(caption, truncation=True, max_length=tokenizer.model_max_length).input_ids
             if not find_word(torch.tensor(ids), pieces, ends).any():
                 raise SVFitError(f"--learned_word {word!r} does not occur in the prompt {caption!r}: use it there.")
-
-
-def text_encoders(pipeline: Any) -> dict[str, nn.Module]:
-    """The text encoders of `pipeline` by the names of their components."""
-    names = ("text_encoder", "text_encoder_2")
-    return {name: getattr(pipeline, name) for name in names if getattr(pipeline, name, None) is not None}
 
 
 def tokenizer_of(pipeline: Any, component: str) -> Any:

@@ -252,10 +252,6 @@ class SVFitLinear(SVFitLayer, nn.Linear):
         """(..., in) -> (..., out)"""
         return F.linear(input, self.weight + self.delta().to(self.weight.dtype), self.bias)
 
-    def to_linear(self) -> nn.Module:
-        """`to_plain` by the name of what it gives."""
-        return self.to_plain()
-
     def _empty(self) -> nn.Linear:
         return nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
 

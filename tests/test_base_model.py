@@ -16,10 +16,12 @@ from torch import nn
 from svfit_dreambooth import TrainConfig, load_adapter, read_adapter, train
 from svfit_dreambooth.base_model import (
     cast_pipeline,
-    encode_prompts,
+    encode_tokens,
     noise_scheduler,
     open_base_model,
     pipeline_components,
+    text_encoders,
+    tokenize,
 )
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.generation import generate, open_for_adapters
@@ -96,6 +98,10 @@ def test_runs_repeat_to_the_bit(tiny_base_xl, photo_folder, tmp_path):
 
 
 # ---------------------------------------------------------------- SDXL
+
+
+def encode_prompts(pipeline, prompts):
+    return encode_tokens(list(text_encoders(pipeline).values()), tokenize(pipeline, prompts))
 
 
 def test_prompts_are_encoded_as_the_pipeline_does_it():

@@ -97,8 +97,8 @@ def test_untrained_layer_is_the_base_to_the_bit(dtype, tokens, rank, autocast):
         for route in (layer, layer.forward_merged, layer.forward_factored):
             assert torch.equal(route(input), expected)
     assert layer.weight is linear.weight
-    assert type(layer.to_linear()) is nn.Linear
-    assert torch.equal(layer.to_linear()(input), linear(input))
+    assert type(layer.to_plain()) is nn.Linear
+    assert torch.equal(layer.to_plain()(input), linear(input))
 
 
 @pytest.mark.parametrize("route", ["forward", "forward_merged", "forward_factored"])
