@@ -22,6 +22,7 @@ from svfit_dreambooth.adapter_checks import (
     FORMAT_VERSION,
     INDEX_SUFFIX,
     POSITION_DTYPES,
+    PROJECTION,
     SUFFIX,
     check_container,
     check_header_entry,
@@ -119,7 +120,7 @@ def _stored(name: str, shift: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The shift as the file will hold it, checked."""
     if dtype not in (torch.float16, torch.float32):
         raise SVFitError(f"An adapter is saved as torch.float16 or torch.float32, not as {dtype}.")
-    if not re.fullmatch(r"[\w-]+(\.[\w-]+)+", name) or name.endswith(SUFFIX):
+    if not PROJECTION.fullmatch(name) or name.endswith(SUFFIX):
         raise SVFitError(
             f"'{name}' isn't a projection's name: it must read <component>.<module path>, without '{SUFFIX}'."
         )

@@ -14,6 +14,7 @@ FORMAT = "svfit"
 FORMAT_VERSION = 1
 SUFFIX = ".shift"
 INDEX_SUFFIX = ".index"
+PROJECTION = re.compile(r"[\w-]+(\.[\w-]+)+")  # <component>.<module path>
 DTYPES = ("F16", "F32", "BF16")  # safetensors' words for what a file may hold
 POSITION_DTYPES = ("I16", "I32")
 MAX_VALUES = 2**24  # up to the highest positions, all layers together: 64 MB in memory, ten times all of SDXL
@@ -114,6 +115,10 @@ def read_targets(path: Path, metadata: dict[str, str]) -> dict[str, int]:
     """Projection -> rank, as the header lists them, with or without ".shift"."""
     targets = {name.removesuffix(SUFFIX): r for name, r in json_object(path, metadata, "targets").items()}
     for name, rank in targets.items():
+        if not PROJECTION.fullmatch(name):
+            raise SVFitError(
+                f"'targets' in '{path}' names {name[:80]!r}, which is no <component>.<module path>: save it again."
+            )
         if type(rank) is not int or rank < 1:
             raise SVFitError(f"'targets' in '{path}' gives '{name}' the rank {rank!r}: it must be 1 or more.")
     if not targets:

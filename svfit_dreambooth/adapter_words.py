@@ -11,6 +11,7 @@ from svfit_dreambooth.adapter_checks import DTYPES
 from svfit_dreambooth.errors import SVFitError
 
 HEADER_KEY = "learned_words"
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 MAX_SIDE = 2**14  # tokens of a word, numbers of an embedding
 
 
@@ -62,6 +63,11 @@ def read_words(path: Path, keys: list[str], metadata: dict[str, str], file: Any)
     for number, entry in enumerate(_entries(path, metadata[HEADER_KEY])):
         deltas = {}
         for component, tokens in entry["tokens"].items():
+            if component not in TEXT_ENCODERS:
+                raise SVFitError(
+                    f"'{path}' says that {component[:80]!r} learned a word, which only {' and '.join(TEXT_ENCODERS)} "
+                    "read: save the adapter again."
+                )
             key = word_key(component, number)
             if key not in keys:
                 raise SVFitError(

@@ -58,11 +58,6 @@ def matrix_layers(model: nn.Module) -> dict[str, tuple[nn.Module, str, Layer]]:
     return layers
 
 
-def linear_layers(model: nn.Module) -> dict[str, tuple[nn.Module, str, nn.Linear]]:
-    """The linear ones among `matrix_layers`."""
-    return {name: found for name, found in matrix_layers(model).items() if isinstance(found[2], nn.Linear)}  # type: ignore[misc]
-
-
 def check_plain(name: str, layer: Layer) -> None:
     """Raises SVFitError for a quantised layer: its weight cannot be decomposed."""
     if type(layer) not in PLAIN_LAYERS:
@@ -237,29 +232,18 @@ def add_shifts(weighted: Sequence[tuple[Mapping[str, Tensor], float]]) -> dict[s
     return total
 
 
-def scale_shifts(shifts: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """scale * shift for every layer."""
-    return add_shifts([(shifts, scale)])
-
-
 def merge_shifts(model: nn.Module) -> None:
     """Writes every shift of `model` into its weight: no cost at inference, and a kept copy of the weights."""
     for layer in svfit_layers(model).values():
         layer.merge()
 
 
-def unmerge_shifts(model: nn.Module) -> None:
-    """Puts the kept weights of `model` back, to the bit."""
-    for layer in svfit_layers(model).values():
-        layer.unmerge()
-
-
 @contextmanager
 def merged(model: nn.Module) -> Iterator[None]:
     """Within it the shifts of `model` are merged; afterwards every layer is as it was before."""
     before = {name: layer.unmerged_weight is not None for name, layer in svfit_layers(model).items()}
-    merge_shifts(model)
     try:
+        merge_shifts(model)
         yield
     finally:
         for name, layer in svfit_layers(model).items():

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.utils.torch_utils import get_module_execution_device
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -227,9 +228,9 @@ def cast_pipeline(pipeline: Pipeline, dtype: torch.dtype) -> None:
             module.to(dtype)
 
 
-def text_encoders(pipeline: Pipeline) -> list[nn.Module]:
-    """The text encoders of `pipeline`, one or two."""
-    return [module for name, module in pipeline_components(pipeline).items() if name != "unet"]
+def text_encoders(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+    """The text encoders of `pipeline`, one or two, by name."""
+    return {name: module for name, module in pipeline_components(pipeline).items() if name != "unet"}
 
 
 def tokenize(pipeline: Pipeline, prompts: list[str]) -> list[Tensor]:
@@ -259,13 +260,6 @@ def encode_tokens(encoders: Sequence[nn.Module], input_ids: Sequence[Tensor]) ->
     return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[1][0]
 
 
-def encode_prompts(pipeline: Pipeline, prompts: list[str]) -> tuple[Tensor, Tensor | None]:
-    """`encode_tokens` of `prompts`."""
-    encoders = text_encoders(pipeline)
-    ids = [own.to(next(e.parameters()).device) for e, own in zip(encoders, tokenize(pipeline, prompts), strict=True)]
-    return encode_tokens(encoders, ids)
-
-
 @torch.no_grad()
 def encode_images(pipeline: Pipeline, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and spread of the latents of `pixel_values` (n, 3, h, w) in [-1, 1], each (n, channels, h/f, w/f).
@@ -286,7 +280,9 @@ def encode_images(pipeline: Pipeline, pixel_values: Tensor) -> tuple[Tensor, Ten
 def decode_latents(pipeline: Pipeline, latents: Tensor) -> list[Image.Image]:
     """The pictures of `latents` (n, channels, h, w) in the UNet's unit, decoded in the autoencoder's own precision."""
     vae = pipeline.vae
-    pixels = vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+    latents = latents.to(get_module_execution_device(vae), vae.dtype)  # if offloaded, not where its weights wait
+    pixels = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
+    pipeline.maybe_free_model_hooks()
     if getattr(pipeline, "watermark", None) is not None:
         pixels = pipeline.watermark.apply_watermark(pixels)
     return pipeline.image_processor.postprocess(pixels, output_type="pil")

@@ -109,12 +109,16 @@ def same_base(
     if all(recorded[component]["sha256"] == mine[component]["sha256"] for component in mine):
         return "identical"
     for component in mine:
-        theirs, ours = recorded[component]["sample"], mine[component]["sample"]
-        if len(theirs) != len(ours):
-            return "different"
-        if any(abs(a - b) > BF16_TOLERANCE * max(abs(a), abs(b)) + 1e-6 for a, b in zip(theirs, ours, strict=True)):
+        if not samples_agree(recorded[component]["sample"], mine[component]["sample"]):
             return "different"
     return "similar"
+
+
+def samples_agree(first: Sequence[float], second: Sequence[float]) -> bool:
+    """Whether the samples of two fingerprints are the same within bfloat16's rounding."""
+    return len(first) == len(second) and all(
+        abs(a - b) <= BF16_TOLERANCE * max(abs(a), abs(b)) + 1e-6 for a, b in zip(first, second, strict=True)
+    )
 
 
 def is_ambiguous(S: Tensor, shape: tuple[int, ...]) -> bool:

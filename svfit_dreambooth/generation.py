@@ -1,7 +1,7 @@
 """Prompt and adapters to pictures, each a PNG that tells how it was made."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from svfit_dreambooth.files import save_png
 from svfit_dreambooth.pipeline import load_adapter, loaded_adapters, merge_adapters
 from svfit_dreambooth.sharing.hub import find_adapter
 
+NAME_THE_BASE = "name the base yourself with --pretrained_model_name_or_path"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -70,9 +71,10 @@ def open_for_adapters(
     if base is not None:
         model = open_base_model(base, **base_options)
     elif not read:
-        model = open_base_model(TOYBOX)
+        _check_options(TOYBOX, base_options)
+        model = open_base_model(TOYBOX, **base_options)
     else:
-        model = open_named_base(read[0][0].base_model, Path(read[0][1]))
+        model = open_named_base(read[0][0].base_model, Path(read[0][1]), **base_options)
     taken: set[str] = set()
     for adapter, path, strength in read:
         name = stem = Path(path).stem
@@ -92,20 +94,36 @@ def open_for_adapters(
     return model
 
 
-def open_named_base(name: str, path: Path) -> BaseModel:
-    """The base that the adapter at `path` calls `name`: toybox, or a hub id that is on this disk; never downloaded."""
-    hint = "name the base yourself with --pretrained_model_name_or_path"
+def open_named_base(name: str, path: Path, **options: Any) -> BaseModel:
+    """The base that the adapter at `path` calls `name`: toybox, or a hub id that is on this disk; never downloaded.
+
+    `options`: see `open_base_model`; a `revision` among them takes the place of the one in `name`.
+    """
     repository, _, revision = name.partition("@")
     if name != TOYBOX and "/" not in repository:
-        raise SVFitError(f"{path} was trained on a base called {name!r}, which cannot be found by that name: {hint}.")
+        raise SVFitError(
+            f"{path} was trained on a base called {name!r}, which cannot be found by that name: {NAME_THE_BASE}."
+        )
     check_base_model(repository)
+    _check_options(name, options)
+    given = [f"--{option} {options[option]}" for option in ("revision", "variant") if options.get(option)]
+    options |= {"revision": options.get("revision") or revision or None, "local_files_only": True}
     try:
-        return open_base_model(repository, revision=revision or None, local_files_only=True)
+        return open_base_model(repository, **options)
     except SVFitError as error:
         raise SVFitError(
-            f"{path} was trained on {name}, which is not on this disk, and what a file names is not downloaded "
-            f"unasked: {hint} {repository}."
+            f"{path} was trained on {name}, which is not on this disk{' with ' * bool(given)}{' '.join(given)}, and "
+            f"what a file names is not downloaded unasked: {NAME_THE_BASE} {repository}."
         ) from error
+
+
+def _check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Raises SVFitError for options that the base `name`, which the user did not give, has no use for."""
+    for option in ("base_config", *(("revision", "variant") if name == TOYBOX else ())):
+        if options.get(option) is not None:
+            raise SVFitError(
+                f"--{option} {options[option]} does not apply to the base {name}: leave it out, or {NAME_THE_BASE}."
+            )
 
 
 def default_device() -> torch.device:

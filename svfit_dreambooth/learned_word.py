@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from svfit_dreambooth.adapter import Adapter
 from svfit_dreambooth.adapter_words import LearnedWord, word_key
+from svfit_dreambooth.base_model import text_encoders
 from svfit_dreambooth.errors import SVFitError
 
 Pieces = tuple[int, ...]  # token ids of a word
@@ -65,8 +66,10 @@ class WordEmbedding(nn.Embedding):
         """(..., tokens) -> (..., tokens, dim)"""
         embedded = super().forward(input)  # (..., tokens, dim)
         tokens = input.shape[-1]
+        added = self.num_embeddings - len(self.ends)  # tokens of textual inversions that were loaded since
+        ends = F.pad(self.ends, (0, added), value=True) if added > 0 else self.ends
         for pieces, delta in self.deltas().items():
-            starts = find_word(input, pieces, self.ends)  # (..., tokens)
+            starts = find_word(input, pieces, ends)  # (..., tokens)
             for k in range(len(pieces)):
                 here = F.pad(starts, (k, 0))[..., :tokens, None]  # (..., tokens, 1)
                 embedded = torch.where(here, (embedded + delta[k]).to(embedded.dtype), embedded)
@@ -132,12 +135,6 @@ def check_word(pipeline: Any, word: str, captions: Sequence[str]) -> None:
             ids = tokenizer(caption, truncation=True, max_length=tokenizer.model_max_length).input_ids
             if not find_word(torch.tensor(ids), pieces, ends).any():
                 raise SVFitError(f"--learned_word {word!r} does not occur in the prompt {caption!r}: use it there.")
-
-
-def text_encoders(pipeline: Any) -> dict[str, nn.Module]:
-    """The text encoders of `pipeline` by the names of their components."""
-    names = ("text_encoder", "text_encoder_2")
-    return {name: getattr(pipeline, name) for name in names if getattr(pipeline, name, None) is not None}
 
 
 def tokenizer_of(pipeline: Any, component: str) -> Any:

@@ -11,7 +11,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from accelerate.hooks import AlignDevicesHook, SequentialHook
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
@@ -26,7 +25,6 @@ from svfit_dreambooth.attention import (
     remove_svfit,
     set_shifts,
     svfit_layers,
-    walk,
 )
 from svfit_dreambooth.base_model import pipeline_components
 from svfit_dreambooth.basis import model_basis, same_base, weight_hashes
@@ -41,6 +39,7 @@ from svfit_dreambooth.learned_word import (
     word_embedding,
     word_pieces,
 )
+from svfit_dreambooth.offloading import layers_exchanged, offloading_lifted, weights_at_hand
 from svfit_dreambooth.sharing.hub import find_adapter
 from svfit_dreambooth.svfit import SVFitLayer, as_matrix
 
@@ -82,21 +81,27 @@ def load_adapter(
     if name in loaded_adapters(pipeline):
         raise SVFitError(f"an adapter named {name!r} is loaded already: unload it first, or give another name.")
     shifts = {component: adapter.component_shifts(component) for component in adapter.components}
-    with offloading_lifted(pipeline):
+    with layers_exchanged(pipeline):
         weights = adapted_weights(pipeline, adapter, name)
         words = _learned_words(pipeline, components, name, adapter)
         hashes = weight_hashes(weights)
         _check_base(pipeline, adapter, name, weights, hashes, allow_other_base)
-        for component, own in shifts.items():
+        for component in shifts:
             model = components[component]
             if (svfit_layers(model) or word_embedding(model)) and not _registry(model):
                 raise SVFitError(f"the {component} is being trained: finish with remove_svfit before loading adapters.")
-            _widen(component, model, own, weights, hashes, basis_cache_dir)
-        for component, own in shifts.items():
-            _registry(components[component])[name] = Loaded(own, float(scale), words.get(component, {}))
-            if component in words:
-                install_words(components[component], tokenizer_of(pipeline, component))
-            _refresh(components[component])
+        try:
+            for component, own in shifts.items():
+                _widen(component, components[component], own, weights, hashes, basis_cache_dir)
+            for component, own in shifts.items():
+                _registry(components[component])[name] = Loaded(own, float(scale), words.get(component, {}))
+                if component in words:
+                    install_words(components[component], tokenizer_of(pipeline, component))
+                _refresh(components[component])
+        except BaseException:  # out of memory, Ctrl-C: as it was before
+            for component in shifts:
+                _take_off(components[component], name)
+            raise
     return name
 
 
@@ -114,16 +119,21 @@ def unload_adapter(pipeline: DiffusionPipeline, name: str | None = None) -> None
     """Takes off the adapter `name`, or all of them; without any, the pipeline is the base again, to the bit."""
     if name is not None:
         _check_loaded(pipeline, name)
-    with offloading_lifted(pipeline):
+    with layers_exchanged(pipeline):
         for model in pipeline_components(pipeline).values():
-            registry = _registry(model)
-            for gone in [name] if name is not None else list(registry):
-                registry.pop(gone, None)
-            if registry:
-                _refresh(model)
-            else:
-                remove_svfit(model)
-                remove_word_embedding(model)
+            _take_off(model, *([name] if name is not None else list(_registry(model))))
+
+
+def _take_off(model: nn.Module, *names: str) -> None:
+    """Takes those of the adapters `names` that `model` has off it; without any left, it is the base again."""
+    registry = _registry(model)
+    for name in names:
+        registry.pop(name, None)
+    if registry:
+        _refresh(model)
+    else:
+        remove_svfit(model)
+        remove_word_embedding(model)
 
 
 def loaded_adapters(pipeline: DiffusionPipeline) -> dict[str, float]:
@@ -146,45 +156,10 @@ def _check_loaded(pipeline: DiffusionPipeline, *names: str) -> None:
 def merge_adapters(pipeline: DiffusionPipeline) -> Iterator[None]:
     """Within it the adapters are merged into the weights, which then cost nothing extra; afterwards as before."""
     with ExitStack() as stack:
-        if not _sequentially_offloaded(pipeline):
+        if weights_at_hand(pipeline):
             for model in pipeline_components(pipeline).values():
                 stack.enter_context(merged(model))
         yield
-
-
-@contextmanager
-def offloading_lifted(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """Within it the weights are real, also under sequential CPU offload, which otherwise leaves none in the layers."""
-    if not _sequentially_offloaded(pipeline):
-        yield
-        return
-    device = next(
-        hook.execution_device
-        for model in pipeline_components(pipeline).values()
-        for _, module in walk(model)
-        for hook in _hooks(module)
-        if isinstance(hook, AlignDevicesHook) and hook.execution_device is not None
-    )
-    pipeline.remove_all_hooks()
-    try:
-        yield
-    finally:
-        pipeline.enable_sequential_cpu_offload(device=device)
-
-
-def _hooks(module: nn.Module) -> list[object]:
-    hook = vars(module).get("_hf_hook")
-    return list(hook.hooks) if isinstance(hook, SequentialHook) else [hook]
-
-
-def _sequentially_offloaded(pipeline: DiffusionPipeline) -> bool:
-    return any(
-        isinstance(hook, AlignDevicesHook) and hook.offload
-        for model in pipeline_components(pipeline).values()
-        if any(_hooks(top) != [None] for top in (model, getattr(model, "_orig_mod", model)))  # spares the walk
-        for _, module in walk(model)
-        for hook in _hooks(module)
-    )
 
 
 def _registry(model: nn.Module) -> dict[str, Loaded]:
@@ -295,11 +270,15 @@ def _widen(
         description=f"decomposing the {component}",
         hashes={path: hashes[f"{component}.{path}"] for path in narrow},
     )
-    for layer in patch_layers(model, bases).values():
-        layer.shift.requires_grad_(False)
+    try:
+        patch_layers(model, bases)
+    finally:  # also those that were patched before something went wrong
+        for layer in svfit_layers(model).values():
+            layer.shift.requires_grad_(False)
 
 
 def _refresh(model: nn.Module) -> None:
+    """Sets what `model` computes with to the sum of its adapters."""
     registry = _registry(model).values()
     set_shifts(model, add_shifts([(loaded.shifts, loaded.scale) for loaded in registry]))
     embedding = word_embedding(model)

@@ -176,8 +176,9 @@ class SVFitLayer(nn.Module):
             )
         exact = torch.promote_types(self.weight.dtype, self.shift.dtype)
         delta = (self.U.to(exact) * self.shift) @ self.Vh.to(exact)  # (out, in)
-        self.unmerged_weight = self.weight.detach().clone()
-        self.weight.copy_(self.weight.to(exact) + delta.view(self.weight.shape))
+        total = (self.weight.to(exact) + delta.view(self.weight.shape)).to(self.weight.dtype)
+        self.unmerged_weight = self.weight.detach().clone()  # the last that may run out of memory
+        self.weight.copy_(total)
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -250,10 +251,6 @@ class SVFitLinear(SVFitLayer, nn.Linear):
     def forward_merged(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)"""
         return F.linear(input, self.weight + self.delta().to(self.weight.dtype), self.bias)
-
-    def to_linear(self) -> nn.Module:
-        """`to_plain` by the name of what it gives."""
-        return self.to_plain()
 
     def _empty(self) -> nn.Linear:
         return nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")

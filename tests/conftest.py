@@ -10,6 +10,7 @@ os.environ["HF_HUB_CACHE"] = tempfile.mkdtemp(prefix="hub-")  # an empty one: no
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, attach_align_device_hook
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
@@ -141,6 +142,13 @@ def tiny_sdxl_pipeline(seed=0):
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def offload_sequentially(model, device="cpu"):
+    """What diffusers does, without accelerate's sharing of tied weights, which fails when both devices are the CPU."""
+    weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    add_hook_to_module(model, AlignDevicesHook(device, io_same_device=True), append=True)
+    attach_align_device_hook(model, execution_device=device, offload=True, weights_map=weights)
 
 
 @pytest.fixture(scope="session")

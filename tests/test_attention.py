@@ -1,5 +1,7 @@
 """Putting SVFit layers into a UNet and a text encoder, and everything that must keep working there."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from conftest import tiny_text_encoder, tiny_unet
@@ -16,10 +18,8 @@ from svfit_dreambooth.attention import (
     merge_shifts,
     merged,
     remove_svfit,
-    scale_shifts,
     set_shifts,
     svfit_layers,
-    unmerge_shifts,
 )
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.svfit import SVFitLinear
@@ -154,6 +154,7 @@ def test_any_module_works():
 
 
 def test_merge_is_exact_to_undo_and_the_context_restores_what_was(unet):
+    base = run(unet)
     apply_svfit(unet)
     randomize(unet)
     factored = run(unet)
@@ -165,22 +166,32 @@ def test_merge_is_exact_to_undo_and_the_context_restores_what_was(unet):
     with merged(unet):
         pass
     assert all(layer.unmerged_weight is not None for layer in svfit_layers(unet).values())
-    unmerge_shifts(unet)
-    assert torch.equal(run(unet), factored)
+    remove_svfit(unet)
+    assert torch.equal(run(unet), base)
 
 
-def test_set_add_and_scale_shifts(unet):
+def test_layers_merged_before_one_fails_are_unmerged(unet, monkeypatch):
+    apply_svfit(unet)
+    randomize(unet)
+    expected = run(unet)
+    last = list(svfit_layers(unet).values())[-1]
+    monkeypatch.setattr(last, "merge", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(torch.OutOfMemoryError), merged(unet):
+        pass
+    assert torch.equal(run(unet), expected)
+
+
+def test_set_and_add_shifts(unet):
     apply_svfit(unet)
     shifts = randomize(unet)
     expected = run(unet)
-    double = add_shifts([(shifts, 0.5), (scale_shifts(shifts, 3.0), 0.5)])
+    double = add_shifts([(shifts, 0.5), (shifts, 1.5)])
     assert all(torch.allclose(double[name], 2 * shifts[name]) for name in shifts)
     set_shifts(unet, double)
     assert not torch.allclose(run(unet), expected, atol=1e-4)
-    merge_shifts(unet)
-    set_shifts(unet, shifts)  # merged layers follow
-    assert torch.allclose(run(unet), expected, atol=1e-5)
-    unmerge_shifts(unet)
+    with merged(unet):
+        set_shifts(unet, shifts)  # merged layers follow
+        assert torch.allclose(run(unet), expected, atol=1e-5)
     assert torch.equal(run(unet), expected)
     set_shifts(unet, {})
     assert all((layer.shift == 0).all() for layer in svfit_layers(unet).values())

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_pipeline, tiny_sdxl_pipeline
+from conftest import offload_sequentially, tiny_pipeline, tiny_sdxl_pipeline
 from diffusers import DiffusionPipeline
 from huggingface_hub.constants import HF_HUB_CACHE
 from single_file import save_single_file
@@ -16,10 +16,12 @@ from torch import nn
 from svfit_dreambooth import TrainConfig, load_adapter, read_adapter, train
 from svfit_dreambooth.base_model import (
     cast_pipeline,
-    encode_prompts,
+    encode_tokens,
     noise_scheduler,
     open_base_model,
     pipeline_components,
+    text_encoders,
+    tokenize,
 )
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.generation import generate, open_for_adapters
@@ -98,6 +100,10 @@ def test_runs_repeat_to_the_bit(tiny_base_xl, photo_folder, tmp_path):
 # ---------------------------------------------------------------- SDXL
 
 
+def encode_prompts(pipeline, prompts):
+    return encode_tokens(list(text_encoders(pipeline).values()), tokenize(pipeline, prompts))
+
+
 def test_prompts_are_encoded_as_the_pipeline_does_it():
     pipeline = tiny_sdxl_pipeline()
     prompts = [PROMPT, "a cat in the snow"]
@@ -160,6 +166,22 @@ def test_the_autoencoder_of_sdxl_stays_precise(tiny_base_xl, tmp_path):
     assert np.abs(np.asarray(picture.image) / 255 - precise).mean() < 0.02
     cast_pipeline(pipeline, torch.bfloat16)
     assert pipeline.vae.dtype == torch.bfloat16
+
+
+def test_offloaded_sdxl_paints_the_same_in_half_precision(tiny_base_xl, monkeypatch):
+    """There its autoencoder is called apart from the pipeline, see `generation._paint`."""
+    model = open_for_adapters([], str(tiny_base_xl), device="cpu", dtype=torch.float16)
+    (expected,) = generate(model, [PROMPT], seed=3, **PICTURE)
+    called = []
+    for owner, name in ((model.pipeline.vae, "decode"), (model.pipeline, "maybe_free_model_hooks")):
+        method = getattr(owner, name)
+        spy = lambda *args, name=name, method=method, **options: called.append(name) or method(*args, **options)
+        monkeypatch.setattr(owner, name, spy)
+    for component in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        offload_sequentially(getattr(model.pipeline, component))
+    (picture,) = generate(model, [PROMPT], seed=3, **PICTURE)
+    assert np.array_equal(np.asarray(picture.image), np.asarray(expected.image))
+    assert called[-2:] == ["decode", "maybe_free_model_hooks"]  # model offload has taken it to the GPU
 
 
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])

@@ -9,7 +9,7 @@ from test_learned_word import with_word
 from test_pipeline import make_adapter, paint
 
 from svfit_dreambooth import load_adapter, read_adapter, save_adapter, unload_adapter
-from svfit_dreambooth.attention import linear_layers
+from svfit_dreambooth.attention import find_projections
 from svfit_dreambooth.base_model import BaseModel
 from svfit_dreambooth.basis import fingerprint
 from svfit_dreambooth.errors import SVFitError
@@ -25,7 +25,7 @@ def weights(pipeline):
     return {
         f"{component}.{name}": layer.weight
         for component in ("unet", "text_encoder")
-        for name, (_, _, layer) in linear_layers(getattr(pipeline, component)).items()
+        for name, (_, _, layer) in find_projections(getattr(pipeline, component), ["all-linear"]).items()
     }
 
 

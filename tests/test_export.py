@@ -14,7 +14,7 @@ from test_learned_word import with_word
 from test_pipeline import make_adapter, paint
 
 from svfit_dreambooth import load_adapter, save_adapter, unload_adapter
-from svfit_dreambooth.attention import linear_layers, matrix_layers
+from svfit_dreambooth.attention import find_projections, matrix_layers
 from svfit_dreambooth.base_model import BaseModel
 from svfit_dreambooth.basis import fingerprint
 from svfit_dreambooth.errors import SVFitError
@@ -273,7 +273,7 @@ def test_a_few_step_lora_works_beside_an_adapter_in_either_order(path, tmp_path,
     """What LCM-LoRA is to a pipeline: low-rank matrices on attention, feed-forward and time embedding, a scheduler."""
     generator = torch.Generator().manual_seed(5)
     tensors = {}
-    for name, (_, _, layer) in linear_layers(tiny_pipeline().unet).items():
+    for name, (_, _, layer) in find_projections(tiny_pipeline().unet, ["all-linear"]).items():
         down, up = (0.1 * torch.randn(4, n, generator=generator) for n in (layer.in_features, layer.out_features))
         if layout == "kohya":
             stem = "lora_unet_" + name.replace(".", "_")

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_pipeline
+from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 
 from svfit_dreambooth import TrainConfig, read_adapter, save_adapter, train
@@ -129,6 +131,32 @@ def test_a_file_never_starts_a_download(adapter_path, tmp_path):
             open_for_adapters([(path, 1.0)])
     with pytest.raises(SVFitError, match="a base called 'tiny-kl', which cannot be found by that name"):
         open_for_adapters([(adapter_path, 1.0)])
+
+
+def test_options_of_a_base_that_only_the_adapter_names(adapter_path, tmp_path, capsys, monkeypatch):
+    adapter = read_adapter(adapter_path)
+    adapter.base_model = "someone/half@v1"
+    path = save_adapter(adapter, tmp_path / "dog.safetensors")
+    snapshots = Path(HF_HUB_CACHE) / "models--someone--half" / "snapshots"
+    for revision in ("v1", "v2"):
+        tiny_pipeline("kl").save_pretrained(snapshots / ("0123" + revision), variant="fp16")
+        reference = snapshots.parent / "refs" / revision
+        reference.parent.mkdir(exist_ok=True)
+        reference.write_text("0123" + revision)
+    with pytest.raises(SVFitError, match="someone/half@v1, which is not on this disk, and"):
+        open_for_adapters([(path, 1.0)], device="cpu")
+    assert open_for_adapters([(path, 1.0)], device="cpu", variant="fp16").name == "someone/half@v1"
+    model = open_for_adapters([(path, 1.0)], device="cpu", variant="fp16", revision="v2")
+    assert model.name == "someone/half@v2"
+    with pytest.raises(SVFitError, match="is not on this disk with --revision v3 --variant fp16, and"):
+        open_for_adapters([(path, 1.0)], device="cpu", variant="fp16", revision="v3")
+    for given, said in ((["--variant", "fp16"], ""), (["--base_config", "b"], "--base_config b does not apply to the")):
+        assert main(["inspect", str(path), "--plot", str(tmp_path / "a.png"), *given]) == 0
+        text = capsys.readouterr().out
+        assert ("are not drawn" in text) == bool(said) and said in text
+    for option in ("variant", "revision", "base_config"):
+        with pytest.raises(SVFitError, match=f"--{option} fp16 does not apply to the base toybox"):
+            open_for_adapters([], **{option: "fp16"})
 
 
 def test_a_wrong_size_is_refused(tiny_base):

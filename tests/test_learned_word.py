@@ -133,6 +133,33 @@ def with_word(pipeline, word="sks", seed=0, components=("unet",), **options):
     return adapter
 
 
+@torch.no_grad()
+def test_a_textual_inversion_loaded_later_leaves_the_word():
+    def read(pipeline):
+        ids = pipeline.tokenizer("a photo of sks <style>", return_tensors="pt").input_ids
+        return pipeline.text_encoder(ids)[0]
+
+    before, after = tiny_pipeline(), tiny_pipeline()
+    style = {"<style>": torch.randn(1, 24, generator=torch.Generator().manual_seed(1))}
+    before.load_textual_inversion(dict(style))
+    plain, adapter = read(before), with_word(tiny_pipeline(), "sks")
+    load_adapter(before, adapter)
+    load_adapter(after, adapter)
+    after.load_textual_inversion(dict(style))
+    assert torch.equal(read(after), read(before)) and not torch.allclose(read(after), plain)
+    unload_adapter(after)
+    assert torch.equal(read(after), plain)
+
+
+def test_a_word_of_what_reads_no_text_is_refused(tmp_path):
+    adapter = with_word(tiny_pipeline(), "mine")
+    (word,) = adapter.learned_words
+    word.tokens, word.deltas = ({"unet": held["text_encoder"]} for held in (word.tokens, word.deltas))
+    path = save_adapter(adapter, tmp_path / "a.safetensors")
+    with pytest.raises(SVFitError, match="'unet' learned a word, which only text_encoder and text_encoder_2 read"):
+        read_adapter(path)
+
+
 def test_round_trip(tmp_path):
     adapter = with_word(tiny_pipeline(), "mine")
     path = save_adapter(adapter, tmp_path / "a.safetensors", torch.float32)

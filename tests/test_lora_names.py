@@ -105,3 +105,20 @@ def test_the_public_loader_finds_every_layer_of_sdxl():
                 assert torch.allclose(as_matrix(layer.get_delta_weight("default_0")), change, atol=1e-5), name
                 found += 1
     assert found == len(changes)
+
+
+class WithoutFloat64(torch.Tensor):
+    """As on Apple's MPS; on the CPU it is a tensor like others."""
+
+    def double(self):
+        raise TypeError("Cannot convert a MPS Tensor to float64")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_factors_from_a_device_without_float64():
+    U, S, Vh = torch.linalg.svd(torch.randn(4, 6), full_matrices=False)
+    given = (factor.as_subclass(WithoutFloat64) for factor in (U, S, Vh))
+    down, up = pack_layer("unet.mid_block.attentions.0.proj_in", *given, "diffusers", 1.0, torch.float32).values()
+    assert torch.allclose(up @ down, (U * S) @ Vh, atol=1e-5)

@@ -1,18 +1,24 @@
 """Adapters on a pipeline: load, set strengths, unload, on whatever kind of pipeline."""
 
 import logging
+from contextlib import contextmanager
+from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module, attach_align_device_hook
-from conftest import tiny_pipeline
+from conftest import offload_sequentially, tiny_pipeline
+from diffusers.hooks import apply_group_offloading
 
 from svfit_dreambooth import load_adapter, merge_adapters, save_adapter, set_adapters, unload_adapter
 from svfit_dreambooth.adapter import Adapter
-from svfit_dreambooth.attention import find_projections, svfit_layers
+from svfit_dreambooth.attention import apply_svfit, find_projections, svfit_layers
 from svfit_dreambooth.basis import fingerprint
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.pipeline import loaded_adapters
+from svfit_dreambooth.svfit import SVFitLayer
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -130,6 +136,52 @@ def test_another_base_is_refused_unless_allowed(pipeline):
     assert not torch.allclose(paint(other), base)
 
 
+@contextmanager
+def failing_layer(number, error):
+    """Within it the layer of that number, from 1, does not get its basis."""
+    takes_over, left = SVFitLayer._take_over, iter(range(number - 1))
+
+    def take_over(layer, *arguments):
+        if next(left, None) is None:
+            raise error
+        takes_over(layer, *arguments)
+
+    with patch.object(SVFitLayer, "_take_over", take_over), pytest.raises(type(error)):
+        yield
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), KeyboardInterrupt()])
+@pytest.mark.parametrize("number", [5, 38])  # in the text encoder, in the UNet
+def test_a_first_adapter_that_fails_half_way_leaves_the_base(pipeline, error, number):
+    base, adapter = paint(pipeline), make_adapter(pipeline)
+    with failing_layer(number, error):
+        load_adapter(pipeline, adapter)
+    assert not loaded_adapters(pipeline) and torch.equal(paint(pipeline), base)
+    assert not svfit_layers(pipeline.unet) and not svfit_layers(pipeline.text_encoder)
+    load_adapter(pipeline, adapter)
+    assert not torch.allclose(paint(pipeline), base)
+
+
+@pytest.mark.parametrize("number", [5, 38])
+def test_a_second_adapter_that_fails_half_way_leaves_the_first(pipeline, number):
+    load_adapter(pipeline, make_adapter(pipeline, 1, rank=3), name="dog")
+    before = paint(pipeline)
+    with failing_layer(number, torch.OutOfMemoryError("CUDA out of memory")):
+        load_adapter(pipeline, make_adapter(tiny_pipeline(), 2))
+    assert loaded_adapters(pipeline) == {"dog": 1.0}
+    assert torch.allclose(paint(pipeline), before, atol=1e-5)
+    layers = svfit_layers(pipeline.text_encoder) | svfit_layers(pipeline.unet)
+    assert not any(layer.shift.requires_grad for layer in layers.values())
+
+
+def test_a_component_that_is_being_trained_is_left_alone(pipeline):
+    shifts = apply_svfit(pipeline.unet)
+    with pytest.raises(SVFitError, match="the unet is being trained"):
+        load_adapter(pipeline, make_adapter(tiny_pipeline()))
+    assert svfit_layers(pipeline.unet).keys() == shifts.keys()
+    assert not svfit_layers(pipeline.text_encoder)
+
+
 def test_refusals(pipeline):
     adapter = make_adapter(pipeline)
     load_adapter(pipeline, adapter, name="dog")
@@ -148,17 +200,11 @@ def test_refusals(pipeline):
 
 
 def test_sequential_cpu_offload_stays_on(pipeline, monkeypatch):
-    def offload(device):
-        # what diffusers does, without accelerate's sharing of tied weights, which fails when both devices are the CPU
-        weights = {name: tensor.detach().clone() for name, tensor in pipeline.unet.state_dict().items()}
-        add_hook_to_module(pipeline.unet, AlignDevicesHook(device, io_same_device=True), append=True)
-        attach_align_device_hook(pipeline.unet, execution_device=device, offload=True, weights_map=weights)
-
     load_adapter(pipeline, make_adapter(pipeline), name="dog")
     adapted = paint(pipeline)
     unload_adapter(pipeline)
     base = paint(pipeline)
-    monkeypatch.setattr(pipeline, "enable_sequential_cpu_offload", offload)
+    monkeypatch.setattr(pipeline, "enable_sequential_cpu_offload", partial(offload_sequentially, pipeline.unet))
     pipeline.enable_sequential_cpu_offload(device=torch.device("cpu"))
     assert next(pipeline.unet.parameters()).is_meta
     load_adapter(pipeline, make_adapter(tiny_pipeline()), name="dog")
@@ -178,6 +224,29 @@ def test_model_cpu_offload_stays_on(pipeline):
     load_adapter(other, make_adapter(other), name="dog")
     assert torch.allclose(paint(pipeline), paint(other), atol=1e-5)
     assert hasattr(pipeline.unet, "_hf_hook")
+
+
+@pytest.mark.parametrize("level", ["leaf_level", "block_level"])
+def test_group_offload_stays_on(pipeline, level):
+    def offloaded(model):
+        hooks = {path: getattr(module, "_diffusers_hook", None) for path, module in model.named_modules()}
+        return {path for path, hook in hooks.items() if hook is not None and hook.get_hook("group_offloading")}
+
+    base = paint(pipeline)
+    other = tiny_pipeline()
+    load_adapter(other, make_adapter(other), name="dog")
+    adapted = paint(other)
+    for model in (pipeline.unet, pipeline.text_encoder):
+        apply_group_offloading(model, CPU, CPU, offload_type=level, num_blocks_per_group=1)
+    hooked = offloaded(pipeline.unet)
+    load_adapter(pipeline, make_adapter(tiny_pipeline()), name="dog")
+    assert offloaded(pipeline.unet) == hooked  # the new layers too
+    assert torch.allclose(paint(pipeline), adapted, atol=1e-5)
+    with merge_adapters(pipeline):
+        assert all(layer.unmerged_weight is None for layer in svfit_layers(pipeline.unet).values())
+    unload_adapter(pipeline)
+    assert offloaded(pipeline.unet) == hooked
+    assert torch.equal(paint(pipeline), base)
 
 
 def test_pipelines_that_share_components_share_adapters(pipeline):

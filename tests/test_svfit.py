@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.svfit import SVFitLinear, decompose, merged_is_cheaper, resolve_rank
@@ -96,8 +97,8 @@ def test_untrained_layer_is_the_base_to_the_bit(dtype, tokens, rank, autocast):
         for route in (layer, layer.forward_merged, layer.forward_factored):
             assert torch.equal(route(input), expected)
     assert layer.weight is linear.weight
-    assert type(layer.to_linear()) is nn.Linear
-    assert torch.equal(layer.to_linear()(input), linear(input))
+    assert type(layer.to_plain()) is nn.Linear
+    assert torch.equal(layer.to_plain()(input), linear(input))
 
 
 @pytest.mark.parametrize("route", ["forward", "forward_merged", "forward_factored"])
@@ -191,6 +192,39 @@ def test_merge_and_unmerge(dtype):
     assert torch.dist(output.double(), expected) / expected.norm() < TOLERANCE[dtype]
     layer.unmerge()
     assert torch.equal(layer.weight, base)
+
+
+class OutOfMemory(TorchDispatchMode):
+    """From the operation of that number on, from 0, nothing that needs new memory works."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.left = number
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        if operation is not torch.ops.aten.copy_.default:
+            self.left -= 1
+            if self.left < 0:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return operation(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_out_of_memory_while_merging_changes_nothing(dtype):
+    _, layer, _ = make_layer(dtype=dtype)
+    nn.init.normal_(layer.shift, std=0.5)
+    input, weight = torch.randn(3, 40, dtype=dtype), layer.weight.detach().clone()
+    expected, failures = layer(input), 0
+    while layer.unmerged_weight is None:
+        try:
+            with OutOfMemory(failures):
+                layer.merge()
+        except torch.OutOfMemoryError:
+            failures += 1
+            assert torch.equal(layer.weight, weight) and torch.equal(layer(input), expected)
+    assert failures > 3 and torch.allclose(layer(input), expected, rtol=1e-3, atol=1e-2)
+    layer.unmerge()
+    assert torch.equal(layer.weight, weight)
 
 
 def test_state_dict_holds_no_basis_and_accepts_base_checkpoints():

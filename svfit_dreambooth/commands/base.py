@@ -27,5 +27,5 @@ def open_base(options: argparse.Namespace, named: str, path: Path) -> Any:
     from svfit_dreambooth.generation import open_named_base
 
     if options.pretrained_model_name_or_path is None:
-        return open_named_base(named, path)
+        return open_named_base(named, path, **base_options(options))
     return open_base_model(options.pretrained_model_name_or_path, **base_options(options))

@@ -1,14 +1,14 @@
 """Arithmetic of adapters: all adapters of a base lie along the same directions, so their sum is a sum of vectors."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from svfit_dreambooth.adapter import Adapter
 from svfit_dreambooth.adapter_words import LearnedWord, word_key
 from svfit_dreambooth.attention import add_shifts
 from svfit_dreambooth.base_model import BaseModel
-from svfit_dreambooth.basis import BF16_TOLERANCE, fingerprint, same_base
+from svfit_dreambooth.basis import fingerprint, same_base, samples_agree
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.pipeline import adapted_weights
 
@@ -144,7 +144,8 @@ def _shared_fingerprint(adapters: Sequence[Adapter]) -> dict[str, Any] | None:
             other = owner[component]
             if _changed(other, component) != _changed(adapter, component):
                 return None
-            if shared[component]["sha256"] != mine["sha256"] and not _close(shared[component], mine):
+            known = shared[component]
+            if known["sha256"] != mine["sha256"] and not samples_agree(known["sample"], mine["sample"]):
                 raise SVFitError(
                     f"{_title(adapter)} was trained on another base ({adapter.base_model}) than {_title(other)} "
                     f"({other.base_model}): their directions differ, so they cannot be combined."
@@ -154,14 +155,6 @@ def _shared_fingerprint(adapters: Sequence[Adapter]) -> dict[str, Any] | None:
     if len(names) > 1 and len(components) == sum(len(adapter.components) for adapter in adapters):
         return None  # no component in common to compare, and names that differ: let the weights decide
     return shared
-
-
-def _close(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-    """Whether two fingerprints' samples agree within bfloat16's rounding."""
-    a, b = first["sample"], second["sample"]
-    return len(a) == len(b) and all(
-        abs(x - y) <= BF16_TOLERANCE * max(abs(x), abs(y)) + 1e-6 for x, y in zip(a, b, strict=True)
-    )
 
 
 def _changed(adapter: Adapter, component: str) -> set[str]:

@@ -143,7 +143,6 @@ def _write(path: Path, plan: LoraPlan, base: BaseModel, adapter: Adapter, scale:
         U, shift, Vh = layer.U[:, kept], layer.shift.detach()[kept], layer.Vh[kept]
         kernel = tuple(layer.weight.shape[1:]) if layer.weight.ndim == 4 else ()
         tensors |= pack_layer(name, U, shift, Vh, plan.layout, alpha, plan.dtype, sdxl, kernel)
-    tensors = {key: tensor.cpu() for key, tensor in tensors.items()}
     metadata = lora_metadata(
         adapter,
         title=adapter.title or path.stem,

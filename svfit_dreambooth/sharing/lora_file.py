@@ -32,15 +32,16 @@ def pack_layer(
 ) -> dict[str, Tensor]:
     """The tensors of one layer whose change is U (out, rank) diag(shift (rank,)) Vh (rank, in).
 
-    `kernel`: (in, h, w) of a convolution, whose Vh is (rank, in * h * w); empty for a linear layer.
+    On the CPU.  `kernel`: (in, h, w) of a convolution, whose Vh is (rank, in * h * w); empty for a linear layer.
 
     The square root of |shift| goes to either side, so that float16 has digits for both.
     """
+    U, shift, Vh = (tensor.cpu().double() for tensor in (U, shift, Vh))  # Apple's MPS has no float64
     rank = len(shift)
     fold = rank / alpha if layout == "kohya" else 1.0
-    root = (shift.double().abs() * fold).sqrt()  # (rank,)
-    up = U.double() * (root * shift.double().sign())  # (out, rank)
-    down = root[:, None] * Vh.double()  # (rank, in)
+    root = (shift.abs() * fold).sqrt()  # (rank,)
+    up = U * (root * shift.sign())  # (out, rank)
+    down = root[:, None] * Vh  # (rank, in)
     if kernel:
         up, down = up[:, :, None, None], down.view(rank, *kernel)  # two convolutions, the second of single places
     stem = lora_name(name, layout, sdxl_layers_per_block)

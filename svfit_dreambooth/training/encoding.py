@@ -73,7 +73,7 @@ def encode_examples(run: Run, device: torch.device) -> Examples:
 def _encode(run: Run, photos: list[Photo], prompt: str, device: torch.device, of_class: bool = False) -> Examples:
     """`photos` with `prompt` where they have no caption.  Class pictures are many: one window each, and no masks."""
     config, pipeline = run.config, run.base.pipeline
-    encoders = text_encoders(pipeline)
+    encoders = list(text_encoders(pipeline).values())
     for module in (pipeline.vae, *encoders):
         module.to(device).eval()
     means: list[Tensor] = []
