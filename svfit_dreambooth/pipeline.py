@@ -121,7 +121,8 @@ def unload_adapter(pipeline: DiffusionPipeline, name: str | None = None) -> None
         _check_loaded(pipeline, name)
     with layers_exchanged(pipeline):
         for model in pipeline_components(pipeline).values():
-            _take_off(model, *([name] if name is not None else list(_registry(model))))
+            if _registry(model):  # without adapters, layers of SVFit are those of a training
+                _take_off(model, *([name] if name is not None else list(_registry(model))))
 
 
 def _take_off(model: nn.Module, *names: str) -> None:

@@ -53,4 +53,4 @@ def bootstrap_interval(
 
 
 def _unit(features: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(features.double(), dim=-1)
+    return torch.nn.functional.normalize(features.cpu().double(), dim=-1)  # MPS has no float64
