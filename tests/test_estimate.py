@@ -60,5 +60,7 @@ def test_a_base_that_is_open_is_not_counted_twice(tiny_run, monkeypatch):
     free = [1000, 0]
     opened = preparation.open_run_base
     monkeypatch.setattr(preparation, "available_memory", lambda: free[0])
-    monkeypatch.setattr(preparation, "open_run_base", lambda config, **options: free.pop(0) and opened(config, **options))
+    monkeypatch.setattr(
+        preparation, "open_run_base", lambda config, **options: free.pop(0) and opened(config, **options)
+    )
     assert estimate_memory(tiny_run()).available == 1000
