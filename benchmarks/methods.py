@@ -158,6 +158,7 @@ def with_learned_word(put_in: PutIn) -> PutIn:
 
 
 WIDER, ALL = ("attention", "feed-forward"), ("all",)
+USUAL = (1e-2, 2e-2, 5e-2, 1e-1)  # around the best of most kinds of SVFit
 # 1, 2, 5, 10 ...: a sweep that ends at one of its ends goes on
 METHODS = {
     "none": Method(nothing, ()),
@@ -165,7 +166,8 @@ METHODS = {
     "svfit-half": Method(svfit(share=1 / 2), (2e-2, 5e-2, 1e-1, 2e-1)),
     "svfit-eighth": Method(svfit(share=1 / 8), (5e-2, 1e-1, 2e-1, 5e-1)),
     "svfit-wider": Method(svfit(WIDER), (2e-2, 5e-2, 1e-1, 2e-1)),
-    "svdiff": Method(svfit(ALL), (1e-2, 2e-2, 5e-2, 1e-1)),
+    "svdiff": Method(svfit(ALL), USUAL),
+    "svdiff-half-budget": Method(svfit(ALL, share=1 / 2, choose="budget"), USUAL, {"target_modules": ["all"]}),
     "lora-1": Method(lora(1), (2e-3, 5e-3, 1e-2, 2e-2)),
     "lora-4": Method(lora(4), (1e-3, 2e-3, 5e-3, 1e-2)),
     "lora-8": Method(lora(8), (1e-3, 2e-3, 5e-3, 1e-2)),
@@ -175,7 +177,6 @@ METHODS = {
     "lora-1-all": Method(lora(1, targets=ALL), (5e-4, 1e-3, 2e-3, 5e-3)),
     "lora-4-all": Method(lora(4, targets=ALL), (2e-4, 5e-4, 1e-3, 2e-3)),
 }
-USUAL = (1e-2, 2e-2, 5e-2, 1e-1)  # around the best of all kinds of SVFit above
 ABLATIONS = {
     "svfit-1/32": Method(svfit(share=1 / 32), USUAL),
     "svfit-eighth-bottom": Method(svfit(share=1 / 8, choose="bottom"), USUAL),
@@ -183,7 +184,6 @@ ABLATIONS = {
     "svfit-eighth-budget": Method(svfit(share=1 / 8, choose="budget"), USUAL),
     "svfit-half-budget": Method(svfit(share=1 / 2, choose="budget"), USUAL),
     "svdiff-eighth-budget": Method(svfit(ALL, share=1 / 8, choose="budget"), USUAL, {"target_modules": ["all"]}),
-    "svdiff-half-budget": Method(svfit(ALL, share=1 / 2, choose="budget"), USUAL, {"target_modules": ["all"]}),
     "svfit-relative": Method(svfit(relative=True), USUAL),
     "svfit-text": Method(with_text_encoder(svfit()), USUAL, {"train_text_encoder": True}),
     "svfit-word": Method(with_learned_word(svfit()), USUAL, {"learned_word": "sks"}),
