@@ -11,12 +11,12 @@ from svfit_dreambooth.errors import SVFitError
 
 # balanced: the default.  fast: a first look.  faithful: more likeness, at the price of more change elsewhere.
 # style: for the manner of many pictures rather than the looks of one thing, which wants small steps on all of them.
-# The rate of 5e-2 was compared with others (docs/training.md); the numbers of steps are choices.
+# Toybox's were measured (docs/training.md), but for style; those of Stable Diffusion are choices.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     TOYBOX: {
         "fast": {"max_train_steps": 150, "learning_rate": 5e-2, "train_batch_size": 4},
-        "balanced": {"max_train_steps": 400, "learning_rate": 5e-2, "train_batch_size": 4},
-        # all layers: more likeness in fewer steps than the attention alone, in a file twice as large (docs/evidence.md)
+        "balanced": {"max_train_steps": 400, "learning_rate": 3e-2, "train_batch_size": 4},
+        # all layers: more likeness in fewer steps than the attention alone, in a file twice as large
         "faithful": {
             "max_train_steps": 300,
             "learning_rate": 4e-2,
