@@ -212,8 +212,9 @@ def main() -> None:
     table = common({name: finals[name] for name in sorted(chosen, key=lambda name: finals[name][0].values)})
     steps = sorted(int(step) for step in next(iter(table.values()))[0].readings)
     runs = next(iter(table.values()))
+    seeds = sorted({run.seed for run in runs})
     print(
-        f"{len({r.subject for r in runs})} subjects, {len({r.seed for r in runs})} seeds, {len(runs)} runs a method\n"
+        f"{len({run.subject for run in runs})} subjects, seeds {', '.join(map(str, seeds))}, {len(runs)} runs a method\n"
     )
     for step in steps:
         print(f"## {step} steps\n", *main_table(table, step), "", sep="\n")
