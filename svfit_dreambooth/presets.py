@@ -15,7 +15,7 @@ from svfit_dreambooth.errors import SVFitError
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     TOYBOX: {
         "fast": {"max_train_steps": 150, "learning_rate": 5e-2, "train_batch_size": 4},
-        "balanced": {"max_train_steps": 400, "learning_rate": 3e-2, "train_batch_size": 4},
+        "balanced": {"max_train_steps": 400, "learning_rate": 5e-2, "train_batch_size": 4},
         # all layers: more likeness in fewer steps than the attention alone, in a file twice as large
         "faithful": {
             "max_train_steps": 300,
