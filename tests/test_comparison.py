@@ -157,5 +157,5 @@ def test_it_runs_on_any_base_leaves_what_is_finished_and_tells_what_it_found(
                         "--sheet", tmp_path / "s.png", "--subject", "dog6"]])  # fmt: skip
     evidence.main()
     text = capsys.readouterr().out
-    assert "1 subjects, 1 seeds" in text and "| lora-1 | 0.01 |" in text
+    assert "1 subjects, seeds 0, 1 runs" in text and "| lora-1 | 0.01 |" in text
     assert Image.open(tmp_path / "s.png").height > CELL  # two rows at half the size
