@@ -155,7 +155,7 @@ def model_basis(
     rank: Rank | Mapping[str, int] | Mapping[str, Tensor] = "full",
     *,
     energy: float | None = None,
-    cache_dir: Path | None = None,
+    cache_dir: str | Path | None = None,
     use_cache: bool = True,
     driver: Literal["eigh", "svd"] = "eigh",
     description: str = "decomposing the base",
@@ -169,7 +169,7 @@ def model_basis(
     weight on each core, with a progress bar, and put there.  A layer whose directions rounding decides is named in
     a warning.
     """
-    folder = (cache_dir or default_cache_dir()) / "basis"
+    folder = Path(cache_dir or default_cache_dir()) / "basis"
     hashes = hashes or {}
     paths = {
         name: folder / f"{hashes.get(name) or weight_hash(weight)}.safetensors" for name, weight in weights.items()

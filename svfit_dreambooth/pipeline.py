@@ -267,7 +267,7 @@ def _widen(
     bases = model_basis(
         {path: weights[f"{component}.{path}"] for path in narrow},
         narrow,
-        cache_dir=None if basis_cache_dir is None else Path(basis_cache_dir),
+        cache_dir=basis_cache_dir,
         description=f"decomposing the {component}",
         hashes={path: hashes[f"{component}.{path}"] for path in narrow},
     )

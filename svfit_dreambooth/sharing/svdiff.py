@@ -152,7 +152,7 @@ def _project(
     deltas: Mapping[str, Tensor], weights: Mapping[str, Tensor], basis_cache_dir: str | Path | None
 ) -> tuple[dict[str, Tensor], float]:
     """Shifts along the adapter's directions, and the relative part of all changes together that they miss."""
-    bases = model_basis(weights, cache_dir=None if basis_cache_dir is None else Path(basis_cache_dir))
+    bases = model_basis(weights, cache_dir=basis_cache_dir)
     shifts = {}
     missed = total = 0.0
     for name in tqdm(deltas, desc="projecting", unit="matrix", leave=False):

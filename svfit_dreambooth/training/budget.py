@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -73,8 +72,7 @@ def choose_positions(run: Run, examples: Examples, device: torch.device, dtype: 
 def score_values(run: Run, examples: Examples, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """rate * |mean gradient| of every singular value, at the base model: "<component>.<layer>" -> (k,), float32."""
     config, pipeline = run.config, run.base.pipeline
-    cache_dir = None if config.basis_cache_dir is None else Path(config.basis_cache_dir)
-    bases = model_basis(run.weights, cache_dir=cache_dir, hashes=run.hashes)
+    bases = model_basis(run.weights, cache_dir=config.basis_cache_dir, hashes=run.hashes)
     shifts: dict[str, nn.Parameter] = {}
     networks = pipeline_components(pipeline)
     scale = FLOAT16_LOSS_SCALE if dtype == torch.float16 else 1.0

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from svfit_dreambooth.base_model import encode_tokens, noise_scheduler
-from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.training.encoding import Examples
 from svfit_dreambooth.training.preparation import Run
 
@@ -145,15 +144,10 @@ class Denoiser:
             return_dict=False,
             **conditions,
         )[0]
-        prediction_type = self.scheduler.config.prediction_type
-        if prediction_type == "epsilon":
+        if self.scheduler.config.prediction_type == "epsilon":
             target = noise
-        elif prediction_type == "v_prediction":
+        else:  # v, the only other that `noise_scheduler` lets through
             target = self.scheduler.get_velocity(latents, noise, timesteps)
-        else:
-            raise SVFitError(
-                f"the base predicts {prediction_type!r}, and only epsilon and v_prediction can be trained."
-            )
         squares = (model_pred.float() - target.float()).square()  # (batch, channels, h, w)
         if all(draw.weight is None for draw in draws):
             return squares.flatten(1).mean(1)

@@ -11,7 +11,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from svfit_dreambooth.base_model import encode_images, encode_tokens, text_encoders, tokenize
 from svfit_dreambooth.photos import Photo, open_mask, open_photo
-from svfit_dreambooth.training.class_pictures import paint_class_pictures, usable_class_pictures
+from svfit_dreambooth.training.class_pictures import paint_class_pictures
 from svfit_dreambooth.training.crops import crop_photo
 from svfit_dreambooth.training.preparation import Run
 
@@ -39,12 +39,8 @@ def make_class_pictures(run: Run, device: torch.device) -> list[Photo]:
     The UNet is left in the type in which the run trains it; `run.weights` stay as they are stored.
     """
     config = run.config
-    folder = Path(str(config.class_data_dir))
-    pictures = usable_class_pictures(folder)
-    if len(pictures) >= config.num_class_images:
-        return pictures[: config.num_class_images]
     return paint_class_pictures(
-        folder,
+        Path(str(config.class_data_dir)),
         run.base,
         str(config.class_prompt),
         config.num_class_images,

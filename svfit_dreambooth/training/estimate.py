@@ -19,10 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from svfit_dreambooth.attention import apply_svfit
 from svfit_dreambooth.base_model import pipeline_components
 from svfit_dreambooth.config import TrainConfig
+from svfit_dreambooth.training.encoding import WEIGHT_DTYPE
 from svfit_dreambooth.training.preparation import Run
 from svfit_dreambooth.training.slim import slim
 
-BYTES = {"no": 4, "fp16": 2, "bf16": 2}
 CHECKPOINTED = (ResnetBlock2D, BasicTransformerBlock)
 WORKSPACE = 1.15  # peak over sum, measured on the SD 1.5 architecture: gradients of activations, fragments
 COUNTED_OPTIONS = ("mixed_precision", "train_batch_size", "rank", "energy", "gradient_checkpointing")
@@ -59,8 +59,7 @@ class Estimate:
 
 def estimate_memory(run: Run) -> Estimate:
     """What `run` will need, and a suggestion where that is more than is free on the device that it will use."""
-    free = run.free_memory
-    estimate = _estimate(run, run.config, free)
+    estimate = _estimate(run, run.config)
     if estimate.fits:
         return estimate
     tried: dict[str, Any] = {}
@@ -75,25 +74,30 @@ def estimate_memory(run: Run) -> Estimate:
             continue
         tried |= change
         words.append(word if word != "--resolution" else f"{word} {change['resolution']}")
-        if _estimate(run, dataclasses.replace(run.config, **tried), free).fits:
+        if _estimate(run, dataclasses.replace(run.config, **tried)).fits:
             estimate.suggestion = "use " + " ".join(words) + "."
             return estimate
     estimate.suggestion = f"even {' '.join(words)} is too much, use a machine with more memory or a smaller base."
     return estimate
 
 
-def _estimate(run: Run, config: TrainConfig, available: int | None) -> Estimate:
-    size = BYTES[config.mixed_precision]
+def _estimate(run: Run, config: TrainConfig) -> Estimate:
+    size = WEIGHT_DTYPE[config.mixed_precision].itemsize
     networks = sum(p.numel() for p in run.base.pipeline.vae.parameters()) * 4
     for component, module in pipeline_components(run.base.pipeline).items():
         parameters = sum(parameter.numel() for parameter in module.parameters())
         networks += parameters * (size if component in run.targets else 4)
     bases = 0
     for weight in run.weights.values():
-        out, into = weight.shape[0], weight[0].numel()
-        rank = min(out, into) if config.rank == "full" or config.energy else min(out, into, int(config.rank))
+        out, into, rank = _sizes(weight, config)
         bases += rank * (out + into) * size
-    return Estimate(networks, bases, _activations(run, config), available)
+    return Estimate(networks, bases, _activations(run, config), run.free_memory)
+
+
+def _sizes(weight: Tensor, config: TrainConfig) -> tuple[int, int, int]:
+    """Rows and columns of a weight as a matrix, and how many of its directions the run keeps, or at most."""
+    out, into = weight.shape[0], weight[0].numel()
+    return out, into, min(out, into) if config.rank == "full" or config.energy else min(out, into, int(config.rank))
 
 
 _counted: dict[str, int] = {}  # what `_activations` found, by all that it depends on: counting takes a second
@@ -127,8 +131,7 @@ def _count_activations(run: Run, config: TrainConfig, side: int) -> int:
         }
         basis = {}
         for name, weight in layers.items():
-            out, into = weight.shape[0], weight[0].numel()
-            rank = min(out, into) if config.rank == "full" or config.energy else min(out, into, int(config.rank))
+            out, into, rank = _sizes(weight, config)
             basis[name] = (torch.empty(out, rank), torch.empty(rank, into))
         shifts = apply_svfit(unet, target_modules=list(layers), basis=basis)
         for shift in shifts.values():

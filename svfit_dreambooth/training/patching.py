@@ -1,7 +1,6 @@
 """What a run trains: SVFit layers, put into its base."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -18,7 +17,7 @@ def patch_run(run: Run, positions: Mapping[str, Tensor] | None = None) -> dict[s
         run.weights,
         config.rank_value if positions is None else positions,
         energy=config.energy,
-        cache_dir=None if config.basis_cache_dir is None else Path(config.basis_cache_dir),
+        cache_dir=config.basis_cache_dir,
         hashes=run.hashes,
     )
     shifts: dict[str, dict[str, nn.Parameter]] = {}

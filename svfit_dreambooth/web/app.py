@@ -32,9 +32,7 @@ class App:
     workspace: Workspace
     studio: Studio
     jobs: Jobs
-    offered: Sequence[
-        str
-    ] = ()  # adapters of the command line, by name in the computer's library: all may paint with them
+    offered: Sequence[str] = ()  # names of adapters in the computer's library that all may paint with
 
     def visitor(self, request: gr.Request) -> Visitor:
         """Who asks: an account where there are passwords, else a browser by its cookie, else one client's session."""

@@ -52,9 +52,7 @@ class Bases:
                 f"{name!r} is no base model that is offered here: put its folder into {self.models}, start the page "
                 "with --base FOLDER, or give a hub id such as owner/name."
             )
-        if not typed:
-            return repository, {"revision": revision or None, "local_files_only": True}
-        return repository, {"revision": revision or None, "local_files_only": not self.download}
+        return repository, {"revision": revision or None, "local_files_only": not (typed and self.download)}
 
     def offline(self, place: str) -> bool:
         """Must whoever opens `place`, as `resolve` gave it, ask no network?  So with a hub id that only a visitor named."""
