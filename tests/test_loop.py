@@ -188,17 +188,23 @@ def test_training_in_a_thread_leaves_signals_alone(config):
     assert results[0].steps == 1
 
 
+def fill_disk_at(monkeypatch, module, function, name):
+    """`function` of `module` finds the disk full where it writes the file `name`."""
+    original = getattr(module, function)
+
+    def full(*arguments):
+        path = next(argument for argument in arguments if isinstance(argument, Path))
+        if path.name == name:
+            raise SVFitError(f"'{path}' can't be written (No space left on device): choose another place.")
+        return original(*arguments)
+
+    monkeypatch.setattr(module, function, full)
+
+
 def test_a_full_disk_costs_a_checkpoint_but_not_the_run(config, monkeypatch, caplog):
     from svfit_dreambooth.training import checkpoints
 
-    original = checkpoints.write_atomically
-
-    def full(path, content):
-        if path.name == "step-000004.safetensors":
-            raise SVFitError(f"'{path}' can't be written (No space left on device): choose another place.")
-        return original(path, content)
-
-    monkeypatch.setattr(checkpoints, "write_atomically", full)
+    fill_disk_at(monkeypatch, checkpoints, "write_atomically", "step-000004.safetensors")
     result = train(TrainConfig(**config))
     assert result.steps == 8 and "no checkpoint of step 4" in caplog.text
     names = [path.name for path in sorted((Path(config["output_dir"]) / "checkpoints").iterdir())]
@@ -208,14 +214,7 @@ def test_a_full_disk_costs_a_checkpoint_but_not_the_run(config, monkeypatch, cap
 def test_a_full_disk_costs_the_pictures_of_a_look_but_not_its_measures(config, monkeypatch, caplog):
     from svfit_dreambooth.training import validation
 
-    original = validation.save_png
-
-    def full(image, path):
-        if path.name == "step_000004.png":
-            raise SVFitError(f"'{path}' can't be written (No space left on device): choose another place.")
-        return original(image, path)
-
-    monkeypatch.setattr(validation, "save_png", full)
+    fill_disk_at(monkeypatch, validation, "save_png", "step_000004.png")
     options = {**config, "validation_steps": 4, "num_inference_steps": 1, "validation_prompts": ["a dog"]}
     assert train(TrainConfig(**options)).steps == 8 and "no pictures of step 4" in caplog.text
     assert [event["step"] for event in events(config, "measure")] == [0, 4, 8]

@@ -20,6 +20,21 @@ def test_processes_wait_as_long_as_painting_takes(tmp_path):
     assert handler.to_kwargs()["timeout"] >= timedelta(hours=12)  # the default, 10 or 30 minutes, would end the run
 
 
+def on_two_processes(script, options, timeout):
+    """What two CPU processes that share the run print; they must end well."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launch, str(script), *(f"--{name}={value}" for name, value in options.items())],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 @pytest.mark.slow
 def test_two_processes_train_what_one_trains_with_twice_the_batch(tiny_base, photo_folder, tmp_path):
     options = {
@@ -39,18 +54,8 @@ def test_two_processes_train_what_one_trains_with_twice_the_batch(tiny_base, pho
         "save_dtype": "float32",
         "final_pictures": False,
     }
-    arguments = [f"--{name}={value}" for name, value in options.items()]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launch, str(ROOT / "train_dreambooth_svfit.py"), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("singular values trained") == 1  # only the main process speaks and writes
+    output = on_two_processes(ROOT / "train_dreambooth_svfit.py", options, timeout=200)
+    assert output.count("singular values trained") == 1  # only the main process speaks and writes
     one = train(TrainConfig(**{**options, "train_batch_size": 4, "output_dir": str(tmp_path / "one")}))
     first, second = read_adapter(tmp_path / "two" / "my-dog.safetensors").shifts, read_adapter(one.adapter_path).shifts
     assert all(torch.allclose(first[name], second[name], rtol=1e-3, atol=1e-5) for name in second)
@@ -83,14 +88,5 @@ def test_when_one_process_is_asked_to_stop_all_do(tiny_base, photo_folder, tmp_p
         "fixed_loss_examples": 0,
         "validation_steps": 0,
     }
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launch, str(tmp_path / "stopping.py"), *(f"--{name}={value}" for name, value in options.items())],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("steps 2 True") == 2
+    output = on_two_processes(tmp_path / "stopping.py", options, timeout=100)
+    assert output.count("steps 2 True") == 2
