@@ -185,7 +185,7 @@ def test_a_program_trains_on_its_own_photos_and_leaves_those_of_the_page(public,
     assert {path.name for path in visitor.folder.iterdir()} == {"photos", "form.json"}
 
 
-def test_remarks_go_by_base_and_resolution_and_words_come_back(public, tmp_path):
+def test_remarks_go_by_base_and_resolution_and_the_form_comes_back(public, tmp_path):
     from svfit_dreambooth.web.draft import Draft
 
     request, draft = Request("e" * 32), Draft(public)
@@ -198,10 +198,12 @@ def test_remarks_go_by_base_and_resolution_and_words_come_back(public, tmp_path)
         ("owner/name", "nonsense", True),
     ):  # fmt: skip
         assert ("will be enlarged" in draft.remark(base, resolution, request)) == warned, (base, resolution)
-    draft.remember("my dog", "sks", "dog", request)
-    assert draft.show(request)[4:] == ("my dog", "sks", "dog")
+    assert "will be enlarged" not in draft.show(request)[1]
+    draft.remember("my dog", "sks", "dog", "owner/name", "faithful", request)
+    assert draft.show(request)[4:] == ("my dog", "sks", "dog", "owner/name", "faithful")
+    assert "will be enlarged" in draft.show(request)[1]
     draft.take_bundled("dog_patch", "", request)
-    assert draft.show(request)[4:] == ("dog_patch", "sks", "dog")
+    assert draft.show(request)[4:] == ("dog_patch", "sks", "dog", "toybox", "faithful")
     assert draft.show(Request("f" * 32))[4] == gr_skip()
 
 

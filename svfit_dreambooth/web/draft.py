@@ -27,7 +27,8 @@ from svfit_dreambooth.web.workspace import (
 
 SUBJECTS = Path(__file__).resolve().parents[2] / "toybox" / "subjects"
 BUNDLED = ".bundled"  # file beside the photos: the toy whose photos, untouched, they are
-FORM = "form.json"  # file in a visitor's folder: name, word and kind as they were written last
+FORM = "form.json"  # file in a visitor's folder: what REMEMBERED names, as it was last
+REMEMBERED = ("name", "word", "kind", "base", "preset")
 RESOLUTION = 512  # pixels at which bases train at least; an SDXL at 1024, which is known when it is open
 TOYBOX_RESOLUTION = 64
 NAMES = {field.name for field in dataclasses.fields(TrainConfig)}  # options that a run knows
@@ -76,9 +77,9 @@ class Draft:
         self._clear(visitor)
         add_photos(visitor.photos, sorted((SUBJECTS / subject).glob("*.png")))
         (visitor.photos / BUNDLED).write_text(subject, encoding="utf-8")
-        words = (subject, "sks", subject.partition("_")[0])
+        words = (subject, "sks", subject.partition("_")[0], TOYBOX)
         self._remember(visitor, *words)
-        return (*self._shown(visitor, TOYBOX, resolution), *words, TOYBOX)
+        return (*self._shown(visitor, TOYBOX, resolution), *words)
 
     @plainly
     def rotate(self, selected: int | None, base: str, resolution: str, request: gr.Request) -> tuple[Any, ...]:
@@ -103,13 +104,10 @@ class Draft:
 
     @plainly
     def show(self, request: gr.Request) -> tuple[Any, ...]:
-        """For a page that opens: thumbnails, remarks, and that none is selected; then name and words as they were."""
+        """For a page that opens: thumbnails, remarks, and that none is selected; then what is remembered of the form."""
         visitor = self.app.visitor(request)
-        try:
-            words = json.loads((visitor.folder / FORM).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            words = [gr.skip()] * 3
-        return (*self._shown(visitor), *words)
+        form = self._remembered(visitor)
+        return (*self._shown(visitor, form.get("base", TOYBOX)), *(form.get(field, gr.skip()) for field in REMEMBERED))
 
     @plainly
     def remark(self, base: str, resolution: str, request: gr.Request) -> str:
@@ -117,13 +115,22 @@ class Draft:
         return _remarks(self.app.visitor(request), base, resolution)
 
     @plainly
-    def remember(self, name: str, word: str, kind: str, request: gr.Request) -> None:
-        """Keeps name and words for when the page is opened again."""
-        self._remember(self.app.visitor(request), name, word, kind)
+    def remember(self, name: str, word: str, kind: str, base: str, preset: str, request: gr.Request) -> None:
+        """Keeps these for when the page is opened again."""
+        self._remember(self.app.visitor(request), name, word, kind, base, preset)
+
+    def _remember(self, visitor: Visitor, *values: str) -> None:
+        """The first of REMEMBERED; the others stay as they were."""
+        new = {field: str(value or "")[:200] for field, value in zip(REMEMBERED, values, strict=False)}
+        write_atomically(visitor.folder / FORM, json.dumps(self._remembered(visitor) | new))
 
     @staticmethod
-    def _remember(visitor: Visitor, *words: str) -> None:
-        write_atomically(visitor.folder / FORM, json.dumps([str(text or "")[:200] for text in words]))
+    def _remembered(visitor: Visitor) -> dict[str, str]:
+        try:
+            form = json.loads((visitor.folder / FORM).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return form if isinstance(form, dict) else {}
 
     @staticmethod
     def select(event: gr.SelectData) -> tuple[Any, ...]:

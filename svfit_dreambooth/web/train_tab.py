@@ -96,8 +96,8 @@ def build(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: GenerateTab) -
     shown = [thumbs, remarks, selected, photo_actions]
     words = [word, kind, base, preset, *advanced]
 
-    named, trained_at = [name, word, kind], [base, advanced[ADVANCED.index("resolution")]]
-    page.load(draft.show, None, [*shown, *named], **PRIVATE)
+    remembered, trained_at = [name, word, kind, base, preset], [base, advanced[ADVANCED.index("resolution")]]
+    page.load(draft.show, None, [*shown, *remembered], **PRIVATE)
     page.load(lambda: gr.Dropdown(app.studio.bases.names()), None, base, **PRIVATE)
     page.load(runs.open_page, None, panel, **PRIVATE)
     drop.upload(draft.add, [drop, *trained_at], [drop, *shown], **PRIVATE)
@@ -105,11 +105,11 @@ def build(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: GenerateTab) -
     rotate.click(draft.rotate, [selected, *trained_at], shown, **PRIVATE)
     remove.click(draft.remove, [selected, *trained_at], shown, **PRIVATE)
     clear.click(draft.clear, None, shown, **PRIVATE)
-    take.click(draft.take_bundled, [toy, trained_at[1]], [*shown, *named, base], **PRIVATE)
+    take.click(draft.take_bundled, [toy, trained_at[1]], [*shown, *remembered[:-1]], **PRIVATE)
     for changed in (trained_at[0].change, trained_at[1].blur):
         changed(draft.remark, trained_at, remarks, **LIVE)
-    for field in named:
-        field.blur(draft.remember, named, None, **LIVE)
+    for leave in (name.blur, word.blur, kind.blur, base.input, base.blur, preset.input):
+        leave(draft.remember, remembered, None, **LIVE)
     for field in (word, kind):
         field.change(_say_prompt, [word, kind], shown_prompt, **LIVE)
     estimate.click(runs.estimate, words, estimated, **{**PRIVATE, "show_progress": "minimal"})
