@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.utils.torch_utils import get_module_execution_device
+from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -144,6 +145,8 @@ def open_base_model(
             source = path if path.exists() else name
             kind = DiffusionPipeline.load_config(source, **location)["_class_name"]
             family = _family(name, kind)
+            if not content_filter and not location["local_files_only"]:
+                _fetch_whole(name, variant=variant, **location)
             pipeline = family.from_pretrained(
                 source, variant=variant, use_safetensors=True, **location, **_load_options(family, content_filter)
             )
@@ -164,6 +167,19 @@ def open_base_model(
     if revision is not None and not path.exists():
         display += f"@{revision}"
     return BaseModel(display, pipeline)
+
+
+def _fetch_whole(name: str, **location: Any) -> None:
+    """Downloads what `from_pretrained` would leave out with the content filter: painting wants it, maybe offline."""
+    try:
+        DiffusionPipeline.download(name, use_safetensors=True, **location)
+    except OSError as error:  # without a network what lies here may do
+        logger.info("the base model %s was not fetched whole (%s).", name, error)
+
+
+def is_partly_cached(name: str, revision: str | None = None) -> bool:
+    """Whether something of the hub's `name` is on this disk, be it without its content filter or another variant."""
+    return isinstance(try_to_load_from_cache(name, "model_index.json", revision=revision), str)
 
 
 def _folder_kind(folder: str) -> str | None:

@@ -18,6 +18,7 @@ from svfit_dreambooth.base_model import (
     cast_pipeline,
     check_base_model,
     decode_latents,
+    is_partly_cached,
     open_base_model,
 )
 from svfit_dreambooth.config import TOYBOX
@@ -111,8 +112,9 @@ def open_named_base(name: str, path: Path, **options: Any) -> BaseModel:
     try:
         return open_base_model(repository, **options)
     except SVFitError as error:
+        partly = "only partly" if is_partly_cached(repository, options["revision"]) else "not"
         raise SVFitError(
-            f"{path} was trained on {name}, which is not on this disk{' with ' * bool(given)}{' '.join(given)}, and "
+            f"{path} was trained on {name}, which is {partly} on this disk{' with ' * bool(given)}{' '.join(given)}, and "
             f"what a file names is not downloaded unasked: {NAME_THE_BASE} {repository}."
         ) from error
 

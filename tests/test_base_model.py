@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import offload_sequentially, tiny_pipeline, tiny_sdxl_pipeline
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from huggingface_hub.constants import HF_HUB_CACHE
 from single_file import save_single_file
 from torch import nn
@@ -24,7 +24,7 @@ from svfit_dreambooth.base_model import (
     tokenize,
 )
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.generation import generate, open_for_adapters
+from svfit_dreambooth.generation import generate, open_for_adapters, open_named_base
 from svfit_dreambooth.training.denoising import Denoiser
 from svfit_dreambooth.training.encoding import encode_examples
 from svfit_dreambooth.training.preparation import prepare
@@ -218,6 +218,33 @@ def test_hub_ids_with_revision(tiny_base_xl, photo_folder, tmp_path):
     result = train(TrainConfig(**options("someone/tiny-xl", photo_folder, tmp_path, revision="v1.0")))
     assert read_adapter(result.adapter_path).base_model == "someone/tiny-xl@v1.0"
     assert open_for_adapters([(result.adapter_path, 1.0)], device="cpu").name == "someone/tiny-xl@v1.0"
+
+
+def test_what_training_fetches_can_be_painted_with(monkeypatch):
+    """Training opens no content filter; fetched without it, the base could not be opened for painting offline."""
+    cache = Path(HF_HUB_CACHE) / "models--someone--filtered"
+    tiny_pipeline("kl").save_pretrained(folder := cache / "snapshots" / "0123abc")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0123abc")
+    index = json.loads((folder / "model_index.json").read_text())
+    filtered = index | {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
+    (folder / "model_index.json").write_text(json.dumps(filtered))
+    asked = []
+
+    def download(name, **given):
+        asked.append((name, given))
+        raise OSError("no network")
+
+    monkeypatch.setattr(DiffusionPipeline, "download", download)
+    monkeypatch.setattr(StableDiffusionPipeline, "download", lambda *args, **given: str(folder))
+    open_base_model("someone/filtered", content_filter=False, local_files_only=True)
+    assert not asked
+    assert open_base_model("someone/filtered", content_filter=False, revision="main").name == "someone/filtered@main"
+    (name, given) = asked[0]
+    assert name == "someone/filtered" and given["revision"] == "main" and given["use_safetensors"]
+    assert not {"safety_checker", "requires_safety_checker"} & set(given)
+    with pytest.raises(SVFitError, match="someone/filtered, which is only partly on this disk, and what a file names"):
+        open_named_base("someone/filtered", Path("dog.safetensors"))
 
 
 @pytest.mark.parametrize("kind", ["v1", "v2", "xl"])

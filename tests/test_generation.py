@@ -143,7 +143,7 @@ def test_options_of_a_base_that_only_the_adapter_names(adapter_path, tmp_path, c
         reference = snapshots.parent / "refs" / revision
         reference.parent.mkdir(exist_ok=True)
         reference.write_text("0123" + revision)
-    with pytest.raises(SVFitError, match="someone/half@v1, which is not on this disk, and"):
+    with pytest.raises(SVFitError, match="someone/half@v1, which is only partly on this disk, and"):
         open_for_adapters([(path, 1.0)], device="cpu")
     assert open_for_adapters([(path, 1.0)], device="cpu", variant="fp16").name == "someone/half@v1"
     model = open_for_adapters([(path, 1.0)], device="cpu", variant="fp16", revision="v2")
