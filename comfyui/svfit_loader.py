@@ -43,8 +43,13 @@ class SVFitLoader:
         }
 
     def load(self, model, clip, adapter, strength_model, strength_clip, allow_other_base=False):
-        """Raises SVFitError for a file that is no whole adapter and for a model that is not its base."""
+        """Raises SVFitError for a file that is no whole adapter or learned a word, and for a model that is not its base."""
         content = read_adapter(folder_paths.get_full_path("loras", adapter))
+        if content.learned_words:
+            words = ", ".join(word.word for word in content.learned_words)
+            raise SVFitError(
+                f"{adapter} has learned the word {words}, which this node cannot load: export a merged model."
+            )
         maps = {
             "unet": comfy.lora.model_lora_keys_unet(model.model, {}),
             "text_encoder": comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}),

@@ -11,7 +11,8 @@ import torch
 from conftest import tiny_pipeline
 
 from svfit_dreambooth import load_adapter, save_adapter
-from svfit_dreambooth.adapter import Adapter
+from svfit_dreambooth.adapter import Adapter, read_adapter
+from svfit_dreambooth.adapter_words import LearnedWord
 from svfit_dreambooth.attention import find_projections, svfit_layers
 from svfit_dreambooth.basis import fingerprint
 from svfit_dreambooth.errors import SVFitError
@@ -145,3 +146,13 @@ def test_another_model_is_refused(node, tmp_path):
     smaller = {other: layer for other, layer in layers.items() if other != name}
     with pytest.raises(SVFitError, match=f"this model has no {name}"):
         node.SVFitLoader().load(*loaded(smaller, True), "dog.safetensors", 1.0, 1.0)
+
+
+def test_a_learned_word_is_not_lost_silently(node, tmp_path):
+    layers = projections(tiny_pipeline())
+    adapter = read_adapter(write_adapter(layers, tmp_path))
+    adapter.learned_words = [LearnedWord("sks", {"text_encoder": ["sks"]}, {"text_encoder": torch.ones(1, 24)})]
+    save_adapter(adapter, tmp_path / "dog.safetensors")
+    for allow_other_base in (False, True):
+        with pytest.raises(SVFitError, match="dog.safetensors has learned the word sks, which this node cannot load"):
+            node.SVFitLoader().load(*loaded(layers, True), "dog.safetensors", 1.0, 1.0, allow_other_base)

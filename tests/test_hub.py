@@ -18,6 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from svfit_dreambooth import load_adapter, save_adapter
 from svfit_dreambooth.adapter import Adapter
+from svfit_dreambooth.adapter_words import LearnedWord
 from svfit_dreambooth.attention import find_projections
 from svfit_dreambooth.basis import fingerprint
 from svfit_dreambooth.commands.main import main
@@ -165,6 +166,23 @@ def test_the_card_of_an_unknown_base_makes_no_claims(run):
     adapter.base_model = "toybox"
     head, body = front_matter(model_card(adapter, title="x", file_name="x", file_bytes=1, repository="a/b"))
     assert head["license"] == "apache-2.0" and "base_model" not in head and "open_base_model().pipeline" in body
+
+
+def test_the_card_says_what_the_file_says():
+    adapter = Adapter({"unet.a.to_q": torch.ones(3)}, base_model="toybox", base_fingerprint={})
+    adapter.metadata |= {"modelspec.license": "CC BY 4.0", "modelspec.author": "Ann *Other*"}
+    adapter.learned_words = [LearnedWord("sks", {"text_encoder": ["sks"]}, {"text_encoder": torch.ones(1, 24)})]
+    head, body = front_matter(model_card(adapter, title="x", file_name="x", file_bytes=1, repository="a/b"))
+    assert head["license"] == "other" and head["license_name"] == "CC BY 4.0"
+    assert "Licence: `CC BY 4.0`.  The licence of the base model holds" in body and "Author: Ann \\*Other" in body
+    assert "only 3 singular values of its weights and the embedding of a word were trained" in body
+    assert "| learned words | sks |" in body
+    adapter.metadata = {"combined_from": "[]"}
+    assert "the sum of what other adapters change" in model_card(
+        adapter, title="x", file_name="x", file_bytes=1, repository="a/b"
+    )
+    adapter.training = {"imported_from": "SVDiff"}
+    assert "brought over from SVDiff" in model_card(adapter, title="x", file_name="x", file_bytes=1, repository="a/b")
 
 
 def test_a_private_adapter_is_not_sent_to_a_public_repository(stub, run):

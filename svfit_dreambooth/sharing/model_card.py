@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ LICENCES = {
     "stabilityai/stable-diffusion-2-1-base": "openrail++",
     "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
 }
+OF_THE_BASE = "as the base model's"  # how the note begins that files get by themselves
+HUB_LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")  # the hub's words for licences look so
 MEASURES = {
     "subject": "likeness to the subject",
     "prompt": "prompt followed",
@@ -39,18 +42,20 @@ def model_card(
     """The text of README.md.
 
     `pictures`: file names beside the card.  `figures`: row -> measure -> value, as the end of a run reports them.
-    `licence`: the hub's word for it; None takes that of the base where it is known.
+    `licence`: the hub's word for it; None takes what a person wrote into the file, else that of the base where known.
     """
     base, _, revision = adapter.base_model.partition("@")
-    licence = licence or LICENCES.get(base)
+    note = adapter.metadata.get("modelspec.license", OF_THE_BASE)
+    licence = licence or (LICENCES.get(base) if note.startswith(OF_THE_BASE) else note)
     on_hub = base.count("/") == 1
     made = (
         f"`{file_name}`, {file_bytes / 1000:,.0f} kB, is an adapter for {_base_link(base, revision, on_hub)}, made with "
-        f"SVFit DreamBooth: only {sum(adapter.ranks.values()):,} singular values of its weights were trained "
-        "([SVFit, Sun et al. 2024](https://arxiv.org/abs/2409.05926))."
+        f"SVFit DreamBooth: {_origin(adapter)} ([SVFit, Sun et al. 2024](https://arxiv.org/abs/2409.05926))."
     )
     front_matter = _front_matter(adapter, base if on_hub else None, licence, pictures)
     parts = [front_matter, f"# {_line(title)}", made]
+    if "modelspec.author" in adapter.metadata:
+        parts.append(f"Author: {_line(adapter.metadata['modelspec.author'])}")
     if adapter.instance_prompt:
         parts.append(f"The words for its subject: {_code(adapter.instance_prompt)}")
     parts += [f"![Pictures of {_line(title)}]({name})" for name in pictures]
@@ -68,11 +73,22 @@ CONSENT = (
 )
 
 
+def _origin(adapter: Adapter) -> str:
+    """What was done to get it."""
+    values, words = f"{sum(adapter.ranks.values()):,} singular values", len(adapter.learned_words)
+    if "imported_from" in adapter.training:
+        return f"it changes {values} of its weights, brought over from {_line(str(adapter.training['imported_from']))}"
+    if "combined_from" in adapter.metadata:
+        return f"it changes {values} of its weights, the sum of what other adapters change"
+    learnt = f" and the embedding of {'a word' if words == 1 else f'{words} words'}" * bool(words)
+    return f"only {values} of its weights{learnt} were trained"
+
+
 def _front_matter(adapter: Adapter, base: str | None, licence: str | None, pictures: Sequence[str]) -> str:
     data: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
-    data["license"] = licence or "other"
-    if licence is None:
-        data["license_name"] = "that-of-the-base-model"
+    data["license"] = licence if HUB_LICENCE.fullmatch(licence or "") else "other"
+    if data["license"] == "other":
+        data["license_name"] = licence or "that-of-the-base-model"
     if base is not None:
         data |= {"base_model": base, "base_model_relation": "adapter"}
     data["tags"] = ["svfit", "dreambooth", "diffusers", "text-to-image"]
@@ -116,6 +132,8 @@ def _settings(adapter: Adapter) -> str:
         "trained values": f"{sum(ranks):,} in {len(ranks)} layers of {', '.join(adapter.components)}",
         "singular values a layer": f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}",
     }
+    if adapter.learned_words:
+        rows["learned words"] = ", ".join(word.word for word in adapter.learned_words)
     rows |= {name.replace("_", " "): value for name, value in adapter.training.items() if value is not None}
     return _table(["setting", "value"], [[name, str(value)] for name, value in rows.items()])
 
@@ -135,7 +153,7 @@ def _licence(licence: str | None, base: str, on_hub: bool) -> str:
         return (
             f"Licence: `{licence}`, which is that of the base model."
             if licence == LICENCES.get(base)
-            else (f"Licence: `{licence}`.  The licence of the base model holds beside it.")
+            else f"Licence: {_code(licence)}.  The licence of the base model holds beside it."
         )
     where = f"[its page](https://huggingface.co/{base})" if on_hub else "the place where you got it"
     return f"An adapter is derived from its base model and shares its licence: see {where}."
