@@ -148,7 +148,7 @@ def subject_words(prompt: str) -> str:
 
 
 def ask(paint: Paint, questions: Questions, seed: int) -> Answers:
-    """Paints all answers; the first picture of every kind of prompt has the seed `seed`."""
+    """Paints all answers; the pictures' seeds count on from `seed`: subject, class, unrelated."""
     prompts = [prompt for prompt in questions.prompts for _ in range(questions.pictures_per_prompt)]
     everything = paint([*prompts, *questions.class_prompts, *questions.unrelated_prompts], seed)
     first, second = len(prompts), len(prompts) + len(questions.class_prompts)
