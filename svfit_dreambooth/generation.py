@@ -17,11 +17,11 @@ from svfit_dreambooth.base_model import (
     Pipeline,
     cast_pipeline,
     check_base_model,
-    decode_latents,
     is_partly_cached,
     open_base_model,
 )
 from svfit_dreambooth.config import TOYBOX
+from svfit_dreambooth.encoders import decode_latents
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import save_png
 from svfit_dreambooth.pipeline import load_adapter, loaded_adapters, merge_adapters

@@ -16,13 +16,12 @@ from torch import nn
 from svfit_dreambooth import TrainConfig, load_adapter, read_adapter, train
 from svfit_dreambooth.base_model import (
     cast_pipeline,
-    encode_tokens,
     noise_scheduler,
     open_base_model,
     pipeline_components,
     text_encoders,
-    tokenize,
 )
+from svfit_dreambooth.encoders import encode_tokens, tokenize
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.generation import generate, open_for_adapters, open_named_base
 from svfit_dreambooth.training.denoising import Denoiser

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from svfit_dreambooth.base_model import encode_tokens, noise_scheduler
+from svfit_dreambooth.base_model import noise_scheduler
+from svfit_dreambooth.encoders import encode_tokens
 from svfit_dreambooth.training.encoding import Examples
 from svfit_dreambooth.training.preparation import Run
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from svfit_dreambooth.base_model import encode_images, encode_tokens, text_encoders, tokenize
+from svfit_dreambooth.base_model import text_encoders
+from svfit_dreambooth.encoders import encode_images, encode_tokens, tokenize
 from svfit_dreambooth.photos import Photo, open_mask, open_photo
 from svfit_dreambooth.training.class_pictures import paint_class_pictures
 from svfit_dreambooth.training.crops import crop_photo
