@@ -87,9 +87,9 @@ def save_adapter(adapter: Adapter, path: str | Path, dtype: torch.dtype = torch.
     """Write `adapter` to `path`, all or nothing: a file already there stays whole until the new one is complete.
 
     Missing parent folders are made.  A shift that is mostly zeros is written as the others and their positions, where
-    that is smaller; read again it ends at the last of them.  Nothing of the author's disk is stored: a `base_model` that is an absolute path,
-    or has more than the one slash of a hub id, is reduced to its last component, and so are absolute paths among the
-    values of `training`; keys of `training` that end in _dir, _path or _file are left out.
+    that is smaller; read again it ends at the last of them.  Nothing of the author's disk is stored: a `base_model`
+    that is an absolute path, or has more than the one slash of a hub id, is reduced to its last component, and so are
+    absolute paths among the values of `training`; keys of `training` that end in _dir, _path or _file are left out.
 
     dtype: torch.float16 (2 bytes a value) or torch.float32 (exact).
     Raises SVFitError for shifts that are not finite, not 1-D, or too large for float16, and for a path that can't be

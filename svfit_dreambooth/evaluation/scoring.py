@@ -71,10 +71,11 @@ def evaluate_adapters(
 ) -> list[Row]:
     """One row for the base on every subject, then one for every candidate, in the order given.
 
-    `model` carries the `adapter_files` of the candidates, in that order, each once however many strengths it has.  `templates`: None takes the settings without a photo for a bundled
-    subject of toybox, compared with true renderings, else `PROMPTS`, compared with the photos.  `painting`: options of
-    `generate`.  Writes into `output_dir`: scores.json, sheet.png, and every picture with its settings under pictures/.
-    Raises SVFitError where nothing can be measured, for photos that cannot be used, and where an earlier evaluation is.
+    `model` carries the `adapter_files` of the candidates, in that order, each once however many strengths it has.
+    `templates`: None takes the settings without a photo for a bundled subject of toybox, compared with true
+    renderings, else `PROMPTS`, compared with the photos.  `painting`: options of `generate`. Writes into `output_dir`:
+    scores.json, sheet.png, and every picture with its settings under pictures/. Raises SVFitError where nothing can be
+    measured, for photos that cannot be used, and where an earlier evaluation is.
     """
     if features.any is None:
         raise SVFitError("nothing can be measured: name a DINO and a CLIP model with --dino_path and --clip_path.")

@@ -68,9 +68,9 @@ def export_lora(
     """Writes the adapter at `adapter_path` as a LoRA for the layers of `base`, whose pipeline carries no adapter.
 
     `output`: a .safetensors file, replaced if there is one, or a folder for it.  `scale`: strength, built in.
-    `rank`, `error`, `dtype`: see `plan_lora`.  `without_words`: leave out learned words,
-    for which LoRA files have no place; otherwise an adapter with one is refused.  `on_plan` is told what the file will hold and weigh before the work
-    starts.  The pipeline is afterwards as before.
+    `rank`, `error`, `dtype`: see `plan_lora`.  `without_words`: leave out learned words, for which LoRA files have no
+    place; otherwise an adapter with one is refused.  `on_plan` is told what the file will hold and weigh before the
+    work starts.  The pipeline is afterwards as before.
     Raises SVFitError for an adapter of another base (unless `allow_other_base`), values that do not fit, a place that
     cannot be written, and a file that does not read back as the adapter; then nothing is left behind.
     """

@@ -84,8 +84,8 @@ def lora_changes(
 ) -> Iterator[tuple[str, Tensor]]:
     """Layer by layer what the file at `path` adds to the weight, (out, in) float32, as loaders compute it.
 
-    `names`: the layers expected, with their shapes (out, in), where in is in * h * w for convolutions.  Raises SVFitError if the file holds others, or misses
-    or misshapes one.
+    `names`: the layers expected, with their shapes (out, in), where in is in * h * w for convolutions.  Raises
+    SVFitError if the file holds others, or misses or misshapes one.
     """
     try:
         with safe_open(path, framework="pt") as file:
