@@ -274,7 +274,7 @@ def test_running_out_of_memory_is_a_sentence(config, monkeypatch):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 999 bytes")
 
     monkeypatch.setattr(Denoiser, "loss", loss)
-    with pytest.raises(SVFitError, match="out of memory: use --gradient_checkpointing") as error:
+    with pytest.raises(SVFitError, match="out of memory: go on with --resume_from_checkpoint latest") as error:
         train(TrainConfig(**config))
     assert "\n" not in str(error.value)
 

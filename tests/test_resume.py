@@ -153,6 +153,21 @@ def test_a_named_checkpoint_resumes_into_another_folder(config, whole, tmp_path)
     assert_same_values(result.adapter_path, whole.adapter_path)
 
 
+def test_a_run_that_lacked_memory_goes_on_without_looks_and_with_checkpointed_gradients(config, whole, tmp_path):
+    checkpoint = whole.adapter_path.parent / "checkpoints" / "step-000009.safetensors"
+
+    def resume(name, **changes):
+        options = {**config, **changes, "output_dir": str(tmp_path / name), "resume_from_checkpoint": str(checkpoint)}
+        return train(TrainConfig(**options))
+
+    last = resume("last", keep="last")
+    blind = resume("blind", validation_steps=0)
+    assert blind.kept_step == 12  # the best of earlier looks, step 5, is not held against what nobody looked at
+    first, second = read_adapter(last.adapter_path).shifts, read_adapter(blind.adapter_path).shifts
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert resume("spared", gradient_checkpointing=True).steps == 12
+
+
 def looks(folder):
     measured = [event["step"] for event in read_progress(folder) if event["event"] == "measure"]
     return measured, sorted(int(path.stem.partition("_")[2]) for path in (folder / "validation").glob("*.png"))

@@ -38,6 +38,8 @@ INDIFFERENT_OPTIONS = (
     "resume_from_checkpoint",
     "checkpoints_total_limit",
     "final_pictures",
+    "gradient_checkpointing",
+    "validation_steps",
     "report_to",
     "also",
     "push_to_hub",

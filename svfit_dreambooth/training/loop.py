@@ -103,7 +103,8 @@ class Loop:
             self.accelerator.scaler.load_state_dict(state.scaler)
         self.accelerator.step = 0  # it counts micro-batches, and may have been left in the middle of a step
         self.step, self.rate_factor, self.rollbacks = state.step, state.rate_factor, state.rollbacks
-        self.best, self.good, self.between_steps, self.skipped = state.best, state, True, 0
+        self.best = None if self.watch is None else state.best  # nothing would be compared with it
+        self.good, self.between_steps, self.skipped = state, True, 0
 
     def run(self, on_step: Callable[[Step], bool | None] | None, stop_asked: Callable[[], bool]) -> bool:
         """Makes the steps that are left; returns whether it was asked to stop before the last one.

@@ -78,8 +78,9 @@ def train(config: TrainConfig, on_step: Callable[[Step], bool | None] | None = N
         if not is_out_of_memory(error):
             raise
         raise SVFitError(
-            "out of memory: use --gradient_checkpointing, --mixed_precision bf16, a smaller --train_batch_size "
-            "(with --gradient_accumulation_steps for the same result) or a smaller --resolution."
+            "out of memory: go on with --resume_from_checkpoint latest and --validation_steps 0 or "
+            "--gradient_checkpointing, or start anew with --mixed_precision bf16, a smaller --train_batch_size (with "
+            "--gradient_accumulation_steps for the same result) or a smaller --resolution."
         ) from error
     finally:
         accelerator.free_memory()
