@@ -105,10 +105,13 @@ def _train(run: Run, accelerator: Accelerator, on_step: Callable[[Step], bool | 
     positions = None
     _step_aside(run, accelerator)
     if config.budget is not None:
-        own = choose_positions(run, examples, accelerator.device, dtype)
-        (positions,) = broadcast_object_list([own])  # rounding must not give processes different layers
+        chosen = None  # by one process: rounding must not give others different layers
+        if accelerator.is_main_process:
+            chosen = choose_positions(run, examples, accelerator.device, dtype)
+        (positions,) = broadcast_object_list([chosen])
         run = narrowed(run, positions)
-    shifts = patch_run(run, positions)
+    with accelerator.main_process_first():  # it decomposes, the others then find the bases
+        shifts = patch_run(run, positions)
     words = learn_words(pipeline, config.learned_word, run.initial)
     networks = _place(run, accelerator)
     model = Denoiser(run, examples, dtype=dtype, device=accelerator.device, **networks)
