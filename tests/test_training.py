@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from svfit_dreambooth.attention import svfit_layers
 from svfit_dreambooth.config import parse_config
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.training.denoising import Denoiser
+from svfit_dreambooth.training.estimate import estimate_memory
 from svfit_dreambooth.training.preparation import _check_writable, prepare
 
 
@@ -107,6 +109,26 @@ def test_mixed_precision(config, precision):
     assert result.run.base.pipeline.unet.dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     shifts = read_adapter(result.adapter_path).shifts
     assert all(torch.isfinite(shift).all() for shift in shifts.values()) and any(s.any() for s in shifts.values())
+
+
+@pytest.mark.parametrize("options", [{}, {"budget": 25}])
+def test_the_stored_weights_are_not_kept_beside_the_cast_ones(config, options, monkeypatch):
+    stored, alive = [], []
+
+    def note(config):
+        run = prepare(config)
+        stored.extend(weakref.ref(weight) for weight in run.weights.values())
+        return run
+
+    monkeypatch.setattr("svfit_dreambooth.training.train.prepare", note)
+
+    def count(step):
+        alive.append(sum(reference() is not None for reference in stored))
+        return True
+
+    result = train(TrainConfig(**config, **options, mixed_precision="bf16"), on_step=count)
+    assert stored and alive == [0]
+    assert result.run.report() and estimate_memory(result.run).bases > 0  # which need shapes alone
 
 
 @pytest.mark.parametrize(("options", "rank"), [({"rank": 5}, {5}), ({"rank": 999}, {16, 24, 32})])

@@ -64,6 +64,10 @@ class Run:
         """`basis.weight_hash` of every weight, read once: resuming, the basis and the adapter file ask for it."""
         return weight_hashes(self.weights)
 
+    def release_weights(self) -> None:
+        """Keeps only the shapes of `weights`, as their numbers would stay in memory beside those of cast networks."""
+        self.weights = {name: weight.to("meta") for name, weight in self.weights.items()}
+
     @property
     def trained(self) -> list[str]:
         """The components that hold something to train: those with targets, and text encoders that learn a word."""

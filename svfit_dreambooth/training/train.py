@@ -102,16 +102,21 @@ def _train(run: Run, accelerator: Accelerator, on_step: Callable[[Step], bool | 
         examples = encode_examples(run, accelerator.device)
     dtype = WEIGHT_DTYPE[config.mixed_precision]
     of_word = word_rows(pipeline, config.learned_word)  # before the networks are cast
-    positions = None
+    whole, positions = run, None
     _step_aside(run, accelerator)
     if config.budget is not None:
         chosen = None  # by one process: rounding must not give others different layers
         if accelerator.is_main_process:
             chosen = choose_positions(run, examples, accelerator.device, dtype)
         (positions,) = broadcast_object_list([chosen])
-        run = narrowed(run, positions)
+        run = narrowed(whole, positions)
     with accelerator.main_process_first():  # it decomposes, the others then find the bases
         shifts = patch_run(run, positions)
+    # hashed at the start already, unless a budget left layers out or a word came in
+    known = positions is None and not of_word
+    base_fingerprint = identity["base"] if known else fingerprint(run.weights | of_word, run.hashes)
+    for each in (whole, run):
+        each.release_weights()
     words = learn_words(pipeline, config.learned_word, run.initial)
     networks = _place(run, accelerator)
     model = Denoiser(run, examples, dtype=dtype, device=accelerator.device, **networks)
@@ -161,10 +166,7 @@ def _train(run: Run, accelerator: Accelerator, on_step: Callable[[Step], bool | 
     adapter = Adapter(
         shifts=learnt if positions is None else spread(learnt, positions),
         base_model=run.base.name,
-        # hashed at the start already, unless a budget left layers out or a word came in
-        base_fingerprint=identity["base"]
-        if positions is None and not of_word
-        else fingerprint(run.weights | of_word, run.hashes),
+        base_fingerprint=base_fingerprint,
         instance_prompt=config.instance_prompt,
         class_prompt=config.class_prompt,
         training=training_record(run, loop.step, kept, loss_before, loss_after),
