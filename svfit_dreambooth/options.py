@@ -192,7 +192,7 @@ class WatchOptions:
     validation_steps: int | None = _option(
         None,
         "Steps between looks: pictures of the validation prompts, and measures; 0: none.  None: a quarter of the run, "
-        "but none on a CPU for bases that paint slowly there.",
+        "but none on a CPU for bases that paint slowly there, unless --dino_path or --clip_path is given.",
     )
     validation_prompts: list[str] | None = field(
         default=None, metadata={"help": "Prompts to paint on the way and at the end; None: the subject in four places."}

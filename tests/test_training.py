@@ -232,10 +232,12 @@ def test_captions_take_the_place_of_the_prompt(config, photo_folder, tmp_path):
         ({"target_modules": ["to_z"]}, "'to_z' matches no linear layer"),
         ({"init_adapter": "/no/adapter"}, "--init_adapter /no/adapter does not exist"),
         ({"adapter_name": "../escape"}, "'../escape' is no file name"),
+        ({"dino_path": "/no/dino", "validation_steps": 2}, "the weights /no/dino cannot be opened as a AutoModel"),
+        ({"clip_path": "/no/clip", "validation_steps": None}, "the weights /no/clip cannot be opened as a CLIPModel"),
     ],
 )
 def test_bad_input_is_one_sentence_before_anything_slow(config, changes, sentence, monkeypatch):
-    monkeypatch.setattr("svfit_dreambooth.training.train.encode_examples", None)  # never reached
+    monkeypatch.setattr("svfit_dreambooth.training.train._open_folder", None)  # never reached
     with pytest.raises(SVFitError, match=sentence) as error:
         train(TrainConfig(**{**config, **changes}))
     assert "\n" not in str(error.value)

@@ -149,8 +149,9 @@ def prepare(config: TrainConfig, *, local_files_only: bool = False) -> Run:
     noise_scheduler(base.pipeline)  # raises for bases that are trained otherwise
     apply_preset(config, base.architecture)
     if config.validation_steps is None:
+        asked = config.dino_path is not None or config.clip_path is not None  # or they would be given for nothing
         quick = base.name == TOYBOX or torch.cuda.is_available() or torch.backends.mps.is_available()
-        config.validation_steps = max(1, config.max_train_steps // 4) if quick else 0
+        config.validation_steps = max(1, config.max_train_steps // 4) if asked or quick else 0
     factor = base.pipeline.vae_scale_factor
     config.resolution = config.resolution or base.resolution
     if config.resolution % factor:

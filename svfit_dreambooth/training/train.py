@@ -70,10 +70,14 @@ def train(config: TrainConfig, on_step: Callable[[Step], bool | None] | None = N
     accelerator = _accelerator(config)
     try:
         run = prepare(config)
-        if config.push_to_hub and accelerator.is_main_process:
-            check_login()  # now, not after the hours of training
+        features = Features()
+        if accelerator.is_main_process:  # what may be missing is found out now, not after the hours of training
+            if config.push_to_hub:
+                check_login()
+            if run.config.validation_steps:
+                features = open_features(run.base.name, config.dino_path, config.clip_path, accelerator.device)
         with lock_run(run.config.output_dir) if accelerator.is_main_process else nullcontext():
-            return _train(run, accelerator, on_step)
+            return _train(run, accelerator, features, on_step)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -86,7 +90,9 @@ def train(config: TrainConfig, on_step: Callable[[Step], bool | None] | None = N
         accelerator.free_memory()
 
 
-def _train(run: Run, accelerator: Accelerator, on_step: Callable[[Step], bool | None] | None) -> TrainResult:
+def _train(
+    run: Run, accelerator: Accelerator, features: Features, on_step: Callable[[Step], bool | None] | None
+) -> TrainResult:
     config, pipeline, folder = run.config, run.base.pipeline, Path(run.config.output_dir)
     identity = run_identity(run)
     resumed = resume_state(run, identity)
@@ -124,9 +130,6 @@ def _train(run: Run, accelerator: Accelerator, on_step: Callable[[Step], bool | 
     rates = {n: config.learning_rate if n.startswith("unet.") else config.text_encoder_lr for n in values}
     values |= words
     rates |= dict.fromkeys(words, config.learned_word_lr)
-    features = Features()
-    if config.validation_steps and accelerator.is_main_process:
-        features = open_features(run.base.name, config.dino_path, config.clip_path, accelerator.device)
     watch = Watch(run, features) if config.validation_steps else None
     loop = Loop(
         config, accelerator, model, [networks[component] for component in run.trained], values, rates, identity, watch
