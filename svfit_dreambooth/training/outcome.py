@@ -84,7 +84,7 @@ def _same(path: Path, written: Adapter) -> bool:
 
 
 def training_record(
-    run: Run, steps: int, kept: int, loss_before: float | None, loss_after: float | None
+    run: Run, num_processes: int, steps: int, kept: int, loss_before: float | None, loss_after: float | None
 ) -> dict[str, Any]:
     """What the file says of its run."""
     config = run.config
@@ -92,7 +92,7 @@ def training_record(
         "steps": steps,
         **({"kept_step": kept} if kept != steps else {}),
         "photos": len(run.photos),
-        "batch_size": config.train_batch_size * config.gradient_accumulation_steps,
+        "batch_size": config.train_batch_size * config.gradient_accumulation_steps * num_processes,
     }
     for name in ("resolution", "rank", "energy", "budget", "learning_rate", "lr_scheduler", "mixed_precision", "seed"):
         record[name] = getattr(config, name)

@@ -94,7 +94,7 @@ def _train(
     run: Run, accelerator: Accelerator, features: Features, on_step: Callable[[Step], bool | None] | None
 ) -> TrainResult:
     config, pipeline, folder = run.config, run.base.pipeline, Path(run.config.output_dir)
-    identity = run_identity(run)
+    identity = run_identity(run, accelerator.num_processes)
     resumed = resume_state(run, identity)
     if accelerator.is_main_process:
         _open_folder(run, resumed)
@@ -106,6 +106,7 @@ def _train(
             logger.log(logging.INFO if estimate.fits else logging.WARNING, line)
     with accelerator.main_process_first():  # it paints class pictures, the others then find them
         examples = encode_examples(run, accelerator.device)
+    identity = run_identity(run, accelerator.num_processes)  # with the class pictures that are there by now
     dtype = WEIGHT_DTYPE[config.mixed_precision]
     of_word = word_rows(pipeline, config.learned_word)  # before the networks are cast
     whole, positions = run, None
@@ -172,7 +173,7 @@ def _train(
         base_fingerprint=base_fingerprint,
         instance_prompt=config.instance_prompt,
         class_prompt=config.class_prompt,
-        training=training_record(run, loop.step, kept, loss_before, loss_after),
+        training=training_record(run, accelerator.num_processes, loop.step, kept, loss_before, loss_after),
         title=run.adapter_name,
         architecture=run.base.architecture,
         metadata=base_metadata(run.base),
