@@ -5,18 +5,23 @@ import os
 import shutil
 import signal
 import threading
+import time
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from svfit_dreambooth import TrainConfig, read_adapter, train
 from svfit_dreambooth.base_model import open_base_model, pipeline_components
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.generation import generate
 from svfit_dreambooth.run_folder import lock_run, read_progress
+from svfit_dreambooth.sharing.export import export_lora
 from svfit_dreambooth.training.denoising import Denoiser
 from svfit_dreambooth.training.loop import MAX_SKIPPED, Loop
+from svfit_dreambooth.training.preparation import open_run_base, prepare
 
 
 @pytest.fixture
@@ -222,10 +227,21 @@ def test_a_full_disk_costs_the_pictures_of_a_look_but_not_its_measures(config, m
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("no room"), SVFitError("a sentence."), OSError(28, "No space left on device")]
+    "error",
+    [
+        torch.OutOfMemoryError("no room"),
+        SVFitError("a sentence."),
+        OSError(28, "No space left on device"),
+        KeyboardInterrupt(),
+        signal.SIGTERM,
+    ],
 )
 def test_pictures_that_fail_at_the_end_cost_only_themselves(config, monkeypatch, caplog, error):
     def fail(*args):
+        assert (Path(config["output_dir"]) / "my-dog-kohya.safetensors").is_file()  # made before what takes minutes
+        if error is signal.SIGTERM:
+            os.kill(os.getpid(), error)
+            time.sleep(5)
         raise error
 
     monkeypatch.setattr("svfit_dreambooth.training.outcome.show_result", fail)
@@ -246,6 +262,37 @@ def test_final_pictures_of_a_float32_run_need_no_second_base(config, monkeypatch
         theirs = getattr(base, name).state_dict()
         assert set(theirs) == set(module.state_dict())
         assert all(torch.equal(theirs[key], tensor) for key, tensor in module.state_dict().items())
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_run_that_rounded_its_base_ends_with_one_base_in_memory(config, monkeypatch, tiny_base, precision):
+    from svfit_dreambooth.training import outcome
+
+    runs, held, alive = [], [], []
+
+    def note(config):
+        runs.append(prepare(config))
+        return runs[0]
+
+    def reopen(config):
+        alive.append(sum(reference() is not None for reference in held))
+        return open_run_base(config)
+
+    monkeypatch.setattr("svfit_dreambooth.training.train.prepare", note)
+    monkeypatch.setattr(outcome, "open_run_base", reopen)
+    options = {**config, "final_pictures": True, "num_inference_steps": 1, "max_train_steps": 2}
+
+    def hold(step):
+        for module in (runs[0].base.pipeline.unet, runs[0].base.pipeline.vae):
+            held.extend(weakref.ref(each) for each in module.parameters() if not each.requires_grad)
+
+    result = train(TrainConfig(**options, mixed_precision=precision, also="kohya"), on_step=hold)
+    assert held and alive == ([] if precision == "fp16" else [0])
+    assert result.showing.sheet.is_file() and not result.run.base.pipeline.unet.conv_in.weight.is_meta
+    path = Path(config["output_dir"]) / "from the files.safetensors"
+    export_lora(result.adapter_path, open_base_model(str(tiny_base)), path, error=outcome.ALSO_ERROR)
+    ours, theirs = (load_file(each) for each in (path.with_name("my-dog-kohya.safetensors"), path))
+    assert set(ours) == set(theirs) and all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
 def test_final_pictures_take_the_precision_of_the_run(config, monkeypatch):
@@ -362,8 +409,6 @@ def test_an_unknown_tracker_is_a_sentence(config):
 
 
 def test_a_lora_is_written_beside_the_adapter(config):
-    from safetensors.torch import load_file
-
     result = train(TrainConfig(**config, also="kohya"))
     lora = load_file(Path(config["output_dir"]) / "my-dog-kohya.safetensors")
     assert any(name.startswith("lora_unet_") for name in lora) and "LoRA: " in result.summary()

@@ -255,12 +255,12 @@ class Loop:
 
 
 @contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Within it Ctrl-C and SIGTERM let the present step end; a second one interrupts at once."""
+def stop_signals(at_once: bool = False) -> Iterator[Callable[[], bool]]:
+    """Within it Ctrl-C and SIGTERM let the present step end; a second one, or `at_once` the first, interrupts."""
     asked: list[int] = []
 
     def note(number: int, frame: Any) -> None:
-        if asked:
+        if asked or at_once:
             raise KeyboardInterrupt
         asked.append(number)
         logger.warning("stopping after this step; once more, and it stops at once.")
