@@ -172,6 +172,20 @@ def test_init_adapter_continues(config, tmp_path):
         train(TrainConfig(**{**options, "target_modules": ["to_q"]}))
 
 
+def test_init_adapter_with_more_values_than_the_run_keeps(config, tmp_path):
+    first = train(TrainConfig(**config, energy=0.5))
+    longest = max(read_adapter(first.adapter_path).ranks.values())
+    options = {**config, "output_dir": str(tmp_path / "second"), "init_adapter": str(first.adapter_path)}
+    assert prepare(TrainConfig(**options, energy=0.5)) and prepare(TrainConfig(**options, rank=longest))
+    with pytest.raises(SVFitError, match=f"--rank 2 keeps fewer .* than the {longest} .* leave --rank out, or use"):
+        prepare(TrainConfig(**options, rank=2))
+    with pytest.raises(SVFitError, match=r"--energy 0.4 may keep fewer .* leave it out"):
+        prepare(TrainConfig(**options, energy=0.4))
+    plain = train(TrainConfig(**{**config, "output_dir": str(tmp_path / "plain")}))
+    with pytest.raises(SVFitError, match="not made with an --energy up to that"):
+        prepare(TrainConfig(**{**options, "init_adapter": str(plain.adapter_path)}, energy=0.99))
+
+
 def test_init_adapter_that_the_run_replaces(config):
     first = train(TrainConfig(**config))
     again = TrainConfig(**{**config, "init_adapter": str(first.adapter_path), "learning_rate": 1e-9})
