@@ -109,6 +109,8 @@ class AdapterOptions:
                 number = 0
             if number < 1:
                 raise SVFitError(f'--rank is {self.rank!r}: give a whole number of 1 or more, or "full".')
+        if self.energy is not None and self.rank != "full":
+            raise SVFitError("--energy chooses the ranks itself: leave --rank out.")
         if self.budget is not None:
             if self.budget < 1:
                 raise SVFitError(f"--budget is {self.budget}: it is a number of singular values, 1 or more.")
