@@ -185,6 +185,19 @@ def test_a_second_interrupt_in_the_middle_of_a_step_keeps_the_last_good_state(co
     assert result.stopped and result.steps == 4 and result.adapter_path.is_file()
 
 
+def test_values_of_one_rate_are_one_group_of_the_optimizer(config, monkeypatch):
+    run, seen = Loop.run, []
+
+    def note(self, *args):
+        seen.extend((group["peak"], len(group["params"])) for group in self.raw_optimizer.param_groups)
+        return run(self, *args)
+
+    monkeypatch.setattr(Loop, "run", note)
+    options = {**config, "max_train_steps": 1, "learning_rate": 0.05, "text_encoder_lr": 0.01, "learned_word_lr": 0.05}
+    train(TrainConfig(**options, train_text_encoder=True, learned_word="sks"))
+    assert seen == [(0.05, 32 + 1), (0.01, 8)]
+
+
 def test_training_in_a_thread_leaves_signals_alone(config):
     results = []
     thread = threading.Thread(target=lambda: results.append(train(TrainConfig(**{**config, "max_train_steps": 1}))))

@@ -65,7 +65,10 @@ class Loop:
         """
         self.config, self.accelerator, self.model, self.modules = config, accelerator, model, modules
         self.values, self.identity, self.watch = values, identity, watch
-        groups = [{"params": [value], "peak": rates[name], "lr": rates[name]} for name, value in values.items()]
+        groups = [  # few and large ones, which a GPU updates in a few calls
+            {"params": [values[name] for name in values if rates[name] == rate], "peak": rate, "lr": rate}
+            for rate in dict.fromkeys(rates.values())
+        ]
         self.raw_optimizer = torch.optim.AdamW(
             groups,
             betas=(config.adam_beta1, config.adam_beta2),
