@@ -74,6 +74,15 @@ def test_without_looks_autoencoder_and_text_encoder_leave_a_gpu_alone(tiny_run, 
     assert estimate_memory(run).lines()[1] == "this will hardly fit: use --validation_steps 0."
 
 
+def test_what_is_free_on_a_mac_is_shared_with_other_programs(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for most in (1000, 2**60):
+        monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda most=most: most)
+        assert 0 < preparation.available_memory() <= most
+    assert preparation.available_memory() < 2**50
+
+
 def test_a_base_that_is_open_is_not_counted_twice(tiny_run, monkeypatch):
     """What is free is read before the base takes its share of it."""
     free = [1000, 0]

@@ -188,7 +188,7 @@ def available_memory() -> int | None:
     if torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0])
     if torch.backends.mps.is_available():
-        return int(torch.mps.recommended_max_memory())
+        return int(min(torch.mps.recommended_max_memory(), psutil.virtual_memory().available))  # shared with the rest
     return int(psutil.virtual_memory().available)
 
 
