@@ -133,6 +133,16 @@ def is_ambiguous(S: Tensor, shape: tuple[int, ...]) -> bool:
     return len(gaps) > 0 and bool((gaps <= noise).double().mean() > 0.5)
 
 
+def warn_of_ambiguity(name: str, S: Tensor, shape: tuple[int, ...]) -> None:
+    """Logs a warning where `is_ambiguous` says that the directions of the layer `name` are."""
+    if is_ambiguous(S, shape):
+        logger.warning(
+            "the singular values of %s coincide within rounding, so its directions are not unique: an adapter "
+            "trained on this copy of the base may act differently on another copy.",
+            name,
+        )
+
+
 @dataclass
 class Directions:
     """The singular triplets of one weight, float32: Ut (k, out), S (k,), Vh (k, in), of which the first r are used."""
@@ -199,12 +209,7 @@ def model_basis(
 
 def _directions(name: str, weight: Tensor, driver: Literal["eigh", "svd"]) -> Directions:
     U, S, Vh = decompose(canonical_weight(weight), driver=driver)
-    if is_ambiguous(S, tuple(as_matrix(weight).shape)):
-        logger.warning(
-            "the singular values of %s coincide within rounding, so its directions are not unique: an adapter "
-            "trained on this copy of the base may act differently on another copy.",
-            name,
-        )
+    warn_of_ambiguity(name, S, tuple(as_matrix(weight).shape))
     return Directions(U.mT.float().contiguous(), S.float(), Vh.float())
 
 
