@@ -133,6 +133,16 @@ def is_ambiguous(S: Tensor, shape: tuple[int, ...]) -> bool:
     return len(gaps) > 0 and bool((gaps <= noise).double().mean() > 0.5)
 
 
+def warn_of_ambiguity(name: str, S: Tensor, shape: tuple[int, ...]) -> None:
+    """Logs a warning where `is_ambiguous` says that the directions of the layer `name` are."""
+    if is_ambiguous(S, shape):
+        logger.warning(
+            "the singular values of %s coincide within rounding, so its directions are not unique: an adapter "
+            "trained on this copy of the base may act differently on another copy.",
+            name,
+        )
+
+
 @dataclass
 class Directions:
     """The singular triplets of one weight, float32: Ut (k, out), S (k,), Vh (k, in), of which the first r are used."""
@@ -174,53 +184,54 @@ def model_basis(
     paths = {
         name: folder / f"{hashes.get(name) or weight_hash(weight)}.safetensors" for name, weight in weights.items()
     }
-    found: dict[str, Directions] = {}
-    for name, path in paths.items():
-        directions = _read(path, tuple(as_matrix(weights[name]).shape)) if use_cache else None
-        if directions is not None:
-            found[name] = directions
-    missing = sorted(set(weights) - set(found), key=lambda name: -weights[name].numel())  # the longest first
+
+    def cached(name: str) -> Directions | None:
+        return _read(paths[name], tuple(as_matrix(weights[name]).shape)) if use_cache else None
+
+    def choose(name: str, directions: Directions) -> tuple[Tensor, Tensor]:
+        own = rank[name] if isinstance(rank, Mapping) else rank
+        if isinstance(own, Tensor):
+            return directions.at(own)
+        return directions.leading(resolve_rank(directions.S, own, energy))
+
+    chosen = {name: choose(name, directions) for name in weights if (directions := cached(name)) is not None}
+    missing = sorted(set(weights) - set(chosen), key=lambda name: -weights[name].numel())  # the longest first
     with tqdm(total=len(missing), desc=description, unit="matrix", disable=not missing, leave=False) as bar:
         for name, directions in _on_every_core(lambda name: _directions(name, weights[name], driver), missing):
-            found[name] = directions
             bar.update()
             if use_cache:
                 _write(paths[name], directions)
-    chosen = {}
-    for name in weights:
-        own = rank[name] if isinstance(rank, Mapping) else rank
-        if isinstance(own, Tensor):
-            chosen[name] = found[name].at(own)
-        else:
-            chosen[name] = found[name].leading(resolve_rank(found[name].S, own, energy))
-    return chosen
+            mapped = cached(name)  # pages of the file, which the system can take back, instead of memory
+            U, Vh = choose(name, mapped or directions)
+            chosen[name] = (U, Vh) if mapped else (U.clone(), Vh.clone())  # views would hold all that was not chosen
+    return {name: chosen[name] for name in weights}
 
 
 def _directions(name: str, weight: Tensor, driver: Literal["eigh", "svd"]) -> Directions:
     U, S, Vh = decompose(canonical_weight(weight), driver=driver)
-    if is_ambiguous(S, tuple(as_matrix(weight).shape)):
-        logger.warning(
-            "the singular values of %s coincide within rounding, so its directions are not unique: an adapter "
-            "trained on this copy of the base may act differently on another copy.",
-            name,
-        )
+    warn_of_ambiguity(name, S, tuple(as_matrix(weight).shape))
     return Directions(U.mT.float().contiguous(), S.float(), Vh.float())
 
 
 def _on_every_core(act: Callable[[str], Directions], names: Sequence[str]) -> Iterator[tuple[str, Directions]]:
     """act(name) of every name as they are done, each on one core: LAPACK's `eigh` gains little from a second."""
-    threads = torch.get_num_threads()
-    if threads == 1 or len(names) < 2:
+    threads, cores = torch.get_num_threads(), _cores()
+    if cores == 1 or len(names) < 2:
         yield from ((name, act(name)) for name in names)
         return
-    pool = ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1))
+    pool = ThreadPoolExecutor(cores, initializer=lambda: torch.set_num_threads(1))
     try:
         futures = {pool.submit(act, name): name for name in names}
         for future in as_completed(futures):
-            yield futures[future], future.result()
+            yield futures.pop(future), future.result()  # results are large: none is held on to
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C waits for the matrices at hand, not for all
         torch.set_num_threads(threads)  # MKL's number is the whole process's
+
+
+def _cores() -> int:
+    """How many cores this process may use; torch's number of threads is 1 under `accelerate launch`."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _read(path: Path, shape: tuple[int, ...]) -> Directions | None:

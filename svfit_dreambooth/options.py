@@ -109,6 +109,8 @@ class AdapterOptions:
                 number = 0
             if number < 1:
                 raise SVFitError(f'--rank is {self.rank!r}: give a whole number of 1 or more, or "full".')
+        if self.energy is not None and self.rank != "full":
+            raise SVFitError("--energy chooses the ranks itself: leave --rank out.")
         if self.budget is not None:
             if self.budget < 1:
                 raise SVFitError(f"--budget is {self.budget}: it is a number of singular values, 1 or more.")
@@ -192,7 +194,7 @@ class WatchOptions:
     validation_steps: int | None = _option(
         None,
         "Steps between looks: pictures of the validation prompts, and measures; 0: none.  None: a quarter of the run, "
-        "but none on a CPU for bases that paint slowly there.",
+        "but none on a CPU for bases that paint slowly there, unless --dino_path or --clip_path is given.",
     )
     validation_prompts: list[str] | None = field(
         default=None, metadata={"help": "Prompts to paint on the way and at the end; None: the subject in four places."}

@@ -7,7 +7,6 @@ added up first and the layer computes once.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -17,11 +16,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from svfit_dreambooth.basis import canonical_weight, is_ambiguous
+from svfit_dreambooth.basis import canonical_weight, warn_of_ambiguity
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.svfit import decompose, merged_is_cheaper
-
-logger = logging.getLogger(__name__)
+from svfit_dreambooth.svfit import decompose, merged_is_cheaper, shift_dtype
 
 
 class SVFitPeftLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
@@ -67,16 +64,11 @@ class SVFitPeftLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         wanted = min(rank, *W.shape) if isinstance(rank, int) else min(W.shape)
         if self.U is None or energy is not None or self.U.shape[1] < wanted:
             U, S, Vh = decompose(canonical_weight(W), "full" if energy is not None else wanted, energy=energy)
-            if is_ambiguous(S, tuple(W.shape)):
-                logger.warning(
-                    "the singular values of %s coincide within rounding, so its directions are not unique: an adapter "
-                    "trained on this copy of the base may act differently on another copy.",
-                    self.name,
-                )
+            warn_of_ambiguity(self.name, S, tuple(W.shape))
             wanted = len(S)
             if self.U is None or self.U.shape[1] < wanted:
                 self.U, self.Vh = U.to(W.device, W.dtype), Vh.to(W.device, W.dtype)
-        shift = torch.zeros(wanted, device=W.device, dtype=_at_least_float32(W.dtype))
+        shift = torch.zeros(wanted, device=W.device, dtype=shift_dtype(W.dtype))
         self.svfit_shift[adapter_name] = nn.Parameter(shift)
         self.svfit_scale[adapter_name] = 1.0
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)  # type: ignore[operator]
@@ -180,13 +172,13 @@ class SVFitPeftLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         shift, weight = self.svfit_shift[adapter_name], self.base_layer.weight
         if not shift.is_meta:
-            shift.data = shift.data.to(device or weight.device, _at_least_float32(weight.dtype))
+            shift.data = shift.data.to(device or weight.device, shift_dtype(weight.dtype))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SVFitPeftLinear:
         # as in SVFitLinear: near 1, a half-precision shift could not hold a step of 1e-3
         before = {name: (p.data, None if p.grad is None else p.grad.data) for name, p in self.svfit_shift.items()}
         super()._apply(fn, recurse)
-        dtype = _at_least_float32(self.base_layer.weight.dtype)
+        dtype = shift_dtype(self.base_layer.weight.dtype)
         for name, (data, grad) in before.items():
             shift = self.svfit_shift[name]
             if shift.dtype != dtype:
@@ -210,10 +202,6 @@ def _check_target(name: str, layer: Any) -> None:
             f"{name} {reason}, and SVFit adapts plain, unquantised linear layers: name others in target_modules, or "
             "leave it out with exclude_modules."
         )
-
-
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _is_hooked(layer: nn.Module) -> bool:

@@ -148,7 +148,7 @@ class SVFitLayer(nn.Module):
         weight = layer.weight
         self.register_buffer("U", U.to(weight.device, weight.dtype), persistent=False)
         self.register_buffer("Vh", Vh.to(weight.device, weight.dtype), persistent=False)
-        self.shift = nn.Parameter(torch.zeros(rank, device=weight.device, dtype=_shift_dtype(weight.dtype)))
+        self.shift = nn.Parameter(torch.zeros(rank, device=weight.device, dtype=shift_dtype(weight.dtype)))
         self.unmerged_weight: Tensor | None = None
         self.train(layer.training)
 
@@ -205,7 +205,7 @@ class SVFitLayer(nn.Module):
         # have lost its small digits, so it is rebuilt from the values held before.
         shift, grad = self.shift.data, None if self.shift.grad is None else self.shift.grad.data
         super()._apply(fn, recurse)
-        dtype = _shift_dtype(self.weight.dtype)
+        dtype = shift_dtype(self.weight.dtype)
         if self.shift.dtype != dtype:
             source = self.shift.data if shift.is_meta else shift
             self.shift.data = source.to(self.shift.device, dtype)
@@ -306,5 +306,6 @@ def _conv_options(conv: nn.Conv2d) -> dict[str, Any]:
     return {name: getattr(conv, name) for name in names} | {"bias": conv.bias is not None, "device": "meta"}
 
 
-def _shift_dtype(weight_dtype: torch.dtype) -> torch.dtype:
+def shift_dtype(weight_dtype: torch.dtype) -> torch.dtype:
+    """The type of a shift beside weights of `weight_dtype`: float32, near 1 half precision could not hold a step."""
     return torch.float64 if weight_dtype == torch.float64 else torch.float32

@@ -1,11 +1,14 @@
 """The basis: the same directions from every copy of a base, and a cache that can be trusted."""
 
 import logging
+import os
 import resource
 import signal
 import subprocess
 import sys
+import weakref
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,15 +126,16 @@ def test_cache_is_used_and_gives_the_same_numbers(monkeypatch, tmp_path):
 
 
 def test_weights_decomposed_side_by_side_give_the_same_numbers(monkeypatch):
-    """As many at a time as there are threads, and the process keeps its number of threads."""
+    """As many at a time as there are cores, and the process keeps its number of threads."""
     weights = {f"unet.l{i}": torch.randn(30, 20 + i) for i in range(7)}
+    monkeypatch.setattr(basis, "_cores", lambda: 1)
+    alone = model_basis(weights, use_cache=False)
+    monkeypatch.setattr(basis, "_cores", lambda: 3)
     before = torch.get_num_threads()
     try:
-        torch.set_num_threads(1)
-        alone = model_basis(weights, use_cache=False)
-        torch.set_num_threads(3)
+        torch.set_num_threads(2)
         together = model_basis(weights, use_cache=False)
-        assert torch.get_num_threads() == 3
+        assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
     for name in weights:
@@ -143,6 +147,35 @@ def test_weights_decomposed_side_by_side_give_the_same_numbers(monkeypatch):
     monkeypatch.setattr(basis, "decompose", fail)
     with pytest.raises(SVFitError, match="no such matrix"):
         model_basis(weights, use_cache=False)
+
+
+def test_a_basis_is_held_by_its_file_or_no_larger_than_was_asked_for(tmp_path):
+    weights = {"unet.a": torch.randn(300, 200), "unet.b": torch.randn(200, 300)}
+    for U, Vh in model_basis(weights, 3, use_cache=False).values():
+        assert (U.untyped_storage().nbytes(), Vh.untyped_storage().nbytes()) == (U.nbytes, Vh.nbytes)
+    held = model_basis(weights, 3, cache_dir=tmp_path)  # just decomposed
+    mapped = Path("/proc/self/maps").read_text()
+    assert len(held) == 2 and all(str(path) in mapped for path, _ in cached_files(tmp_path))
+
+
+def test_one_thread_for_torch_does_not_mean_one_core():
+    """`accelerate launch` says OMP_NUM_THREADS=1, and the conftest here the same."""
+    assert torch.get_num_threads() == 1 and basis._cores() == len(os.sched_getaffinity(0))
+
+
+def test_results_of_several_cores_are_let_go_as_they_are_taken(monkeypatch):
+    monkeypatch.setattr(basis, "_cores", lambda: 2)
+    made = []
+
+    def act(name):
+        directions = basis.Directions(*torch.ones(3, 1, 1))
+        made.append(weakref.ref(directions))
+        return directions
+
+    for _, directions in basis._on_every_core(act, [str(number) for number in range(40)]):
+        alive = sum(reference() is not None for reference in made)
+        del directions
+    assert alive <= 2  # at the end: the last one, and perhaps the one before it
 
 
 def test_known_hashes_stand_for_the_weights(monkeypatch, tmp_path):
@@ -171,7 +204,7 @@ def test_rank_by_layer_and_by_energy(tmp_path):
 @pytest.mark.parametrize("damage", ["truncate", "garbage", "empty", "other shape"])
 def test_a_damaged_cache_is_rebuilt(damage, tmp_path):
     weights = {"unet.a": torch.randn(12, 20)}
-    first = model_basis(weights, cache_dir=tmp_path)["unet.a"]
+    first = [tensor.clone() for tensor in model_basis(weights, cache_dir=tmp_path)["unet.a"]]  # not the file's pages
     ((path, size),) = cached_files(tmp_path)
     if damage == "truncate":
         path.write_bytes(path.read_bytes()[: size // 2])

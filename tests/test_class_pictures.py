@@ -154,6 +154,16 @@ def test_pictures_of_something_else_are_refused(config, base, tiny_base_v, tmp_p
         prepare(TrainConfig(**config))
 
 
+def test_a_run_goes_on_with_its_own_class_pictures_alone(config):
+    options = {**config, "checkpointing_steps": 1}
+    first = train(TrainConfig(**options), on_step=lambda step: step.step == 1)
+    assert first.stopped and train(TrainConfig(**options, resume_from_checkpoint="latest")).steps > 1
+    one, *_ = usable_class_pictures(Path(config["class_data_dir"]))
+    one.path.unlink()
+    with pytest.raises(SVFitError, match="belongs to other class pictures"):
+        train(TrainConfig(**options, resume_from_checkpoint="latest"))
+
+
 def test_the_prior_loss_is_split_off_and_weighs_as_asked():
     model = denoiser(Constant(0.5), prior_loss_weight=0.3)
     model.examples.prior = denoiser(sizes=((8, 8),) * 5).examples

@@ -51,6 +51,7 @@ def test_the_written_configuration_reads_back(tmp_path):
         (["--rank", "0"], "--rank is '0': give a whole number of 1 or more"),
         (["--rank", "half"], "--rank is 'half'"),
         (["--energy", "2"], "--energy is 2.0"),
+        (["--energy", "0.9", "--rank", "64"], "--energy chooses the ranks itself: leave --rank out"),
         (["--learning_rate", "0"], "--learning_rate is 0.0: it must be above 0"),
         (["--learning_rate", "fast"], "argument --learning_rate.*fast"),
         (["--adam_beta1", "1.5"], "--adam_beta1 is 1.5: it is a decay, from 0 to below 1"),

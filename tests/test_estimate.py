@@ -55,6 +55,34 @@ def test_what_does_not_fit_comes_with_a_suggestion(run):
     assert "use a machine with more memory" in estimate_memory(run).lines()[1]
 
 
+def test_without_looks_autoencoder_and_text_encoder_leave_a_gpu_alone(tiny_run, monkeypatch):
+    run = tiny_run(resolution=32, validation_steps=2)
+    pipeline = run.base.pipeline
+    waiting = 4 * sum(p.numel() for module in (pipeline.vae, pipeline.text_encoder) for p in module.parameters())
+
+    def with_looks_less_without():
+        run.config.validation_steps = 2
+        looks = estimate_memory(run).networks
+        run.config.validation_steps = 0
+        return looks - estimate_memory(run).networks
+
+    assert with_looks_less_without() == 0  # on the CPU there is no other place
+    monkeypatch.setattr("svfit_dreambooth.training.estimate.default_device", lambda: torch.device("cuda"))
+    assert with_looks_less_without() == waiting
+    run.config.validation_steps = 2
+    run.free_memory = estimate_memory(run).total - 1
+    assert estimate_memory(run).lines()[1] == "this will hardly fit: use --validation_steps 0."
+
+
+def test_what_is_free_on_a_mac_is_shared_with_other_programs(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for most in (1000, 2**60):
+        monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda most=most: most)
+        assert 0 < preparation.available_memory() <= most
+    assert preparation.available_memory() < 2**50
+
+
 def test_a_base_that_is_open_is_not_counted_twice(tiny_run, monkeypatch):
     """What is free is read before the base takes its share of it."""
     free = [1000, 0]

@@ -5,18 +5,23 @@ import os
 import shutil
 import signal
 import threading
+import time
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from svfit_dreambooth import TrainConfig, read_adapter, train
 from svfit_dreambooth.base_model import open_base_model, pipeline_components
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.generation import generate
 from svfit_dreambooth.run_folder import lock_run, read_progress
+from svfit_dreambooth.sharing.export import export_lora
 from svfit_dreambooth.training.denoising import Denoiser
 from svfit_dreambooth.training.loop import MAX_SKIPPED, Loop
+from svfit_dreambooth.training.preparation import open_run_base, prepare
 
 
 @pytest.fixture
@@ -180,6 +185,19 @@ def test_a_second_interrupt_in_the_middle_of_a_step_keeps_the_last_good_state(co
     assert result.stopped and result.steps == 4 and result.adapter_path.is_file()
 
 
+def test_values_of_one_rate_are_one_group_of_the_optimizer(config, monkeypatch):
+    run, seen = Loop.run, []
+
+    def note(self, *args):
+        seen.extend((group["peak"], len(group["params"])) for group in self.raw_optimizer.param_groups)
+        return run(self, *args)
+
+    monkeypatch.setattr(Loop, "run", note)
+    options = {**config, "max_train_steps": 1, "learning_rate": 0.05, "text_encoder_lr": 0.01, "learned_word_lr": 0.05}
+    train(TrainConfig(**options, train_text_encoder=True, learned_word="sks"))
+    assert seen == [(0.05, 32 + 1), (0.01, 8)]
+
+
 def test_training_in_a_thread_leaves_signals_alone(config):
     results = []
     thread = threading.Thread(target=lambda: results.append(train(TrainConfig(**{**config, "max_train_steps": 1}))))
@@ -222,10 +240,21 @@ def test_a_full_disk_costs_the_pictures_of_a_look_but_not_its_measures(config, m
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("no room"), SVFitError("a sentence."), OSError(28, "No space left on device")]
+    "error",
+    [
+        torch.OutOfMemoryError("no room"),
+        SVFitError("a sentence."),
+        OSError(28, "No space left on device"),
+        KeyboardInterrupt(),
+        signal.SIGTERM,
+    ],
 )
 def test_pictures_that_fail_at_the_end_cost_only_themselves(config, monkeypatch, caplog, error):
     def fail(*args):
+        assert (Path(config["output_dir"]) / "my-dog-kohya.safetensors").is_file()  # made before what takes minutes
+        if error is signal.SIGTERM:
+            os.kill(os.getpid(), error)
+            time.sleep(5)
         raise error
 
     monkeypatch.setattr("svfit_dreambooth.training.outcome.show_result", fail)
@@ -246,6 +275,37 @@ def test_final_pictures_of_a_float32_run_need_no_second_base(config, monkeypatch
         theirs = getattr(base, name).state_dict()
         assert set(theirs) == set(module.state_dict())
         assert all(torch.equal(theirs[key], tensor) for key, tensor in module.state_dict().items())
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_run_that_rounded_its_base_ends_with_one_base_in_memory(config, monkeypatch, tiny_base, precision):
+    from svfit_dreambooth.training import outcome
+
+    runs, held, alive = [], [], []
+
+    def note(config):
+        runs.append(prepare(config))
+        return runs[0]
+
+    def reopen(config):
+        alive.append(sum(reference() is not None for reference in held))
+        return open_run_base(config)
+
+    monkeypatch.setattr("svfit_dreambooth.training.train.prepare", note)
+    monkeypatch.setattr(outcome, "open_run_base", reopen)
+    options = {**config, "final_pictures": True, "num_inference_steps": 1, "max_train_steps": 2}
+
+    def hold(step):
+        for module in (runs[0].base.pipeline.unet, runs[0].base.pipeline.vae):
+            held.extend(weakref.ref(each) for each in module.parameters() if not each.requires_grad)
+
+    result = train(TrainConfig(**options, mixed_precision=precision, also="kohya"), on_step=hold)
+    assert held and alive == ([] if precision == "fp16" else [0])
+    assert result.showing.sheet.is_file() and not result.run.base.pipeline.unet.conv_in.weight.is_meta
+    path = Path(config["output_dir"]) / "from the files.safetensors"
+    export_lora(result.adapter_path, open_base_model(str(tiny_base)), path, error=outcome.ALSO_ERROR)
+    ours, theirs = (load_file(each) for each in (path.with_name("my-dog-kohya.safetensors"), path))
+    assert set(ours) == set(theirs) and all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
 def test_final_pictures_take_the_precision_of_the_run(config, monkeypatch):
@@ -274,7 +334,7 @@ def test_running_out_of_memory_is_a_sentence(config, monkeypatch):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 999 bytes")
 
     monkeypatch.setattr(Denoiser, "loss", loss)
-    with pytest.raises(SVFitError, match="out of memory: use --gradient_checkpointing") as error:
+    with pytest.raises(SVFitError, match="out of memory: go on with --resume_from_checkpoint latest") as error:
         train(TrainConfig(**config))
     assert "\n" not in str(error.value)
 
@@ -362,8 +422,6 @@ def test_an_unknown_tracker_is_a_sentence(config):
 
 
 def test_a_lora_is_written_beside_the_adapter(config):
-    from safetensors.torch import load_file
-
     result = train(TrainConfig(**config, also="kohya"))
     lora = load_file(Path(config["output_dir"]) / "my-dog-kohya.safetensors")
     assert any(name.startswith("lora_unet_") for name in lora) and "LoRA: " in result.summary()

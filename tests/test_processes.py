@@ -64,23 +64,27 @@ def test_two_processes_train_what_one_trains_with_twice_the_batch(tiny_base, pho
 
 STOPPING = """
 import os, sys
-from svfit_dreambooth import TrainConfig, train
+from svfit_dreambooth import basis, train
 from svfit_dreambooth.config import parse_config
+
+decomposed, decompose = [], basis.decompose
+basis.decompose = lambda *args, **options: decomposed.append(1) or decompose(*args, **options)
 
 alone = os.environ["RANK"] == "1"  # asked to stop a step earlier than the other, as by a signal
 result = train(parse_config(sys.argv[1:], prog="train"), on_step=lambda step: step.step == (2 if alone else 3))
-print("steps", result.steps, result.stopped)
+print("steps", result.steps, result.stopped, "decomposed", len(decomposed))
 """
 
 
 @pytest.mark.slow
-def test_when_one_process_is_asked_to_stop_all_do(tiny_base, photo_folder, tmp_path):
+def test_when_one_process_is_asked_to_stop_all_do_and_one_alone_decomposes(tiny_base, photo_folder, tmp_path):
     (tmp_path / "stopping.py").write_text(STOPPING)
     options = {
         "pretrained_model_name_or_path": str(tiny_base),
         "instance_data_dir": str(photo_folder),
         "instance_prompt": "a photo of sks dog",
         "output_dir": str(tmp_path / "two"),
+        "basis_cache_dir": str(tmp_path / "cache"),
         "max_train_steps": 6,
         "train_batch_size": 1,
         "resolution": 16,
@@ -89,4 +93,4 @@ def test_when_one_process_is_asked_to_stop_all_do(tiny_base, photo_folder, tmp_p
         "validation_steps": 0,
     }
     output = on_two_processes(tmp_path / "stopping.py", options, timeout=100)
-    assert output.count("steps 2 True") == 2
+    assert output.count("steps 2 True decomposed") == 2 and output.count("decomposed 0\n") == 1

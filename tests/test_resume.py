@@ -12,7 +12,9 @@ import torch
 from svfit_dreambooth import TrainConfig, files, read_adapter, train
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.run_folder import lock_run, read_progress
-from svfit_dreambooth.training.checkpoints import list_checkpoints
+from svfit_dreambooth.training.checkpoints import list_checkpoints, load_checkpoint, run_identity
+from svfit_dreambooth.training.outcome import training_record
+from svfit_dreambooth.training.preparation import prepare
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +155,29 @@ def test_a_named_checkpoint_resumes_into_another_folder(config, whole, tmp_path)
     assert_same_values(result.adapter_path, whole.adapter_path)
 
 
+def test_a_run_that_lacked_memory_goes_on_without_looks_and_with_checkpointed_gradients(config, whole, tmp_path):
+    checkpoint = whole.adapter_path.parent / "checkpoints" / "step-000009.safetensors"
+
+    def resume(name, **changes):
+        options = {**config, **changes, "output_dir": str(tmp_path / name), "resume_from_checkpoint": str(checkpoint)}
+        return train(TrainConfig(**options))
+
+    last = resume("last", keep="last")
+    blind = resume("blind", validation_steps=0)
+    assert blind.kept_step == 12  # the best of earlier looks, step 5, is not held against what nobody looked at
+    first, second = read_adapter(last.adapter_path).shifts, read_adapter(blind.adapter_path).shifts
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert resume("spared", gradient_checkpointing=True).steps == 12
+
+
+def test_as_many_processes_go_on_as_there_were(config, whole):
+    path, run = list_checkpoints(whole.adapter_path.parent / "checkpoints")[0], prepare(TrainConfig(**config))
+    assert load_checkpoint(path, run_identity(run)).step == 9
+    with pytest.raises(SVFitError, match="was made with --num_processes 1, not 2"):
+        load_checkpoint(path, run_identity(run, 2))
+    assert training_record(run, 2, 12, 12, None, None)["batch_size"] == 2 * 2 * 2
+
+
 def looks(folder):
     measured = [event["step"] for event in read_progress(folder) if event["event"] == "measure"]
     return measured, sorted(int(path.stem.partition("_")[2]) for path in (folder / "validation").glob("*.png"))
@@ -207,6 +232,9 @@ def test_checkpoints_of_other_photos_or_that_are_none_are_refused(config, whole,
     for photo in sorted(photo_folder.glob("*.png"))[:2]:
         (fewer / photo.name).write_bytes(photo.read_bytes())
     options = {**config, "output_dir": str(whole.adapter_path.parent), "resume_from_checkpoint": "latest"}
+    with pytest.raises(SVFitError, match="belongs to other photos"):
+        train(TrainConfig(**{**options, "instance_data_dir": str(fewer)}))
+    shutil.copy(photo_folder / "photo 2.png", fewer / "photo two.png")  # the same picture, cropped elsewhere
     with pytest.raises(SVFitError, match="belongs to other photos"):
         train(TrainConfig(**{**options, "instance_data_dir": str(fewer)}))
     with pytest.raises(SVFitError, match="is not a checkpoint"):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from svfit_dreambooth.attention import svfit_layers
 from svfit_dreambooth.config import parse_config
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.training.denoising import Denoiser
+from svfit_dreambooth.training.estimate import estimate_memory
 from svfit_dreambooth.training.preparation import _check_writable, prepare
 
 
@@ -109,6 +111,26 @@ def test_mixed_precision(config, precision):
     assert all(torch.isfinite(shift).all() for shift in shifts.values()) and any(s.any() for s in shifts.values())
 
 
+@pytest.mark.parametrize("options", [{}, {"budget": 25}])
+def test_the_stored_weights_are_not_kept_beside_the_cast_ones(config, options, monkeypatch):
+    stored, alive = [], []
+
+    def note(config):
+        run = prepare(config)
+        stored.extend(weakref.ref(weight) for weight in run.weights.values())
+        return run
+
+    monkeypatch.setattr("svfit_dreambooth.training.train.prepare", note)
+
+    def count(step):
+        alive.append(sum(reference() is not None for reference in stored))
+        return True
+
+    result = train(TrainConfig(**config, **options, mixed_precision="bf16"), on_step=count)
+    assert stored and alive == [0]
+    assert result.run.report() and estimate_memory(result.run).bases > 0  # which need shapes alone
+
+
 @pytest.mark.parametrize(("options", "rank"), [({"rank": 5}, {5}), ({"rank": 999}, {16, 24, 32})])
 def test_ranks_are_capped_by_the_layer(config, options, rank):
     result = train(TrainConfig(**config, **options))
@@ -148,6 +170,20 @@ def test_init_adapter_continues(config, tmp_path):
     assert same_shifts(first.adapter_path, second.adapter_path)
     with pytest.raises(SVFitError, match="which this run does not train"):
         train(TrainConfig(**{**options, "target_modules": ["to_q"]}))
+
+
+def test_init_adapter_with_more_values_than_the_run_keeps(config, tmp_path):
+    first = train(TrainConfig(**config, energy=0.5))
+    longest = max(read_adapter(first.adapter_path).ranks.values())
+    options = {**config, "output_dir": str(tmp_path / "second"), "init_adapter": str(first.adapter_path)}
+    assert prepare(TrainConfig(**options, energy=0.5)) and prepare(TrainConfig(**options, rank=longest))
+    with pytest.raises(SVFitError, match=f"--rank 2 keeps fewer .* than the {longest} .* leave --rank out, or use"):
+        prepare(TrainConfig(**options, rank=2))
+    with pytest.raises(SVFitError, match=r"--energy 0.4 may keep fewer .* leave it out"):
+        prepare(TrainConfig(**options, energy=0.4))
+    plain = train(TrainConfig(**{**config, "output_dir": str(tmp_path / "plain")}))
+    with pytest.raises(SVFitError, match="not made with an --energy up to that"):
+        prepare(TrainConfig(**{**options, "init_adapter": str(plain.adapter_path)}, energy=0.99))
 
 
 def test_init_adapter_that_the_run_replaces(config):
@@ -210,10 +246,12 @@ def test_captions_take_the_place_of_the_prompt(config, photo_folder, tmp_path):
         ({"target_modules": ["to_z"]}, "'to_z' matches no linear layer"),
         ({"init_adapter": "/no/adapter"}, "--init_adapter /no/adapter does not exist"),
         ({"adapter_name": "../escape"}, "'../escape' is no file name"),
+        ({"dino_path": "/no/dino", "validation_steps": 2}, "the weights /no/dino cannot be opened as a AutoModel"),
+        ({"clip_path": "/no/clip", "validation_steps": None}, "the weights /no/clip cannot be opened as a CLIPModel"),
     ],
 )
 def test_bad_input_is_one_sentence_before_anything_slow(config, changes, sentence, monkeypatch):
-    monkeypatch.setattr("svfit_dreambooth.training.train.encode_examples", None)  # never reached
+    monkeypatch.setattr("svfit_dreambooth.training.train._open_folder", None)  # never reached
     with pytest.raises(SVFitError, match=sentence) as error:
         train(TrainConfig(**{**config, **changes}))
     assert "\n" not in str(error.value)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from torch import Tensor
 from svfit_dreambooth.basis import fingerprint
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import write_atomically
+from svfit_dreambooth.photos import Photo
+from svfit_dreambooth.training.class_pictures import usable_class_pictures
 from svfit_dreambooth.training.preparation import Run
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,8 @@ INDIFFERENT_OPTIONS = (
     "resume_from_checkpoint",
     "checkpoints_total_limit",
     "final_pictures",
+    "gradient_checkpointing",
+    "validation_steps",
     "report_to",
     "also",
     "push_to_hub",
@@ -171,8 +175,11 @@ def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> TrainState:
     for name in dict.fromkeys([*identity, *saved]):
         here, there = json.loads(json.dumps(identity.get(name))), saved.get(name)
         if here != there:
-            if name in ("photos", "base"):
-                raise SVFitError(f"the checkpoint {path} belongs to other {name}: start anew in another --output_dir.")
+            if name in ("photos", "class_pictures", "base"):
+                raise SVFitError(
+                    f"the checkpoint {path} belongs to other {name.replace('_', ' ')}: start anew in another "
+                    "--output_dir."
+                )
             raise SVFitError(
                 f"the checkpoint {path} was made with --{name} {there}, not {here}: use the same options, or start "
                 "anew; --init_adapter goes on from a finished adapter with other options."
@@ -196,17 +203,29 @@ def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> TrainState:
     )
 
 
-def run_identity(run: Run) -> dict[str, Any]:
-    """What must be the same for a run to go on: all options that its result depends on, the photos, the base."""
+def run_identity(run: Run, num_processes: int = 1) -> dict[str, Any]:
+    """What must be the same for a run to go on: all options that its result depends on, the pictures, the base.
+
+    The class pictures are those that are there now: before they are painted, not yet what the run will train on.
+    """
     options = dataclasses.asdict(run.config)
     for name in INDIFFERENT_OPTIONS:
         options.pop(name, None)
+    pictures = {"photos": _digest(run.photos)}
+    if run.config.with_prior_preservation:
+        present = usable_class_pictures(Path(str(run.config.class_data_dir)))
+        pictures["class_pictures"] = _digest(present[: run.config.num_class_images])
+    return {**pictures, "base": fingerprint(run.weights, run.hashes), "num_processes": num_processes, **options}
+
+
+def _digest(photos: Iterable[Photo]) -> str:
+    """SHA-256 over all that is trained on of `photos`, and their names, from which their crops follow."""
     digest = hashlib.sha256()
-    for photo in run.photos:
-        digest.update(photo.path.read_bytes() + (photo.caption or "").encode())
-        if photo.mask not in (None, photo.path):
-            digest.update(photo.mask.read_bytes())
-    return {"photos": digest.hexdigest(), "base": fingerprint(run.weights, run.hashes), **options}
+    for photo in photos:
+        mask = b"" if photo.mask is None else photo.mask.read_bytes()
+        for part in (photo.path.name.encode(), photo.path.read_bytes(), (photo.caption or "").encode(), mask):
+            digest.update(hashlib.sha256(part).digest())
+    return digest.hexdigest()
 
 
 def resume_state(run: Run, identity: Mapping[str, Any]) -> TrainState | None:

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from svfit_dreambooth.attention import apply_svfit
 from svfit_dreambooth.base_model import pipeline_components
 from svfit_dreambooth.config import TrainConfig
+from svfit_dreambooth.generation import default_device
 from svfit_dreambooth.training.encoding import WEIGHT_DTYPE
 from svfit_dreambooth.training.preparation import Run
 from svfit_dreambooth.training.slim import slim
@@ -33,7 +34,7 @@ RUNTIME = 600_000_000  # bytes of torch, diffusers and a device context themselv
 class Estimate:
     """Bytes that a run will need at its peak."""
 
-    networks: int  # UNet, text encoders and autoencoder, in the precision in which each is kept
+    networks: int  # UNet, text encoders and autoencoder, those that stay on the device, in the precision of each
     bases: int  # U and Vh of every adapted layer
     activations: int  # kept for the backward pass
     available: int | None  # free on the device before the base was opened, which the rest counts; None: unknown
@@ -64,7 +65,9 @@ def estimate_memory(run: Run) -> Estimate:
         return estimate
     tried: dict[str, Any] = {}
     words = []
+    looks = [] if default_device().type == "cpu" else [({"validation_steps": 0}, "--validation_steps 0")]
     for change, word in (
+        *looks,
         ({"gradient_checkpointing": True}, "--gradient_checkpointing"),
         ({"mixed_precision": "bf16"}, "--mixed_precision bf16"),
         ({"train_batch_size": 1}, "--train_batch_size 1"),
@@ -83,10 +86,14 @@ def estimate_memory(run: Run) -> Estimate:
 
 def _estimate(run: Run, config: TrainConfig) -> Estimate:
     size = WEIGHT_DTYPE[config.mixed_precision].itemsize
-    networks = sum(p.numel() for p in run.base.pipeline.vae.parameters()) * 4
-    for component, module in pipeline_components(run.base.pipeline).items():
+    aside = config.validation_steps == 0 and default_device().type != "cpu"  # on the CPU, as train._step_aside has it
+    networks = 0
+    for component, module in {"vae": run.base.pipeline.vae, **pipeline_components(run.base.pipeline)}.items():
         parameters = sum(parameter.numel() for parameter in module.parameters())
-        networks += parameters * (size if component in run.targets else 4)
+        if component in run.trained:
+            networks += parameters * size
+        elif not aside:
+            networks += parameters * 4
     bases = 0
     for weight in run.weights.values():
         out, into, rank = _sizes(weight, config)

@@ -65,7 +65,10 @@ class Loop:
         """
         self.config, self.accelerator, self.model, self.modules = config, accelerator, model, modules
         self.values, self.identity, self.watch = values, identity, watch
-        groups = [{"params": [value], "peak": rates[name], "lr": rates[name]} for name, value in values.items()]
+        groups = [  # few and large ones, which a GPU updates in a few calls
+            {"params": [values[name] for name in values if rates[name] == rate], "peak": rate, "lr": rate}
+            for rate in dict.fromkeys(rates.values())
+        ]
         self.raw_optimizer = torch.optim.AdamW(
             groups,
             betas=(config.adam_beta1, config.adam_beta2),
@@ -103,7 +106,8 @@ class Loop:
             self.accelerator.scaler.load_state_dict(state.scaler)
         self.accelerator.step = 0  # it counts micro-batches, and may have been left in the middle of a step
         self.step, self.rate_factor, self.rollbacks = state.step, state.rate_factor, state.rollbacks
-        self.best, self.good, self.between_steps, self.skipped = state.best, state, True, 0
+        self.best = None if self.watch is None else state.best  # nothing would be compared with it
+        self.good, self.between_steps, self.skipped = state, True, 0
 
     def run(self, on_step: Callable[[Step], bool | None] | None, stop_asked: Callable[[], bool]) -> bool:
         """Makes the steps that are left; returns whether it was asked to stop before the last one.
@@ -254,12 +258,12 @@ class Loop:
 
 
 @contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Within it Ctrl-C and SIGTERM let the present step end; a second one interrupts at once."""
+def stop_signals(at_once: bool = False) -> Iterator[Callable[[], bool]]:
+    """Within it Ctrl-C and SIGTERM let the present step end; a second one, or `at_once` the first, interrupts."""
     asked: list[int] = []
 
     def note(number: int, frame: Any) -> None:
-        if asked:
+        if asked or at_once:
             raise KeyboardInterrupt
         asked.append(number)
         logger.warning("stopping after this step; once more, and it stops at once.")

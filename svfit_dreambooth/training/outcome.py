@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from torch import nn
 
 from svfit_dreambooth.adapter import Adapter, read_adapter, save_adapter
-from svfit_dreambooth.base_model import BaseModel
+from svfit_dreambooth.base_model import BaseModel, cast_pipeline
 from svfit_dreambooth.config import TrainConfig
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.sharing.export import export_lora
 from svfit_dreambooth.sharing.hub import push_adapter
 from svfit_dreambooth.sharing.metadata import annotate_adapter
 from svfit_dreambooth.training.encoding import WEIGHT_DTYPE
+from svfit_dreambooth.training.loop import stop_signals
 from svfit_dreambooth.training.preparation import Run, open_run_base
 from svfit_dreambooth.training.showcase import Showing, show_result
 
@@ -84,7 +86,7 @@ def _same(path: Path, written: Adapter) -> bool:
 
 
 def training_record(
-    run: Run, steps: int, kept: int, loss_before: float | None, loss_after: float | None
+    run: Run, num_processes: int, steps: int, kept: int, loss_before: float | None, loss_after: float | None
 ) -> dict[str, Any]:
     """What the file says of its run."""
     config = run.config
@@ -92,7 +94,7 @@ def training_record(
         "steps": steps,
         **({"kept_step": kept} if kept != steps else {}),
         "photos": len(run.photos),
-        "batch_size": config.train_batch_size * config.gradient_accumulation_steps,
+        "batch_size": config.train_batch_size * config.gradient_accumulation_steps * num_processes,
     }
     for name in ("resolution", "rank", "energy", "budget", "learning_rate", "lr_scheduler", "mixed_precision", "seed"):
         record[name] = getattr(config, name)
@@ -104,30 +106,34 @@ def training_record(
 
 
 def finish(result: TrainResult) -> None:
-    """Makes from the saved file what the run was asked for besides: pictures, a LoRA.  What fails is a warning."""
+    """Makes from the saved file what the run was asked for besides: a LoRA, and pictures, which take longer.
+
+    What fails is a warning, and so is what Ctrl-C or SIGTERM cut short; the rest is made all the same.
+    """
     run, config = result.run, result.run.config
-    run.base.pipeline.to("cpu")  # makes room for a base that is opened from its files
-    if config.final_pictures:
-        with warned("the pictures at the end are missing", run.adapter_path):
-            result.showing = show_result(run, _stored_base(run), WEIGHT_DTYPE[config.mixed_precision])
-            if "modelspec.thumbnail" not in read_adapter(run.adapter_path).metadata:
-                annotate_adapter(run.adapter_path, thumbnail=result.showing.first)
-                result.file_bytes = run.adapter_path.stat().st_size
-        run.base.pipeline.to("cpu")
-    if config.also is not None:
-        with warned(f"there is no LoRA for {config.also}", run.adapter_path):
-            result.extras.append(_export(run))
+    run.base.pipeline.to("cpu")
+    with stop_signals(at_once=True):
+        if config.also is not None:
+            with warned(f"there is no LoRA for {config.also}", run.adapter_path):
+                result.extras.append(_export(run))
+        if config.final_pictures:
+            with warned("the pictures at the end are missing", run.adapter_path):
+                result.showing = show_result(run, _stored_base(run), WEIGHT_DTYPE[config.mixed_precision])
+                if "modelspec.thumbnail" not in read_adapter(run.adapter_path).metadata:
+                    annotate_adapter(run.adapter_path, thumbnail=result.showing.first)
+                    result.file_bytes = run.adapter_path.stat().st_size
+            run.base.pipeline.to("cpu")
 
 
 @contextmanager
 def warned(what: str, saved: Path) -> Iterator[None]:
-    """Within it full disks, unreadable files and a lack of memory are a warning: the adapter is `saved` already."""
+    """Within it full disks, unreadable files, a lack of memory and Ctrl-C are a warning: the adapter is `saved`."""
     try:
         yield
-    except (SVFitError, OSError, MemoryError, RuntimeError) as error:
+    except (SVFitError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
-        reason = "out of memory" if is_out_of_memory(error) else str(error).rstrip(".")
+        reason = "out of memory" if is_out_of_memory(error) else str(error).rstrip(".") or "interrupted"
         logger.warning("%s (%s).  The adapter is saved in %s.", what, reason, saved)
 
 
@@ -140,8 +146,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _stored_base(run: Run) -> BaseModel:
-    """The base as its files hold it: the run's own, or opened once more where training rounded that."""
-    return run.base if run.config.mixed_precision == "no" else open_run_base(run.config)
+    """The run's base in float32, with the directions of its files, which training may have rounded.
+
+    Rounded to float16 they are the same (see `basis.canonical_weight`); after bfloat16 the base is opened once more.
+    """
+    pipeline = run.base.pipeline
+    if pipeline.unet.dtype == torch.float16:
+        cast_pipeline(pipeline, torch.float32)
+    elif pipeline.unet.dtype == torch.bfloat16:
+        for module in pipeline.components.values():
+            if isinstance(module, nn.Module):
+                module.to("meta")  # makes room, whoever else still holds it
+        run.base = open_run_base(run.config)
+    return run.base
 
 
 def _export(run: Run) -> str:

@@ -15,7 +15,7 @@ import torch
 from diffusers.optimization import SchedulerType
 from torch import Tensor, nn
 
-from svfit_dreambooth.adapter import Adapter, read_adapter
+from svfit_dreambooth.adapter import Adapter
 from svfit_dreambooth.attention import find_projections
 from svfit_dreambooth.base_model import (
     TOYBOX_SUBJECTS,
@@ -25,10 +25,10 @@ from svfit_dreambooth.base_model import (
     open_base_model,
     pipeline_components,
 )
-from svfit_dreambooth.basis import same_base, weight_hashes
+from svfit_dreambooth.basis import weight_hashes
 from svfit_dreambooth.config import TOYBOX, TrainConfig
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.learned_word import check_word, word_pieces, word_rows
+from svfit_dreambooth.learned_word import check_word, word_pieces
 from svfit_dreambooth.photos import Photo, find_photos, photo_report
 from svfit_dreambooth.presets import apply_preset
 from svfit_dreambooth.svfit import as_matrix, resolve_rank
@@ -38,6 +38,7 @@ from svfit_dreambooth.training.class_pictures import (
     usable_class_pictures,
 )
 from svfit_dreambooth.training.crops import Size, training_size
+from svfit_dreambooth.training.initial import check_initial, read_initial
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,10 @@ class Run:
     def hashes(self) -> dict[str, str]:
         """`basis.weight_hash` of every weight, read once: resuming, the basis and the adapter file ask for it."""
         return weight_hashes(self.weights)
+
+    def release_weights(self) -> None:
+        """Keeps only the shapes of `weights`, as their numbers would stay in memory beside those of cast networks."""
+        self.weights = {name: weight.to("meta") for name, weight in self.weights.items()}
 
     @property
     def trained(self) -> list[str]:
@@ -130,7 +135,7 @@ def prepare(config: TrainConfig, *, local_files_only: bool = False) -> Run:
     if config.instance_prompt is None and any(photo.caption is None for photo in photos):
         raise SVFitError('--instance_prompt is missing: say what the photos show, such as "a photo of sks dog".')
     _choose_class(config)
-    initial = _read_initial(config)
+    initial = read_initial(config)
     adapter_name = config.adapter_name or _file_name(Path(str(config.instance_data_dir)).resolve().name)
     if adapter_name != _file_name(adapter_name):
         raise SVFitError(f"--adapter_name {adapter_name!r} is no file name: use letters, digits, '-', '_' and '.'.")
@@ -145,8 +150,9 @@ def prepare(config: TrainConfig, *, local_files_only: bool = False) -> Run:
     noise_scheduler(base.pipeline)  # raises for bases that are trained otherwise
     apply_preset(config, base.architecture)
     if config.validation_steps is None:
+        asked = config.dino_path is not None or config.clip_path is not None  # or they would be given for nothing
         quick = base.name == TOYBOX or torch.cuda.is_available() or torch.backends.mps.is_available()
-        config.validation_steps = max(1, config.max_train_steps // 4) if quick else 0
+        config.validation_steps = max(1, config.max_train_steps // 4) if asked or quick else 0
     factor = base.pipeline.vae_scale_factor
     config.resolution = config.resolution or base.resolution
     if config.resolution % factor:
@@ -173,7 +179,7 @@ def prepare(config: TrainConfig, *, local_files_only: bool = False) -> Run:
     }
     run = Run(config, photos, base, adapter_name, targets, weights, initial, free)
     if initial is not None:
-        _check_initial(initial, run)
+        check_initial(initial, config, base, run.weights, run.hashes)
     return run
 
 
@@ -182,7 +188,7 @@ def available_memory() -> int | None:
     if torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0])
     if torch.backends.mps.is_available():
-        return int(torch.mps.recommended_max_memory())
+        return int(min(torch.mps.recommended_max_memory(), psutil.virtual_memory().available))  # shared with the rest
     return int(psutil.virtual_memory().available)
 
 
@@ -232,34 +238,6 @@ def _choose_class(config: TrainConfig) -> None:
     config.class_data_dir = config.class_data_dir or str(Path(config.output_dir) / "class_pictures")
     if Path(config.class_data_dir).resolve() == Path(str(config.instance_data_dir)).resolve():
         raise SVFitError(f"--class_data_dir {config.class_data_dir} is the folder of the photos: name another.")
-
-
-def _read_initial(config: TrainConfig) -> Adapter | None:
-    """The adapter that the run starts from, if any."""
-    if config.init_adapter is None:
-        return None
-    if not Path(config.init_adapter).exists():
-        raise SVFitError(f"--init_adapter {config.init_adapter} does not exist.")
-    return read_adapter(config.init_adapter)
-
-
-def _check_initial(initial: Adapter, run: Run) -> None:
-    """Raises SVFitError unless `initial` is of the base of `run`, and changes only what that trains."""
-    path, word = run.config.init_adapter, run.config.learned_word
-    for learned in initial.learned_words:
-        if learned.word != word:
-            raise SVFitError(f"--init_adapter {path} learned a word: add --learned_word {learned.word}.")
-    missing = sorted(set(initial.shifts) - set(run.weights))
-    if missing:
-        raise SVFitError(
-            f"--init_adapter {path} adapts {missing[0]}, which this run does not train: "
-            "use the same --target_modules and --train_text_encoder as its run."
-        )
-    names = {*initial.shifts, *initial.word_deltas()}
-    weights = run.weights | word_rows(run.base.pipeline, word)
-    own = {name: weight for name, weight in weights.items() if name in names}
-    if same_base(initial.base_fingerprint, own, run.hashes) == "different":
-        raise SVFitError(f"--init_adapter {path} was trained on another base model, {initial.base_model}.")
 
 
 def _check_output(config: TrainConfig) -> None:

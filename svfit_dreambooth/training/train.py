@@ -70,24 +70,31 @@ def train(config: TrainConfig, on_step: Callable[[Step], bool | None] | None = N
     accelerator = _accelerator(config)
     try:
         run = prepare(config)
-        if config.push_to_hub and accelerator.is_main_process:
-            check_login()  # now, not after the hours of training
+        features = Features()
+        if accelerator.is_main_process:  # what may be missing is found out now, not after the hours of training
+            if config.push_to_hub:
+                check_login()
+            if run.config.validation_steps:
+                features = open_features(run.base.name, config.dino_path, config.clip_path, accelerator.device)
         with lock_run(run.config.output_dir) if accelerator.is_main_process else nullcontext():
-            return _train(run, accelerator, on_step)
+            return _train(run, accelerator, features, on_step)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         raise SVFitError(
-            "out of memory: use --gradient_checkpointing, --mixed_precision bf16, a smaller --train_batch_size "
-            "(with --gradient_accumulation_steps for the same result) or a smaller --resolution."
+            "out of memory: go on with --resume_from_checkpoint latest and --validation_steps 0 or "
+            "--gradient_checkpointing, or start anew with --mixed_precision bf16, a smaller --train_batch_size (with "
+            "--gradient_accumulation_steps for the same result) or a smaller --resolution."
         ) from error
     finally:
         accelerator.free_memory()
 
 
-def _train(run: Run, accelerator: Accelerator, on_step: Callable[[Step], bool | None] | None) -> TrainResult:
+def _train(
+    run: Run, accelerator: Accelerator, features: Features, on_step: Callable[[Step], bool | None] | None
+) -> TrainResult:
     config, pipeline, folder = run.config, run.base.pipeline, Path(run.config.output_dir)
-    identity = run_identity(run)
+    identity = run_identity(run, accelerator.num_processes)
     resumed = resume_state(run, identity)
     if accelerator.is_main_process:
         _open_folder(run, resumed)
@@ -99,15 +106,24 @@ def _train(run: Run, accelerator: Accelerator, on_step: Callable[[Step], bool | 
             logger.log(logging.INFO if estimate.fits else logging.WARNING, line)
     with accelerator.main_process_first():  # it paints class pictures, the others then find them
         examples = encode_examples(run, accelerator.device)
+    identity = run_identity(run, accelerator.num_processes)  # with the class pictures that are there by now
     dtype = WEIGHT_DTYPE[config.mixed_precision]
     of_word = word_rows(pipeline, config.learned_word)  # before the networks are cast
-    positions = None
+    whole, positions = run, None
     _step_aside(run, accelerator)
     if config.budget is not None:
-        own = choose_positions(run, examples, accelerator.device, dtype)
-        (positions,) = broadcast_object_list([own])  # rounding must not give processes different layers
-        run = narrowed(run, positions)
-    shifts = patch_run(run, positions)
+        chosen = None  # by one process: rounding must not give others different layers
+        if accelerator.is_main_process:
+            chosen = choose_positions(run, examples, accelerator.device, dtype)
+        (positions,) = broadcast_object_list([chosen])
+        run = narrowed(whole, positions)
+    with accelerator.main_process_first():  # it decomposes, the others then find the bases
+        shifts = patch_run(run, positions)
+    # hashed at the start already, unless a budget left layers out or a word came in
+    known = positions is None and not of_word
+    base_fingerprint = identity["base"] if known else fingerprint(run.weights | of_word, run.hashes)
+    for each in (whole, run):
+        each.release_weights()
     words = learn_words(pipeline, config.learned_word, run.initial)
     networks = _place(run, accelerator)
     model = Denoiser(run, examples, dtype=dtype, device=accelerator.device, **networks)
@@ -115,9 +131,6 @@ def _train(run: Run, accelerator: Accelerator, on_step: Callable[[Step], bool | 
     rates = {n: config.learning_rate if n.startswith("unet.") else config.text_encoder_lr for n in values}
     values |= words
     rates |= dict.fromkeys(words, config.learned_word_lr)
-    features = Features()
-    if config.validation_steps and accelerator.is_main_process:
-        features = open_features(run.base.name, config.dino_path, config.clip_path, accelerator.device)
     watch = Watch(run, features) if config.validation_steps else None
     loop = Loop(
         config, accelerator, model, [networks[component] for component in run.trained], values, rates, identity, watch
@@ -157,13 +170,10 @@ def _train(run: Run, accelerator: Accelerator, on_step: Callable[[Step], bool | 
     adapter = Adapter(
         shifts=learnt if positions is None else spread(learnt, positions),
         base_model=run.base.name,
-        # hashed at the start already, unless a budget left layers out or a word came in
-        base_fingerprint=identity["base"]
-        if positions is None and not of_word
-        else fingerprint(run.weights | of_word, run.hashes),
+        base_fingerprint=base_fingerprint,
         instance_prompt=config.instance_prompt,
         class_prompt=config.class_prompt,
-        training=training_record(run, loop.step, kept, loss_before, loss_after),
+        training=training_record(run, accelerator.num_processes, loop.step, kept, loss_before, loss_after),
         title=run.adapter_name,
         architecture=run.base.architecture,
         metadata=base_metadata(run.base),

@@ -100,9 +100,8 @@ class Watch:
     def without_rare_words(self, prompt: str) -> str:
         """The prompt as a judge of pictures can read it: the class prompt in place of the instance prompt, if given."""
         config = self.run.config
-        class_prompt = getattr(config, "class_prompt", None)
-        if config.instance_prompt and class_prompt:
-            return prompt.replace(config.instance_prompt, class_prompt)
+        if config.instance_prompt and config.class_prompt:
+            return prompt.replace(config.instance_prompt, config.class_prompt)
         return prompt
 
     def draw_grid(self) -> None:
