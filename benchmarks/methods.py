@@ -188,6 +188,7 @@ ABLATIONS = {
     "svfit-text": Method(with_text_encoder(svfit()), USUAL, {"train_text_encoder": True}),
     "svfit-word": Method(with_learned_word(svfit()), USUAL, {"learned_word": "sks"}),
     "svdiff-word": Method(with_learned_word(svfit(ALL)), USUAL, {"learned_word": "sks"}),
+    "svfit-epsilon": Method(svfit(), (2e-2, 5e-2, 1e-1, 2e-1), {"adam_epsilon": 1e-4}),  # small gradients, small steps
     "svdiff-prior": Method(svfit(ALL), USUAL, {"with_prior_preservation": True}),
     "svfit-prior": Method(svfit(), USUAL, {"with_prior_preservation": True}),
 }
