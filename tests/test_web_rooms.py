@@ -329,6 +329,29 @@ def test_a_stopped_run_goes_on_and_replaces_its_result(workspace, visitor, photo
     assert "--resume_from_checkpoint" not in (workspace.jobs / job.id / "job.yaml").read_text()
 
 
+def test_a_run_that_goes_on_leaves_alone_what_has_taken_its_name(
+    workspace, visitor, photo_folder, command, adapter_path, tmp_path
+):
+    server = Jobs(workspace)
+    job = submit(server, visitor, photo_folder)
+    server.tend()
+    until(lambda: sum_up(server.run_folder(job)).step == 3)
+    server.stop(job)
+    until(lambda: server.tend() or server.find(visitor, job.id).library_name == "dog")
+    assert server.result(server.find(visitor, job.id)) == visitor.library / "dog.safetensors"
+    library.rename(visitor.library, "dog", "Bello")
+    other = read_adapter(adapter_path)
+    other.title = "somebody else's"
+    library.add(visitor.library, save_adapter(other, tmp_path / "dog.safetensors"))
+    assert server.result(server.find(visitor, job.id)) is None
+    theirs = (visitor.library / "dog.safetensors").read_bytes()
+    server.resume(server.find(visitor, job.id))
+    (workspace.jobs / job.id / "go").touch()
+    until(lambda: server.tend() or server.find(visitor, job.id).library_name == "dog-2")
+    assert (visitor.library / "dog.safetensors").read_bytes() == theirs
+    assert server.result(server.find(visitor, job.id)) == visitor.library / "dog-2.safetensors"
+
+
 def test_a_killed_run_is_told_from_a_failed_one(workspace, visitor, photo_folder, command):
     server = Jobs(workspace)
     killed = submit(server, visitor, photo_folder)

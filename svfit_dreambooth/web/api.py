@@ -109,7 +109,7 @@ class Endpoints:
             "of": progress.of,
             "loss": progress.losses[-1][1] if progress.losses else None,
             "message": progress.message or self.app.jobs.complaint(job) or None,
-            "adapter": job.library_name,
+            "adapter": result.stem if (result := self.app.jobs.result(job)) else None,
         }
 
     @plainly

@@ -28,6 +28,7 @@ class Job:
     pid: int | None = None
     filed: int = 0  # the start whose result is in the library
     library_name: str | None = None
+    library_sha256: str | None = None  # of that file: another one may have taken its name since
     options: dict[str, Any] = field(default_factory=dict)
 
 

@@ -139,6 +139,13 @@ class Jobs:
     def run_folder(self, job: Job) -> Path:
         return self.folder / job.id / "run"
 
+    def result(self, job: Job) -> Path | None:
+        """The adapter that a run has put into the library; None if it is not there any more, whatever has its name."""
+        if job.library_name is None:
+            return None
+        path = library_of(self.workspace, job.owner) / f"{job.library_name}{library.SUFFIX}"
+        return path if path.is_file() and library.sha256(path) == job.library_sha256 else None
+
     def complaint(self, job: Job) -> str:
         """The sentence with which the command gave up, "" if there is none."""
         return complaint(self.log(job))
@@ -246,16 +253,18 @@ class Jobs:
 
     def _file(self, job: Job) -> None:
         """The adapter that a run has left, into its owner's library."""
-        adapter = self.run_folder(job) / f"{job.name}.safetensors"
+        adapter, earlier = self.run_folder(job) / f"{job.name}.safetensors", self.result(job)
         folder = library_of(self.workspace, job.owner)
-        name = job.library_name
+        name, sha256 = job.library_name, job.library_sha256
         if adapter.is_file():
-            if name is not None and name in library.names(folder):
+            if earlier is not None:
+                name = earlier.stem
                 library.replace(folder, name, adapter)
             else:
                 name = library.add(folder, adapter)
+            sha256 = library.sha256(folder / f"{name}{library.SUFFIX}")
         with changing(self.folder / job.id) as changed:
-            changed.filed, changed.library_name = changed.started, name
+            changed.filed, changed.library_name, changed.library_sha256 = changed.started, name, sha256
 
     def _all(self) -> list[Job]:
         jobs = [job for path in self.folder.glob("[0-9]*/job.json") if (job := read_job(path.parent)) is not None]
