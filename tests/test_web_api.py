@@ -220,9 +220,29 @@ def test_two_tabs_at_once_paint_in_one(public, tiny_base, monkeypatch):
         return order(*arguments)
 
     monkeypatch.setattr(Painting, "_order", meanwhile)
+    second = painting.generate(request, *form)
+    assert next(second)[7].interactive  # Stop, which the sentence that follows names
     with pytest.raises(gr.Error, match="still being painted"):
-        next(painting.generate(request, *form))
+        next(second)
+    assert painting.open_page(request)[-1].interactive
     assert "1 picture done" in [step[0] for step in first][-1] and painting._working == {}
+    assert not painting.open_page(request)[-1].interactive and "Stopping" not in painting.stop(request)[0]
+
+
+def test_a_full_disk_leaves_the_buttons_usable(public, tiny_base, monkeypatch):
+    import gradio as gr
+
+    from svfit_dreambooth.web import painting as web_painting
+
+    def keep_picture(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(web_painting, "keep_picture", keep_picture)
+    form, told = ["a dog", "", tiny_base.name, [], 1, 1, "", 5, False, "16", "16", "just paint", False], []
+    painting = Painting(public)
+    with pytest.raises(gr.Error, match="No space left on device"):
+        told.extend(painting.generate(Request("a" * 32), *form))
+    assert (told[-1][6].interactive, told[-1][7].interactive) == (True, False) and painting._working == {}
 
 
 def test_no_way_of_training_downloads_for_a_stranger(public, photo_folder, monkeypatch):

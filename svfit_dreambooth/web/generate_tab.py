@@ -107,10 +107,10 @@ def build(app: App, page: gr.Blocks) -> GenerateTab:
     form = [prompt, negative, base, adapters, count, steps, guidance, seed, new_seed, width, height, mode, relatives]
     actions = [reuse, download, cover, remove]
 
-    page.load(painting.open_page, None, [base, adapters, gallery, shown, prompt, filled], **PRIVATE)
+    page.load(painting.open_page, None, [base, adapters, gallery, shown, prompt, filled, stop], **PRIVATE)
     adapters.change(painting.fill_in, [adapters, prompt, filled], [prompt, filled], **PRIVATE)
     upload.upload(painting.upload, [upload, adapters], adapters, **PRIVATE)
-    stop.click(painting.stop, None, status, queue=False, **PRIVATE)
+    stop.click(painting.stop, None, [status, stop], queue=False, **PRIVATE)
     gallery.select(painting.select, shown, [selected, details, *actions], **PRIVATE)
     fields = [prompt, negative, base, adapters, steps, guidance, seed, new_seed, width, height, mode, count, taken_up]
     reuse.click(painting.reuse, selected, fields, **PRIVATE)

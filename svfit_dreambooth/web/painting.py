@@ -32,7 +32,7 @@ class Painting:
 
     @plainly
     def open_page(self, request: gr.Request) -> tuple[Any, ...]:
-        """Base models, adapters, pictures, their names, prompt, what was filled in."""
+        """Base models, adapters, pictures, their names, prompt, what was filled in, and whether there is work to stop."""
         visitor = self.app.visitor(request)
         choices, value = self.app.adapter_choices(visitor), self.app.offers()
         words = self.words(visitor, value)
@@ -44,6 +44,7 @@ class Painting:
             names,
             words,
             words,
+            gr.Button(interactive=visitor.word in self._working),
         )
 
     def at_the_start(self) -> tuple[list[tuple[str, str]], list[str]]:
@@ -76,14 +77,15 @@ class Painting:
         visitor = self.app.visitor(request)
         order, mode = self._order(visitor, *values)
         check(order)  # before the pictures that are there make room
-        cancelled = threading.Event()
+        cancelled, keep = threading.Event(), gr.skip()
         if self._working.setdefault(visitor.word, cancelled) is not cancelled:  # in one step: tabs may come at once
+            yield (*[keep] * 7, gr.Button(interactive=True), *[keep] * 4)
             raise SVFitError("your last pictures are still being painted: wait, or press Stop.")
         news: queue.Queue[Told | Exception | None] = queue.Queue()
         worker = threading.Thread(target=_work, args=(self.app, order, news, cancelled), daemon=True)
-        off, keep = gr.Button(interactive=False), gr.skip()
+        off = gr.Button(interactive=False)
         shown: list[tuple[float, str, str]] = []  # (factor, name, caption)
-        failure = None
+        failure: Exception | None = None
         try:
             worker.start()
             busy = (gr.Button(interactive=False), gr.Button(interactive=True))
@@ -106,6 +108,8 @@ class Painting:
                 elif not news.empty():
                     continue  # something newer is waiting to be shown
                 yield (_progress(event), gallery, names, *[keep] * 9)
+        except Exception as error:  # noqa: BLE001 - raised below, when the buttons are as they were
+            failure = error
         finally:
             cancelled.set()  # also when the page was closed
             del self._working[visitor.word]
@@ -150,12 +154,12 @@ class Painting:
         return order, mode
 
     @plainly
-    def stop(self, request: gr.Request) -> str:
-        """Ends the visitor's painting within one denoising step."""
+    def stop(self, request: gr.Request) -> tuple[str, Any]:
+        """Status and button; ends the visitor's painting, of whichever tab, within one denoising step."""
         event = self._working.get(self.app.visitor(request).word)
         if event is not None:
             event.set()
-        return _status("Stopping")
+        return _status("Stopping") if event is not None else IDLE, gr.Button(interactive=False)
 
     @plainly
     def select(self, event: gr.SelectData, names: list[str], request: gr.Request) -> tuple[Any, ...]:
