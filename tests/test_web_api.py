@@ -207,6 +207,25 @@ def test_remarks_go_by_base_and_resolution_and_the_form_comes_back(public, tmp_p
     assert draft.show(Request("f" * 32))[4] == gr_skip()
 
 
+@pytest.mark.parametrize("download", [True, False])
+def test_photos_on_toybox_are_told_of_a_base_for_them(tmp_path, photo_folder, monkeypatch, download):
+    from svfit_dreambooth.web.bases import FOR_PHOTOS
+    from svfit_dreambooth.web.draft import Draft
+
+    workspace = Workspace(tmp_path / "home")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(workspace.served))
+    _, app = web.build_page(workspace, (), (), download=download)
+    request, draft, photo = Request("e" * 32), Draft(app), min(photo_folder.glob("*.png"))
+    assert (FOR_PHOTOS in app.studio.bases.for_training()) == download
+    assert "trying out" not in draft.take_bundled("dog_patch", "", request)[1]
+    draft.clear(request)
+    assert draft.remark("toybox", "", request) == ""
+    list(draft.add([shutil.copy(photo, tmp_path)], "toybox", "", request))
+    said = draft.remark("toybox", "", request)
+    assert "toybox is for trying out" in said and (FOR_PHOTOS in said) == download
+    assert "trying out" not in draft.remark(FOR_PHOTOS, "", request)
+
+
 def test_two_tabs_at_once_paint_in_one(public, tiny_base, monkeypatch):
     import gradio as gr
 

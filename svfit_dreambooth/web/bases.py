@@ -12,6 +12,7 @@ from svfit_dreambooth.config import TOYBOX
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.options import base_name
 
+FOR_PHOTOS = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # offered for training where it may be downloaded
 OFF = "downloads are off here: choose a base that is offered."
 
 
@@ -27,6 +28,11 @@ class Bases:
         """What is offered without typing."""
         inside = [path.name for path in sorted(self.models.glob("*")) if _is_model(path)]
         return [TOYBOX, *inside, *(_shown(name) for name in self.extra)]
+
+    def for_training(self) -> list[str]:
+        """The same, and one that knows more than toys, though it must be downloaded."""
+        names = self.names()
+        return names + [FOR_PHOTOS] * (self.download and FOR_PHOTOS not in names)
 
     def resolve(self, name: str, *, typed: bool) -> tuple[str, dict[str, Any]]:
         """What to open for `name`, and with which options of open_base_model.
