@@ -169,7 +169,7 @@ def test_adapters_of_the_command_line_are_for_all_but_theirs_to_paint_with_alone
 def test_a_program_trains_on_its_own_photos_and_leaves_those_of_the_page(public, photo_folder):
     from svfit_dreambooth.web.api import Endpoints
     from svfit_dreambooth.web.draft import Draft, bundled_subjects
-    from svfit_dreambooth.web.workspace import photo_files
+    from svfit_dreambooth.web.laid_out import photo_files
 
     request, photos = Request("d" * 32), sorted(photo_folder.glob("*.png"))[:2]
     visitor, toy = public.visitor(request), bundled_subjects()[0]
@@ -270,8 +270,8 @@ def test_no_way_of_training_downloads_for_a_stranger(public, photo_folder, monke
     from svfit_dreambooth.training import preparation
     from svfit_dreambooth.web.api import Endpoints
     from svfit_dreambooth.web.draft import ADVANCED, Draft
+    from svfit_dreambooth.web.laid_out import add_photos
     from svfit_dreambooth.web.runs import Runs
-    from svfit_dreambooth.web.workspace import add_photos
 
     request, photos = Request("a" * 32), sorted(photo_folder.glob("*.png"))
     draft, visitor = Draft(public), public.visitor(request)

@@ -27,19 +27,10 @@ from svfit_dreambooth.web import studio as web_studio
 from svfit_dreambooth.web import workspace as workspace_files
 from svfit_dreambooth.web.bases import Bases
 from svfit_dreambooth.web.jobs import Jobs
+from svfit_dreambooth.web.laid_out import add_photos
 from svfit_dreambooth.web.progress import sum_up
 from svfit_dreambooth.web.studio import AS_TRAINED, Order, Studio, working_dtype
-from svfit_dreambooth.web.workspace import (
-    Workspace,
-    add_photos,
-    file_name,
-    photo_files,
-    photo_remarks,
-    remove_photo,
-    rotate_photo,
-    serve,
-    thumbnail,
-)
+from svfit_dreambooth.web.workspace import Workspace, file_name, serve
 
 SIZE = {"num_inference_steps": 2, "width": 16, "height": 16}
 
@@ -82,52 +73,6 @@ def test_names_are_names_of_files(text, name):
     assert file_name(text) == name
     with pytest.raises(SVFitError, match="no letters or digits"):
         file_name("../..")
-
-
-def test_uploaded_photos_are_looked_at(visitor, tmp_path, photo_folder):
-    good = [shutil.copy(path, tmp_path) for path in sorted(photo_folder.glob("*.png"))]
-    script = tmp_path / "photo.png"
-    script.write_text("<script>alert(1)</script>")
-    cut = tmp_path / "cut.png"
-    cut.write_bytes((photo_folder / "photo 0.png").read_bytes()[:200])
-    remarks = add_photos(visitor.photos, [*map(Path, good), script, cut])
-    assert [path.name for path in photo_files(visitor.photos)] == ["001.png", "002.png", "003.png"]
-    assert len(remarks) == 2 and "isn't a picture" in remarks[0] and "broken or cut short" in remarks[1]
-    assert not any(str(tmp_path) in remark for remark in remarks)
-    before = np.asarray(Image.open(visitor.photos / "001.png"))
-    rotate_photo(visitor.photos / "001.png")
-    assert np.array_equal(np.asarray(Image.open(visitor.photos / "001.png")), np.rot90(before, -1))
-
-
-def test_thumbnails_are_small_and_follow_their_photos(visitor, tmp_path):
-    gradient = Image.fromarray(np.stack([np.arange(1200).repeat(900).reshape(1200, 900) // 5] * 3, -1).astype(np.uint8))
-    gradient.save(tmp_path / "photo.png")
-    add_photos(visitor.photos, [tmp_path / "photo.png"])
-    (photo,) = photo_files(visitor.photos)
-    before = Image.open(thumbnail(photo))
-    assert before.size == (192, 256)
-    rotate_photo(photo)
-    after = Image.open(thumbnail(photo))
-    assert np.abs(np.asarray(after, int) - np.rot90(np.asarray(before, int), -1)).max() <= 3
-    remove_photo(photo)
-    assert list(visitor.photos.iterdir()) == []
-
-
-def test_photos_lose_their_notes_and_alike_ones_are_told(visitor, tmp_path):
-    gradient = np.add.outer(np.arange(90), np.arange(120)).astype(np.uint8)
-    photo = Image.fromarray(np.stack([gradient] * 3, -1))
-    exif = Image.Exif()
-    exif[0x0110] = "a camera"
-    exif[0x0112] = 6  # to be turned
-    photo.save(tmp_path / "a.jpg", exif=exif)
-    photo.rotate(-90, expand=True).resize((45, 60)).save(tmp_path / "b.png")
-    add_photos(visitor.photos, [tmp_path / "a.jpg", tmp_path / "b.png"])
-    first = Image.open(visitor.photos / "001.png")
-    assert first.size == (90, 120) and not first.getexif() and "exif" not in first.info
-    remarks = photo_remarks(visitor.photos, 64)
-    assert "photo 2 looks like photo 1: remove one, it would count twice" in remarks
-    assert any("few photos" in line for line in remarks)
-    assert any("photo 2 (45x60)" in line for line in remarks)
 
 
 def test_served_files_have_names_that_nobody_guesses(workspace, tmp_path):

@@ -15,16 +15,9 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import write_atomically
 from svfit_dreambooth.web.app import App, number, plainly
 from svfit_dreambooth.web.bases import FOR_PHOTOS
+from svfit_dreambooth.web.laid_out import add_photos, photo_files, photo_remarks, remove_photo, rotate_photo, thumbnail
 from svfit_dreambooth.web.progress import sum_up
-from svfit_dreambooth.web.workspace import (
-    Visitor,
-    add_photos,
-    photo_files,
-    photo_remarks,
-    remove_photo,
-    rotate_photo,
-    thumbnail,
-)
+from svfit_dreambooth.web.workspace import Visitor
 
 SUBJECTS = Path(__file__).resolve().parents[2] / "toybox" / "subjects"
 BUNDLED = ".bundled"  # file beside the photos: the toy whose photos, untouched, they are

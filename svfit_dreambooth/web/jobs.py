@@ -28,9 +28,10 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.run_folder import read_progress
 from svfit_dreambooth.web import library
 from svfit_dreambooth.web.job import Job, changing, read_job
+from svfit_dreambooth.web.laid_out import photo_files
 from svfit_dreambooth.web.launch import complaint, devices, launch, log_end
 from svfit_dreambooth.web.locks import is_locked, locked
-from svfit_dreambooth.web.workspace import Visitor, Workspace, file_name, library_of, photo_files
+from svfit_dreambooth.web.workspace import Visitor, Workspace, file_name, library_of
 
 TICK = 1.0  # seconds between looks at the queue
 DAY = 24 * 3600.0  # seconds
