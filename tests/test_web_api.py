@@ -193,6 +193,7 @@ def test_remarks_go_by_base_and_resolution_and_the_form_comes_back(public, tmp_p
     Image.radial_gradient("L").resize((200, 200)).save(tmp_path / "photo.png")
     *_, (_, _, remarks, _, _) = draft.add([str(tmp_path / "photo.png")], "owner/name", "", request)
     assert "smaller than the resolution of 512, will be enlarged: photo 1 (200x200)" in remarks
+    assert not (tmp_path / "photo.png").exists()  # what was uploaded may tell where it was taken
     for base, resolution, warned in (
         ("toybox", "", False), ("", "", False), ("toybox", "256", True), ("owner/name", "192", False),
         ("owner/name", "nonsense", True),

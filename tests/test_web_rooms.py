@@ -10,6 +10,7 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -83,6 +84,23 @@ def test_served_files_have_names_that_nobody_guesses(workspace, tmp_path):
     other = Workspace(tmp_path / "other")
     assert os.path.relpath(served, workspace.served) != os.path.relpath(serve(other, file), other.served)
     assert (workspace.folder / "secret").stat().st_mode & 0o077 == 0
+
+
+def test_what_nobody_asks_for_is_served_no_longer(workspace, tmp_path, monkeypatch):
+    files = [tmp_path / "old.png", tmp_path / "asked.png"]
+    for file in files:
+        file.write_bytes(b"picture")
+    old, asked = (Path(serve(workspace, file)) for file in files)
+    made = workspace_files.place_to_serve(workspace, "lora.safetensors")
+    made.write_bytes(b"weights")
+    Jobs(workspace).tend()
+    assert old.exists() and asked.exists() and made.exists()
+    until(lambda: serve(workspace, files[1]) and asked.stat().st_ctime > made.stat().st_ctime)
+    last = asked.stat().st_ctime + workspace_files.SERVED_SECONDS
+    monkeypatch.setattr(workspace_files, "time", SimpleNamespace(time=lambda: last))
+    Jobs(workspace).tend()
+    assert asked.exists() and list(workspace.served.iterdir()) == [asked.parent]
+    assert all(file.exists() for file in files) and Path(serve(workspace, files[0])).exists()
 
 
 def test_a_disk_without_links_serves_and_imports(workspace, tmp_path, adapter_path, monkeypatch):

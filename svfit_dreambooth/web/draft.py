@@ -60,6 +60,7 @@ class Draft:
                 yield keep, keep, f"Looking at photo {i} of {len(files)} …", keep, keep
             for sentence in add_photos(visitor.photos, [Path(file)]):
                 gr.Warning(html.escape(sentence), duration=12)
+            Path(file).unlink(missing_ok=True)  # tells of place and camera
         yield (None, *self._shown(visitor, base, resolution))
 
     @plainly

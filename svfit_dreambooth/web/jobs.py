@@ -31,7 +31,7 @@ from svfit_dreambooth.web.job import Job, changing, read_job
 from svfit_dreambooth.web.laid_out import photo_files
 from svfit_dreambooth.web.launch import complaint, devices, launch, log_end
 from svfit_dreambooth.web.locks import is_locked, locked
-from svfit_dreambooth.web.workspace import Visitor, Workspace, file_name, library_of
+from svfit_dreambooth.web.workspace import Visitor, Workspace, empty_served, file_name, library_of
 
 TICK = 1.0  # seconds between looks at the queue
 DAY = 24 * 3600.0  # seconds
@@ -58,7 +58,7 @@ class Jobs:
         self.folder = workspace.jobs
         self._children: list[subprocess.Popen[bytes]] = []
         self._wake = threading.Event()
-        self._cleans = 0.0  # monotonic time at which the trash is emptied next
+        self._cleans = 0.0  # monotonic time at which it is cleaned up next
         self._rests: dict[str, float] = {}  # id of a job that went wrong -> monotonic time from which it is tried again
 
     def start_queue(self) -> None:
@@ -199,10 +199,11 @@ class Jobs:
     # ------------------------------------------------------------ the queue
 
     def tend(self) -> None:
-        """Starts what can start, files the results of what has ended in the library, and once a day empties the trash."""
+        """Starts what can start, files the results of what has ended in the library, and once a day cleans up."""
         if time.monotonic() >= self._cleans:
             self._cleans = time.monotonic() + DAY
             self.empty_trash()
+            empty_served(self.workspace)
         self._children = [child for child in self._children if child.poll() is None]
         with locked(self.folder / ".queue") as held:
             if held is None:

@@ -9,12 +9,15 @@ import os
 import re
 import secrets
 import shutil
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from svfit_dreambooth.errors import SVFitError
 
 MAX_ADAPTER_BYTES = 64 * 2**20  # Stable Diffusion XL at full rank in float32 needs 2 MB
+SERVED_SECONDS = 7 * 24 * 3600  # for which the web server hands out what nobody asks for again
 MAX_NAME = 60  # characters of a name that a person gives
 WORD = re.compile(r"[0-9a-f]{32}")
 
@@ -114,7 +117,12 @@ def serve(workspace: Workspace, path: Path, name: str | None = None) -> str:
     stat = path.stat()
     key = f"{secret(workspace)} {path} {stat.st_mtime_ns} {stat.st_size}"
     target = workspace.served / hashlib.sha256(key.encode()).hexdigest() / (name or path.name)
-    if not target.exists():
+    if target.exists():
+        with suppress(OSError):  # not ours to change on some disks
+            target.chmod(
+                stat.st_mode & 0o777
+            )  # nothing but its ctime, which tells `empty_served` that it was asked for
+    else:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{secrets.token_hex(4)}.tmp")
         try:
@@ -123,6 +131,23 @@ def serve(workspace: Workspace, path: Path, name: str | None = None) -> str:
             shutil.copyfile(path, temporary)
         temporary.replace(target)
     return str(target)
+
+
+def place_to_serve(workspace: Workspace, name: str) -> Path:
+    """Where a file called `name` may be written for the web server to hand out, and for nothing else."""
+    folder = workspace.served / secrets.token_hex(32)
+    folder.mkdir(parents=True)
+    return folder / name
+
+
+def empty_served(workspace: Workspace) -> None:
+    """Removes what nobody has asked for lately: uploads, and copies of what may be deleted by now."""
+    for folder, _, names in os.walk(workspace.served):
+        for path in (Path(folder, name) for name in names):
+            with suppress(OSError):  # gone meanwhile
+                if time.time() - path.stat().st_ctime > SERVED_SECONDS:
+                    path.unlink()
+                    path.parent.rmdir()  # where it was the last
 
 
 def secret(workspace: Workspace) -> str:
