@@ -15,7 +15,7 @@ from svfit_dreambooth import TrainConfig, read_adapter, save_adapter, train
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web import page as web
 from svfit_dreambooth.web.painting import STRENGTHS, Painting
-from svfit_dreambooth.web.studio import STRIP
+from svfit_dreambooth.web.studio import AS_TRAINED, STRIP
 from svfit_dreambooth.web.workspace import Workspace
 
 SIZE = {"num_inference_steps": 2, "width": 16, "height": 16}
@@ -121,6 +121,39 @@ def test_a_strip_over_strengths_and_its_settings_taken_up(served, adapter_path, 
         painting.reuse(name, theirs)
     with pytest.raises(gr.Error, match="no adapter called"):
         list(painting.generate(theirs, *form, 1.0))
+
+
+def test_base_and_unusual_numbers_of_a_picture_are_taken_up(served, adapter_path, tiny_base, monkeypatch):
+    import gradio as gr
+
+    from svfit_dreambooth.web import library
+    from svfit_dreambooth.web.generate_tab import _strength
+    from svfit_dreambooth.web.reuse import take_up
+
+    _, app, _ = served
+    visitor, warned = app.visitor(Request("a" * 32)), []
+    monkeypatch.setattr(gr, "Warning", warned.append)
+    library.add(visitor.uploads, adapter_path, name="taken-up")
+    settings = {
+        "prompt": "a dog", "negative_prompt": "", "num_inference_steps": 200, "guidance_scale": 7.5, "seed": 3,
+        "width": 16, "height": 16,
+    }  # fmt: skip
+    for base, adapters, shown, missing in (
+        (tiny_base.name, {"taken-up": 2.5}, AS_TRAINED, ""),
+        (tiny_base.name, {}, tiny_base.name, ""),
+        ("toybox", {"taken-up": 1.0}, "toybox", ""),
+        ("toybox", {}, AS_TRAINED, ""),
+        ("owner/name", {"taken-up": 1.0}, AS_TRAINED, "not here any more: the base owner/name."),
+        ("gone", {"lost": 1.0}, AS_TRAINED, "not here any more: the adapter lost, the base gone."),
+    ):
+        taken = take_up(app, visitor, {**settings, "base_model": base, "adapters": adapters})
+        assert taken[2].value == shown and "".join(warned).startswith(missing) and bool(warned) == bool(missing)
+        warned.clear()
+    for strength, bounds in ((2.5, (0, 2.5)), (-1, (-1, 1.5)), (1, (0, 1.5))):
+        slider = _strength("dog", "", strength, "dog")
+        assert (slider.minimum, slider.maximum) == bounds
+    page = served[0].config["components"]
+    assert [part["props"]["maximum"] for part in page if part["props"].get("elem_id") == "steps"] == [200]
 
 
 @pytest.fixture

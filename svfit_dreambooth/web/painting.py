@@ -13,10 +13,11 @@ import gradio as gr
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web import library, pictures
 from svfit_dreambooth.web.app import App, number, plainly, whole
+from svfit_dreambooth.web.reuse import ONCE, take_up
 from svfit_dreambooth.web.studio import AS_TRAINED, STRIP, Order, Told, check
 from svfit_dreambooth.web.workspace import Visitor, library_of
 
-ONCE, COMPARED, STRENGTHS = "just paint", "beside the base model", "strengths 0 to 1.5"
+COMPARED, STRENGTHS = "beside the base model", "strengths 0 to 1.5"
 FACTORS: dict[str, tuple[float, ...]] = {ONCE: (1.0,), COMPARED: (0.0, 1.0), STRENGTHS: STRIP}
 SEEDS = 1_000_000  # a new one is chosen among: few enough digits to be told to a friend
 IDLE = '<div class="status" role="status"></div>'
@@ -176,36 +177,11 @@ class Painting:
     @plainly
     def reuse(self, name: str, request: gr.Request) -> tuple[Any, ...]:
         visitor = self.app.visitor(request)
-        return self._taken_up(visitor, pictures.read_settings(pictures.find(visitor.pictures, name)))
+        return take_up(self.app, visitor, pictures.read_settings(pictures.find(visitor.pictures, name)))
 
     @plainly
     def reuse_file(self, upload: str, request: gr.Request) -> tuple[Any, ...]:
-        return self._taken_up(self.app.visitor(request), pictures.read_settings(Path(upload)))
-
-    def _taken_up(self, visitor: Visitor, settings: dict[str, Any]) -> tuple[Any, ...]:
-        """The form for `settings`; then the adapters' strengths, which the sliders take when they appear."""
-        choices = self.app.adapter_choices(visitor)
-        offered = {Path(value).name: value for _, value in choices[::-1]}
-        found = {offered[name]: strength for name, strength in settings["adapters"].items() if name in offered}
-        if missing := sorted(set(settings["adapters"]) - set(offered)):
-            gr.Warning(html.escape(f"not in the library any more: {', '.join(missing)}. The rest was filled in."))
-        base = settings["base_model"]
-        bases = [AS_TRAINED, *self.app.studio.bases.names()]
-        return (
-            settings["prompt"],
-            settings["negative_prompt"],
-            gr.Dropdown(bases, value=base if base in bases and not found else AS_TRAINED),
-            gr.Dropdown(choices, value=list(found)),
-            settings["num_inference_steps"],
-            f"{settings['guidance_scale']:g}",
-            settings["seed"],
-            False,  # no new seed
-            str(settings["width"]),
-            str(settings["height"]),
-            ONCE,
-            1,  # one picture: the seed is this one's
-            found,
-        )
+        return take_up(self.app, self.app.visitor(request), pictures.read_settings(Path(upload)))
 
     @plainly
     def delete(self, name: str, names: list[str], request: gr.Request) -> tuple[Any, ...]:
