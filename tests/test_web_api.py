@@ -218,6 +218,25 @@ def test_a_program_trains_on_its_own_photos_and_leaves_those_of_the_page(public,
     assert {path.name for path in visitor.folder.iterdir()} == {"photos", "form.json"}
 
 
+def test_an_adapter_is_said_to_be_left_where_there_is_one(public, photo_folder, adapter_path):
+    from svfit_dreambooth.web import library
+    from svfit_dreambooth.web.draft import Draft
+    from svfit_dreambooth.web.job import changing
+    from svfit_dreambooth.web.laid_out import add_photos
+    from svfit_dreambooth.web.runs import Runs
+
+    request = Request("a" * 32)
+    visitor, runs = public.visitor(request), Runs(public, Draft(public))
+    add_photos(visitor.photos, sorted(photo_folder.glob("*.png")))
+    job = public.jobs.submit(visitor, "dog", {"instance_prompt": "a dog", "pretrained_model_name_or_path": "toybox"})
+    assert runs.remove(job.id, request)[-1] == "The run of dog was removed."
+    runs.undo(job.id, request)
+    library.add(visitor.library, adapter_path)
+    with changing(public.jobs.folder / job.id) as now:
+        now.library_name, now.library_sha256 = "dog", library.sha256(visitor.library / "dog.safetensors")
+    assert runs.remove(job.id, request)[-1] == "The run of dog was removed; its adapter is still in the library."
+
+
 def test_remarks_go_by_base_and_resolution_and_the_form_comes_back(public, tmp_path):
     from svfit_dreambooth.web.draft import Draft
 

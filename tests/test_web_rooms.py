@@ -289,6 +289,8 @@ def test_a_stopped_run_goes_on_and_replaces_its_result(workspace, visitor, photo
     state = sum_up(server.run_folder(job))
     assert [step for step, _ in state.losses] == [1, 2, 3, 4, 5, 6] and state.status == "finished"
     assert library.names(visitor.library) == ["dog"]
+    (server.run_folder(job) / "progress.jsonl").unlink()  # which is not read every second for ever
+    assert server.state(server.find(visitor, job.id)) == "finished"
     assert "--resume_from_checkpoint" not in (workspace.jobs / job.id / "job.yaml").read_text()
 
 

@@ -27,6 +27,7 @@ class Job:
     stopping: bool = False
     pid: int | None = None
     filed: int = 0  # the start whose result is in the library
+    ended: str | None = None  # the state in which that start left the run
     library_name: str | None = None
     library_sha256: str | None = None  # of that file: another one may have taken its name since
     options: dict[str, Any] = field(default_factory=dict)

@@ -122,6 +122,10 @@ class Jobs:
             return "queued"
         if job.started == 0:
             return "stopped"
+        return job.ended if job.ended and job.filed == job.started else self._ended(job)
+
+    def _ended(self, job: Job) -> str:
+        """The state in which the last start left a run, told from its files."""
         if self.complaint(job):
             return "failed"
         turns = [event for event in read_progress(self.run_folder(job)) if event["event"] in ("start", "end")]
@@ -173,7 +177,7 @@ class Jobs:
         self._wake.set()
 
     def remove(self, job: Job) -> None:
-        """Puts the folder of a run that is over aside; its adapter stays in the library."""
+        """Puts the folder of a run that is over aside; what it has put into the library stays."""
         if self.state(job) in ("running", "stopping"):
             raise SVFitError(f"{job.name} is running: stop it first.")
         trash = self.folder / library.TRASH
@@ -265,8 +269,10 @@ class Jobs:
             else:
                 name = library.add(folder, adapter)
             sha256 = library.sha256(folder / f"{name}{library.SUFFIX}")
+        ended = self._ended(job)
         with changing(self.folder / job.id) as changed:
-            changed.filed, changed.library_name, changed.library_sha256 = changed.started, name, sha256
+            changed.library_name, changed.library_sha256 = name, sha256
+            changed.filed, changed.ended = changed.started, ended
 
     def _all(self) -> list[Job]:
         jobs = [job for path in self.folder.glob("[0-9]*/job.json") if (job := read_job(path.parent)) is not None]

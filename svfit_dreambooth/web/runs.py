@@ -77,8 +77,9 @@ class Runs:
         """The panel without it; then its id, and the row that offers to bring it back."""
         visitor = self.app.visitor(request)
         job = self.app.jobs.find(visitor, id or "")
+        left = "; its adapter is still in the library" if self.app.jobs.result(job) else ""
         self.app.jobs.remove(job)
-        said = f"The run of {html.escape(job.name)} was removed; its adapter is still in the library."
+        said = f"The run of {html.escape(job.name)} was removed{left}."
         return *self._panel(visitor, None, None), job.id, gr.Row(visible=True), said
 
     @plainly
