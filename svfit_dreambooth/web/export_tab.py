@@ -1,7 +1,6 @@
 """An adapter as a LoRA for other programs: its size first, then the file."""
 
 import html
-from importlib.util import find_spec
 from typing import Any
 
 import gradio as gr
@@ -65,10 +64,8 @@ class LoraMaker:
         return _lines(said), gr.DownloadButton(value=str(output), interactive=True)
 
 
-def build(app: App) -> gr.Dropdown | None:
-    """The section, where this installation can export; returns the dropdown of adapters, which the tab keeps full."""
-    if find_spec("svfit_dreambooth.sharing.export") is None:
-        return None
+def build(app: App) -> gr.Dropdown:
+    """The section; returns the dropdown of adapters, which the tab keeps full."""
     maker = LoraMaker(app)
     with gr.Accordion("Make a LoRA of one, for other programs", open=False, elem_id="lora"):
         gr.Markdown(

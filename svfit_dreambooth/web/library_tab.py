@@ -2,7 +2,6 @@
 
 import html
 from contextlib import ExitStack
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,6 @@ class Shelf:
         names, refused = [], []
         for file in files or []:
             try:
-                library.check_upload(Path(file))
                 names.append(library.add(folder, Path(file)))
             except SVFitError as error:
                 refused.append(str(error))
@@ -134,19 +132,15 @@ def build(app: App, tabs: gr.Tabs, tab: gr.Tab, generate_tab: GenerateTab) -> No
 
     load.upload(shelf.load_files, [load, changed], [changed, load], **PRIVATE)
     undo.click(shelf.undo, [deleted, changed], [changed, deleted, undo_row], **PRIVATE)
-    dropdowns: list[gr.Dropdown] = []
-    if find_spec("svfit_dreambooth.sharing.combine") is not None:
-        with gr.Accordion("Add several into one", open=False):
-            gr.Markdown("One file that acts as several together, for subjects of the same base.", elem_classes="note")
-            with gr.Row():
-                parts = gr.Dropdown([], multiselect=True, label="Adapters")
-                factors = gr.Textbox(label="Strengths", placeholder="1, 1: one for each, in order")
-                sum_name = gr.Textbox(label="Name of the sum", placeholder="dog-and-mug")
-            add = gr.Button("Add them", size="sm")
-        add.click(shelf.combine, [parts, factors, sum_name, changed], changed, **PRIVATE)
-        dropdowns.append(parts)
-    dropdowns += [dropdown for dropdown in [web_export.build(app)] if dropdown is not None]
-    for dropdown in dropdowns:
+    with gr.Accordion("Add several into one", open=False):
+        gr.Markdown("One file that acts as several together, for subjects of the same base.", elem_classes="note")
+        with gr.Row():
+            parts = gr.Dropdown([], multiselect=True, label="Adapters")
+            factors = gr.Textbox(label="Strengths", placeholder="1, 1: one for each, in order")
+            sum_name = gr.Textbox(label="Name of the sum", placeholder="dog-and-mug")
+        add = gr.Button("Add them", size="sm")
+    add.click(shelf.combine, [parts, factors, sum_name, changed], changed, **PRIVATE)
+    for dropdown in (parts, web_export.build(app)):
         for trigger in (tab.select, changed.change):
             trigger(shelf.card_names, None, dropdown, **PRIVATE)
 
