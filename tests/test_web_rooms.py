@@ -93,6 +93,7 @@ def test_what_nobody_asks_for_is_served_no_longer(workspace, tmp_path, monkeypat
     old, asked = (Path(serve(workspace, file)) for file in files)
     made = workspace_files.place_to_serve(workspace, "lora.safetensors")
     made.write_bytes(b"weights")
+    (workspace.served / "half an upload").touch()
     Jobs(workspace).tend()
     assert old.exists() and asked.exists() and made.exists()
     until(lambda: serve(workspace, files[1]) and asked.stat().st_ctime > made.stat().st_ctime)
@@ -101,6 +102,10 @@ def test_what_nobody_asks_for_is_served_no_longer(workspace, tmp_path, monkeypat
     Jobs(workspace).tend()
     assert asked.exists() and list(workspace.served.iterdir()) == [asked.parent]
     assert all(file.exists() for file in files) and Path(serve(workspace, files[0])).exists()
+    (workspace.served / "half an upload").touch()
+    last = time.time() + workspace_files.SERVED_SECONDS + 1
+    Jobs(workspace).tend()
+    assert list(workspace.served.iterdir()) == []
 
 
 def test_a_disk_without_links_serves_and_imports(workspace, tmp_path, adapter_path, monkeypatch):

@@ -147,7 +147,8 @@ def empty_served(workspace: Workspace) -> None:
             with suppress(OSError):  # gone meanwhile
                 if time.time() - path.stat().st_ctime > SERVED_SECONDS:
                     path.unlink()
-                    path.parent.rmdir()  # where it was the last
+                    if path.parent != workspace.served:
+                        path.parent.rmdir()  # where it was the last
 
 
 def secret(workspace: Workspace) -> str:
