@@ -93,6 +93,11 @@ class Shelf:
         gr.Info(html.escape(f"{name} is in the library."))
         return changed + 1
 
+    def look(self, request: gr.Request) -> list[tuple[str, int]]:
+        """What the cards show: they are drawn anew, which loses a click on an old one, only where this is new."""
+        folder = self.app.visitor(request).library
+        return sorted((path.name, path.stat().st_mtime_ns) for path in folder.glob("[!.]*.*"))
+
     def card_names(self, request: gr.Request) -> Any:
         """For a dropdown."""
         return gr.Dropdown(library.names(self.app.visitor(request).library))
@@ -100,7 +105,7 @@ class Shelf:
 
 def build(app: App, tabs: gr.Tabs, tab: gr.Tab, generate_tab: GenerateTab) -> None:
     shelf = Shelf(app)
-    changed, deleted = gr.State(0), gr.State(None)
+    changed, deleted, seen = gr.State(0), gr.State(None), gr.State(None)
     with gr.Row():
         load = gr.UploadButton(
             "Import adapter files",
@@ -115,8 +120,8 @@ def build(app: App, tabs: gr.Tabs, tab: gr.Tab, generate_tab: GenerateTab) -> No
         said = gr.Markdown(elem_classes="note")
         undo = gr.Button("Undo", size="sm", elem_id="undo", min_width=80, scale=0)
 
-    @gr.render(inputs=[changed], triggers=[tab.select, changed.change], show_progress="hidden")
-    def cards(_: int, request: gr.Request) -> None:
+    @gr.render(triggers=[seen.change], show_progress="hidden")
+    def cards(request: gr.Request) -> None:
         found, broken = library.entries(app.visitor(request).library)
         for name, sentence in broken:
             with gr.Row():
@@ -130,6 +135,8 @@ def build(app: App, tabs: gr.Tabs, tab: gr.Tab, generate_tab: GenerateTab) -> No
             for entry in found:
                 _card(app, shelf, entry, tabs, generate_tab, changed, deleted, undo_row, said)
 
+    for trigger in (tab.select, changed.change):
+        trigger(shelf.look, None, seen, **PRIVATE)
     load.upload(shelf.load_files, [load, changed], [changed, load], **PRIVATE)
     undo.click(shelf.undo, [deleted, changed], [changed, deleted, undo_row], **PRIVATE)
     with gr.Accordion("Add several into one", open=False):
