@@ -1,4 +1,4 @@
-"""Writing files so that what was there before is whole until the new one is: temporary file, then rename."""
+"""Writing files so that what was there before is whole until the new one is (temporary file, then rename); their size."""
 
 import io
 import os
@@ -42,3 +42,8 @@ def save_png(image: Image.Image, path: str | Path, **options: Any) -> Path:
     content = io.BytesIO()
     image.save(content, format="PNG", **options)
     return write_atomically(path, content.getvalue())
+
+
+def size_text(size: int) -> str:
+    """Bytes for people."""
+    return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB"

@@ -92,13 +92,14 @@ def find_photos(folder: str | Path, may_be_empty: bool = False) -> list[Photo]:
     return photos
 
 
-def open_photo(path: str | Path) -> Image.Image:
+def open_photo(path: str | Path, keep_alpha: bool = False) -> Image.Image:
     """An RGB picture, upright (EXIF), transparency laid on white, 16-bit values scaled to 8; of several, the first.
 
+    `keep_alpha`: one that isn't opaque everywhere stays RGBA.
     Raises SVFitError for a file that isn't a picture, is broken or cut short, or has more pixels than is safe to open
     (twice PIL.Image.MAX_IMAGE_PIXELS, 179 million).
     """
-    return _open(Path(path), _to_rgb)
+    return _open(Path(path), _to_rgb_or_rgba if keep_alpha else _to_rgb)
 
 
 def open_mask(photo: Photo) -> Image.Image | None:
@@ -215,6 +216,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def _to_rgb_or_rgba(image: Image.Image) -> Image.Image:
+    return _to_rgb(image) if _alpha(image) is None else image.convert("RGBA")
 
 
 def _alpha(image: Image.Image) -> Image.Image | None:

@@ -15,7 +15,7 @@ from svfit_dreambooth import TrainConfig, read_adapter, save_adapter, train
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web import page as web
 from svfit_dreambooth.web.painting import STRENGTHS, Painting
-from svfit_dreambooth.web.studio import STRIP
+from svfit_dreambooth.web.studio import AS_TRAINED, STRIP
 from svfit_dreambooth.web.workspace import Workspace
 
 SIZE = {"num_inference_steps": 2, "width": 16, "height": 16}
@@ -123,6 +123,39 @@ def test_a_strip_over_strengths_and_its_settings_taken_up(served, adapter_path, 
         list(painting.generate(theirs, *form, 1.0))
 
 
+def test_base_and_unusual_numbers_of_a_picture_are_taken_up(served, adapter_path, tiny_base, monkeypatch):
+    import gradio as gr
+
+    from svfit_dreambooth.web import library
+    from svfit_dreambooth.web.generate_tab import _strength
+    from svfit_dreambooth.web.reuse import take_up
+
+    _, app, _ = served
+    visitor, warned = app.visitor(Request("a" * 32)), []
+    monkeypatch.setattr(gr, "Warning", warned.append)
+    library.add(visitor.uploads, adapter_path, name="taken-up")
+    settings = {
+        "prompt": "a dog", "negative_prompt": "", "num_inference_steps": 200, "guidance_scale": 7.5, "seed": 3,
+        "width": 16, "height": 16,
+    }  # fmt: skip
+    for base, adapters, shown, missing in (
+        (tiny_base.name, {"taken-up": 2.5}, AS_TRAINED, ""),
+        (tiny_base.name, {}, tiny_base.name, ""),
+        ("toybox", {"taken-up": 1.0}, "toybox", ""),
+        ("toybox", {}, AS_TRAINED, ""),
+        ("owner/name", {"taken-up": 1.0}, AS_TRAINED, "not here any more: the base owner/name."),
+        ("gone", {"lost": 1.0}, AS_TRAINED, "not here any more: the adapter lost, the base gone."),
+    ):
+        taken = take_up(app, visitor, {**settings, "base_model": base, "adapters": adapters})
+        assert taken[2].value == shown and "".join(warned).startswith(missing) and bool(warned) == bool(missing)
+        warned.clear()
+    for strength, bounds in ((2.5, (0, 2.5)), (-1, (-1, 1.5)), (1, (0, 1.5))):
+        slider = _strength("dog", "", strength, "dog")
+        assert (slider.minimum, slider.maximum) == bounds
+    page = served[0].config["components"]
+    assert [part["props"]["maximum"] for part in page if part["props"].get("elem_id") == "steps"] == [200]
+
+
 @pytest.fixture
 def public(tmp_path, tiny_base, monkeypatch):
     """What stands behind a page for strangers, which downloads nothing."""
@@ -169,7 +202,7 @@ def test_adapters_of_the_command_line_are_for_all_but_theirs_to_paint_with_alone
 def test_a_program_trains_on_its_own_photos_and_leaves_those_of_the_page(public, photo_folder):
     from svfit_dreambooth.web.api import Endpoints
     from svfit_dreambooth.web.draft import Draft, bundled_subjects
-    from svfit_dreambooth.web.workspace import photo_files
+    from svfit_dreambooth.web.laid_out import photo_files
 
     request, photos = Request("d" * 32), sorted(photo_folder.glob("*.png"))[:2]
     visitor, toy = public.visitor(request), bundled_subjects()[0]
@@ -185,6 +218,25 @@ def test_a_program_trains_on_its_own_photos_and_leaves_those_of_the_page(public,
     assert {path.name for path in visitor.folder.iterdir()} == {"photos", "form.json"}
 
 
+def test_an_adapter_is_said_to_be_left_where_there_is_one(public, photo_folder, adapter_path):
+    from svfit_dreambooth.web import library
+    from svfit_dreambooth.web.draft import Draft
+    from svfit_dreambooth.web.job import changing
+    from svfit_dreambooth.web.laid_out import add_photos
+    from svfit_dreambooth.web.runs import Runs
+
+    request = Request("a" * 32)
+    visitor, runs = public.visitor(request), Runs(public, Draft(public))
+    add_photos(visitor.photos, sorted(photo_folder.glob("*.png")))
+    job = public.jobs.submit(visitor, "dog", {"instance_prompt": "a dog", "pretrained_model_name_or_path": "toybox"})
+    assert runs.remove(job.id, request)[-1] == "The run of dog was removed."
+    runs.undo(job.id, request)
+    library.add(visitor.library, adapter_path)
+    with changing(public.jobs.folder / job.id) as now:
+        now.library_name, now.library_sha256 = "dog", library.sha256(visitor.library / "dog.safetensors")
+    assert runs.remove(job.id, request)[-1] == "The run of dog was removed; its adapter is still in the library."
+
+
 def test_remarks_go_by_base_and_resolution_and_the_form_comes_back(public, tmp_path):
     from svfit_dreambooth.web.draft import Draft
 
@@ -193,6 +245,7 @@ def test_remarks_go_by_base_and_resolution_and_the_form_comes_back(public, tmp_p
     Image.radial_gradient("L").resize((200, 200)).save(tmp_path / "photo.png")
     *_, (_, _, remarks, _, _) = draft.add([str(tmp_path / "photo.png")], "owner/name", "", request)
     assert "smaller than the resolution of 512, will be enlarged: photo 1 (200x200)" in remarks
+    assert not (tmp_path / "photo.png").exists()  # what was uploaded may tell where it was taken
     for base, resolution, warned in (
         ("toybox", "", False), ("", "", False), ("toybox", "256", True), ("owner/name", "192", False),
         ("owner/name", "nonsense", True),
@@ -205,6 +258,25 @@ def test_remarks_go_by_base_and_resolution_and_the_form_comes_back(public, tmp_p
     draft.take_bundled("dog_patch", "", request)
     assert draft.show(request)[4:] == ("dog_patch", "sks", "dog", "toybox", "faithful")
     assert draft.show(Request("f" * 32))[4] == gr_skip()
+
+
+@pytest.mark.parametrize("download", [True, False])
+def test_photos_on_toybox_are_told_of_a_base_for_them(tmp_path, photo_folder, monkeypatch, download):
+    from svfit_dreambooth.web.bases import FOR_PHOTOS
+    from svfit_dreambooth.web.draft import Draft
+
+    workspace = Workspace(tmp_path / "home")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(workspace.served))
+    _, app = web.build_page(workspace, (), (), download=download)
+    request, draft, photo = Request("e" * 32), Draft(app), min(photo_folder.glob("*.png"))
+    assert (FOR_PHOTOS in app.studio.bases.for_training()) == download
+    assert "trying out" not in draft.take_bundled("dog_patch", "", request)[1]
+    draft.clear(request)
+    assert draft.remark("toybox", "", request) == ""
+    list(draft.add([shutil.copy(photo, tmp_path)], "toybox", "", request))
+    said = draft.remark("toybox", "", request)
+    assert "toybox is for trying out" in said and (FOR_PHOTOS in said) == download
+    assert "trying out" not in draft.remark(FOR_PHOTOS, "", request)
 
 
 def test_two_tabs_at_once_paint_in_one(public, tiny_base, monkeypatch):
@@ -220,9 +292,29 @@ def test_two_tabs_at_once_paint_in_one(public, tiny_base, monkeypatch):
         return order(*arguments)
 
     monkeypatch.setattr(Painting, "_order", meanwhile)
+    second = painting.generate(request, *form)
+    assert next(second)[7].interactive  # Stop, which the sentence that follows names
     with pytest.raises(gr.Error, match="still being painted"):
-        next(painting.generate(request, *form))
+        next(second)
+    assert painting.open_page(request)[-1].interactive
     assert "1 picture done" in [step[0] for step in first][-1] and painting._working == {}
+    assert not painting.open_page(request)[-1].interactive and "Stopping" not in painting.stop(request)[0]
+
+
+def test_a_full_disk_leaves_the_buttons_usable(public, tiny_base, monkeypatch):
+    import gradio as gr
+
+    from svfit_dreambooth.web import painting as web_painting
+
+    def keep_picture(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(web_painting, "keep_picture", keep_picture)
+    form, told = ["a dog", "", tiny_base.name, [], 1, 1, "", 5, False, "16", "16", "just paint", False], []
+    painting = Painting(public)
+    with pytest.raises(gr.Error, match="No space left on device"):
+        told.extend(painting.generate(Request("a" * 32), *form))
+    assert (told[-1][6].interactive, told[-1][7].interactive) == (True, False) and painting._working == {}
 
 
 def test_no_way_of_training_downloads_for_a_stranger(public, photo_folder, monkeypatch):
@@ -231,8 +323,8 @@ def test_no_way_of_training_downloads_for_a_stranger(public, photo_folder, monke
     from svfit_dreambooth.training import preparation
     from svfit_dreambooth.web.api import Endpoints
     from svfit_dreambooth.web.draft import ADVANCED, Draft
+    from svfit_dreambooth.web.laid_out import add_photos
     from svfit_dreambooth.web.runs import Runs
-    from svfit_dreambooth.web.workspace import add_photos
 
     request, photos = Request("a" * 32), sorted(photo_folder.glob("*.png"))
     draft, visitor = Draft(public), public.visitor(request)

@@ -10,6 +10,7 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,19 +28,10 @@ from svfit_dreambooth.web import studio as web_studio
 from svfit_dreambooth.web import workspace as workspace_files
 from svfit_dreambooth.web.bases import Bases
 from svfit_dreambooth.web.jobs import Jobs
+from svfit_dreambooth.web.laid_out import add_photos
 from svfit_dreambooth.web.progress import sum_up
 from svfit_dreambooth.web.studio import AS_TRAINED, Order, Studio, working_dtype
-from svfit_dreambooth.web.workspace import (
-    Workspace,
-    add_photos,
-    file_name,
-    photo_files,
-    photo_remarks,
-    remove_photo,
-    rotate_photo,
-    serve,
-    thumbnail,
-)
+from svfit_dreambooth.web.workspace import Workspace, file_name, serve
 
 SIZE = {"num_inference_steps": 2, "width": 16, "height": 16}
 
@@ -84,52 +76,6 @@ def test_names_are_names_of_files(text, name):
         file_name("../..")
 
 
-def test_uploaded_photos_are_looked_at(visitor, tmp_path, photo_folder):
-    good = [shutil.copy(path, tmp_path) for path in sorted(photo_folder.glob("*.png"))]
-    script = tmp_path / "photo.png"
-    script.write_text("<script>alert(1)</script>")
-    cut = tmp_path / "cut.png"
-    cut.write_bytes((photo_folder / "photo 0.png").read_bytes()[:200])
-    remarks = add_photos(visitor.photos, [*map(Path, good), script, cut])
-    assert [path.name for path in photo_files(visitor.photos)] == ["001.png", "002.png", "003.png"]
-    assert len(remarks) == 2 and "isn't a picture" in remarks[0] and "broken or cut short" in remarks[1]
-    assert not any(str(tmp_path) in remark for remark in remarks)
-    before = np.asarray(Image.open(visitor.photos / "001.png"))
-    rotate_photo(visitor.photos / "001.png")
-    assert np.array_equal(np.asarray(Image.open(visitor.photos / "001.png")), np.rot90(before, -1))
-
-
-def test_thumbnails_are_small_and_follow_their_photos(visitor, tmp_path):
-    gradient = Image.fromarray(np.stack([np.arange(1200).repeat(900).reshape(1200, 900) // 5] * 3, -1).astype(np.uint8))
-    gradient.save(tmp_path / "photo.png")
-    add_photos(visitor.photos, [tmp_path / "photo.png"])
-    (photo,) = photo_files(visitor.photos)
-    before = Image.open(thumbnail(photo))
-    assert before.size == (192, 256)
-    rotate_photo(photo)
-    after = Image.open(thumbnail(photo))
-    assert np.abs(np.asarray(after, int) - np.rot90(np.asarray(before, int), -1)).max() <= 3
-    remove_photo(photo)
-    assert list(visitor.photos.iterdir()) == []
-
-
-def test_photos_lose_their_notes_and_alike_ones_are_told(visitor, tmp_path):
-    gradient = np.add.outer(np.arange(90), np.arange(120)).astype(np.uint8)
-    photo = Image.fromarray(np.stack([gradient] * 3, -1))
-    exif = Image.Exif()
-    exif[0x0110] = "a camera"
-    exif[0x0112] = 6  # to be turned
-    photo.save(tmp_path / "a.jpg", exif=exif)
-    photo.rotate(-90, expand=True).resize((45, 60)).save(tmp_path / "b.png")
-    add_photos(visitor.photos, [tmp_path / "a.jpg", tmp_path / "b.png"])
-    first = Image.open(visitor.photos / "001.png")
-    assert first.size == (90, 120) and not first.getexif() and "exif" not in first.info
-    remarks = photo_remarks(visitor.photos, 64)
-    assert "photo 2 looks like photo 1: remove one, it would count twice" in remarks
-    assert any("few photos" in line for line in remarks)
-    assert any("photo 2 (45x60)" in line for line in remarks)
-
-
 def test_served_files_have_names_that_nobody_guesses(workspace, tmp_path):
     file = tmp_path / "dog.png"
     file.write_bytes(b"picture")
@@ -138,6 +84,28 @@ def test_served_files_have_names_that_nobody_guesses(workspace, tmp_path):
     other = Workspace(tmp_path / "other")
     assert os.path.relpath(served, workspace.served) != os.path.relpath(serve(other, file), other.served)
     assert (workspace.folder / "secret").stat().st_mode & 0o077 == 0
+
+
+def test_what_nobody_asks_for_is_served_no_longer(workspace, tmp_path, monkeypatch):
+    files = [tmp_path / "old.png", tmp_path / "asked.png"]
+    for file in files:
+        file.write_bytes(b"picture")
+    old, asked = (Path(serve(workspace, file)) for file in files)
+    made = workspace_files.place_to_serve(workspace, "lora.safetensors")
+    made.write_bytes(b"weights")
+    (workspace.served / "half an upload").touch()
+    Jobs(workspace).tend()
+    assert old.exists() and asked.exists() and made.exists()
+    until(lambda: serve(workspace, files[1]) and asked.stat().st_ctime > made.stat().st_ctime)
+    last = asked.stat().st_ctime + workspace_files.SERVED_SECONDS
+    monkeypatch.setattr(workspace_files, "time", SimpleNamespace(time=lambda: last))
+    Jobs(workspace).tend()
+    assert asked.exists() and list(workspace.served.iterdir()) == [asked.parent]
+    assert all(file.exists() for file in files) and Path(serve(workspace, files[0])).exists()
+    (workspace.served / "half an upload").touch()
+    last = time.time() + workspace_files.SERVED_SECONDS + 1
+    Jobs(workspace).tend()
+    assert list(workspace.served.iterdir()) == []
 
 
 def test_a_disk_without_links_serves_and_imports(workspace, tmp_path, adapter_path, monkeypatch):
@@ -326,7 +294,32 @@ def test_a_stopped_run_goes_on_and_replaces_its_result(workspace, visitor, photo
     state = sum_up(server.run_folder(job))
     assert [step for step, _ in state.losses] == [1, 2, 3, 4, 5, 6] and state.status == "finished"
     assert library.names(visitor.library) == ["dog"]
+    (server.run_folder(job) / "progress.jsonl").unlink()  # which is not read every second for ever
+    assert server.state(server.find(visitor, job.id)) == "finished"
     assert "--resume_from_checkpoint" not in (workspace.jobs / job.id / "job.yaml").read_text()
+
+
+def test_a_run_that_goes_on_leaves_alone_what_has_taken_its_name(
+    workspace, visitor, photo_folder, command, adapter_path, tmp_path
+):
+    server = Jobs(workspace)
+    job = submit(server, visitor, photo_folder)
+    server.tend()
+    until(lambda: sum_up(server.run_folder(job)).step == 3)
+    server.stop(job)
+    until(lambda: server.tend() or server.find(visitor, job.id).library_name == "dog")
+    assert server.result(server.find(visitor, job.id)) == visitor.library / "dog.safetensors"
+    library.rename(visitor.library, "dog", "Bello")
+    other = read_adapter(adapter_path)
+    other.title = "somebody else's"
+    library.add(visitor.library, save_adapter(other, tmp_path / "dog.safetensors"))
+    assert server.result(server.find(visitor, job.id)) is None
+    theirs = (visitor.library / "dog.safetensors").read_bytes()
+    server.resume(server.find(visitor, job.id))
+    (workspace.jobs / job.id / "go").touch()
+    until(lambda: server.tend() or server.find(visitor, job.id).library_name == "dog-2")
+    assert (visitor.library / "dog.safetensors").read_bytes() == theirs
+    assert server.result(server.find(visitor, job.id)) == visitor.library / "dog-2.safetensors"
 
 
 def test_a_killed_run_is_told_from_a_failed_one(workspace, visitor, photo_folder, command):

@@ -53,9 +53,9 @@ def _export(options: argparse.Namespace) -> None:
     import torch
 
     from svfit_dreambooth.adapter import read_adapter
+    from svfit_dreambooth.files import size_text
     from svfit_dreambooth.generation import split_strength
     from svfit_dreambooth.sharing.export import export_lora
-    from svfit_dreambooth.sharing.lora_plan import size_text
     from svfit_dreambooth.sharing.merged_model import export_merged, merged_bytes
 
     path, scale = split_strength(options.adapter)

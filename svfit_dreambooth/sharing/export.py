@@ -21,10 +21,11 @@ from svfit_dreambooth.adapter import Adapter, read_adapter
 from svfit_dreambooth.attention import svfit_layers
 from svfit_dreambooth.base_model import BaseModel, pipeline_components
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.files import size_text
 from svfit_dreambooth.pipeline import adapted_weights, load_adapter, loaded_adapters, unload_adapter
 from svfit_dreambooth.sharing.lora_file import lora_changes, pack_layer, peft_metadata
 from svfit_dreambooth.sharing.lora_names import Layout
-from svfit_dreambooth.sharing.lora_plan import LoraPlan, plan_lora, size_text
+from svfit_dreambooth.sharing.lora_plan import LoraPlan, plan_lora
 from svfit_dreambooth.sharing.metadata import hashes, lora_metadata
 from svfit_dreambooth.svfit import SVFitLayer
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.files import size_text
 from svfit_dreambooth.sharing.lora_names import Layout
 
 BYTES = {torch.float16: 2, torch.float32: 4}
@@ -54,11 +55,6 @@ class LoraPlan:
         else:
             lines.append("it holds the adapter's whole change")
         return lines
-
-
-def size_text(size: int) -> str:
-    """Bytes for people."""
-    return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB"
 
 
 def plan_lora(

@@ -16,9 +16,9 @@ from svfit_dreambooth.adapter import Adapter, read_adapter
 from svfit_dreambooth.attention import matrix_layers, svfit_layers
 from svfit_dreambooth.base_model import BaseModel, open_base_model, pipeline_components
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.files import size_text
 from svfit_dreambooth.learned_word import tokenizer_of, word_pieces
 from svfit_dreambooth.pipeline import load_adapter, loaded_adapters, unload_adapter
-from svfit_dreambooth.sharing.lora_plan import size_text
 from svfit_dreambooth.sharing.metadata import licence_note
 
 NOTE = "svfit.json"  # beside model_index.json: where the model comes from

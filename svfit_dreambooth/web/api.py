@@ -12,10 +12,11 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web import library, pictures
 from svfit_dreambooth.web.app import App, plainly
 from svfit_dreambooth.web.draft import ADVANCED, Draft
+from svfit_dreambooth.web.laid_out import add_photos
 from svfit_dreambooth.web.painting import keep_picture
 from svfit_dreambooth.web.progress import sum_up
 from svfit_dreambooth.web.studio import AS_TRAINED, Order, Told
-from svfit_dreambooth.web.workspace import add_photos, library_of
+from svfit_dreambooth.web.workspace import library_of
 
 
 class Endpoints:
@@ -109,7 +110,7 @@ class Endpoints:
             "of": progress.of,
             "loss": progress.losses[-1][1] if progress.losses else None,
             "message": progress.message or self.app.jobs.complaint(job) or None,
-            "adapter": job.library_name,
+            "adapter": result.stem if (result := self.app.jobs.result(job)) else None,
         }
 
     @plainly

@@ -172,12 +172,3 @@ def whole(name: str, text: str | None) -> int | None:
     if value is not None and value != int(value):
         raise SVFitError(f"{name.replace('_', ' ')} is {text!r}: write a whole number, or leave it empty.")
     return None if value is None else int(value)
-
-
-def size_text(size: float) -> str:
-    """Bytes as people read them."""
-    for unit in ("bytes", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "bytes" or size >= 10 else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"

@@ -12,6 +12,7 @@ from svfit_dreambooth.config import TOYBOX
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.options import base_name
 
+FOR_PHOTOS = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # offered for training where it may be downloaded
 OFF = "downloads are off here: choose a base that is offered."
 
 
@@ -27,6 +28,11 @@ class Bases:
         """What is offered without typing."""
         inside = [path.name for path in sorted(self.models.glob("*")) if _is_model(path)]
         return [TOYBOX, *inside, *(_shown(name) for name in self.extra)]
+
+    def for_training(self) -> list[str]:
+        """The same, and one that knows more than toys, though it must be downloaded."""
+        names = self.names()
+        return names + [FOR_PHOTOS] * (self.download and FOR_PHOTOS not in names)
 
     def resolve(self, name: str, *, typed: bool) -> tuple[str, dict[str, Any]]:
         """What to open for `name`, and with which options of open_base_model.
@@ -63,18 +69,27 @@ class Bases:
 
         Raises SVFitError for what is not offered, and for a hub id that is not on this disk where none is downloaded.
         """
-        from huggingface_hub import try_to_load_from_cache
-
         place, options = self.resolve(name, typed=True)
-        revision = options.get("revision")
-        if options.get("local_files_only"):
-            try:
-                cached = try_to_load_from_cache(place, "model_index.json", revision=revision)
-            except ValueError:  # no hub id after all
-                cached = None
-            if not isinstance(cached, str):
-                raise SVFitError(f"{name.strip()} is not on this disk, and {OFF}")
-        return place, revision
+        if options.get("local_files_only") and not _is_cached(place, options["revision"]):
+            raise SVFitError(f"{name.strip()} is not on this disk, and {OFF}")
+        return place, options.get("revision")
+
+    def is_here(self, name: str) -> bool:
+        """May what a file calls `name` be opened without a download that nobody asked for?"""
+        try:
+            place, options = self.resolve(name, typed=False)
+        except SVFitError:
+            return False
+        return not options or _is_cached(place, options["revision"])
+
+
+def _is_cached(repository: str, revision: str | None) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        return isinstance(try_to_load_from_cache(repository, "model_index.json", revision=revision), str)
+    except ValueError:  # no hub id after all
+        return False
 
 
 def _is_model(path: Path) -> bool:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from svfit_dreambooth.web.app import size_text
+from svfit_dreambooth.files import size_text
 from svfit_dreambooth.web.library import Entry
 
 WIDTH, HEIGHT, MARGIN = 640, 200, 34  # of a curve, in its own units

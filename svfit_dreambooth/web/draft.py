@@ -14,16 +14,10 @@ from svfit_dreambooth.config import TOYBOX, TrainConfig
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import write_atomically
 from svfit_dreambooth.web.app import App, number, plainly
+from svfit_dreambooth.web.bases import FOR_PHOTOS
+from svfit_dreambooth.web.laid_out import add_photos, photo_files, photo_remarks, remove_photo, rotate_photo, thumbnail
 from svfit_dreambooth.web.progress import sum_up
-from svfit_dreambooth.web.workspace import (
-    Visitor,
-    add_photos,
-    photo_files,
-    photo_remarks,
-    remove_photo,
-    rotate_photo,
-    thumbnail,
-)
+from svfit_dreambooth.web.workspace import Visitor
 
 SUBJECTS = Path(__file__).resolve().parents[2] / "toybox" / "subjects"
 BUNDLED = ".bundled"  # file beside the photos: the toy whose photos, untouched, they are
@@ -66,6 +60,7 @@ class Draft:
                 yield keep, keep, f"Looking at photo {i} of {len(files)} …", keep, keep
             for sentence in add_photos(visitor.photos, [Path(file)]):
                 gr.Warning(html.escape(sentence), duration=12)
+            Path(file).unlink(missing_ok=True)  # tells of place and camera
         yield (None, *self._shown(visitor, base, resolution))
 
     @plainly
@@ -112,7 +107,7 @@ class Draft:
     @plainly
     def remark(self, base: str, resolution: str, request: gr.Request) -> str:
         """What is to be said of the photos, for that base at that resolution."""
-        return _remarks(self.app.visitor(request), base, resolution)
+        return self._remarks(self.app.visitor(request), base, resolution)
 
     @plainly
     def remember(self, name: str, word: str, kind: str, base: str, preset: str, request: gr.Request) -> None:
@@ -194,8 +189,17 @@ class Draft:
     def _shown(self, visitor: Visitor, base: str = TOYBOX, resolution: str = "") -> tuple[Any, ...]:
         paths = photo_files(visitor.photos)
         thumbs = [(self.app.serve(thumbnail(path)), f"photo {i}") for i, path in enumerate(paths, 1)]
-        text = _remarks(visitor, base, resolution)
+        text = self._remarks(visitor, base, resolution)
         return gr.Gallery(thumbs, visible=bool(paths)), text, None, gr.Row(visible=bool(paths))
+
+    def _remarks(self, visitor: Visitor, base: str, resolution: str) -> str:
+        lines = photo_remarks(visitor.photos, trained_at(base, resolution))
+        if lines and (base or TOYBOX) == TOYBOX and _bundled(visitor.photos) is None:
+            such = f", such as {FOR_PHOTOS}, a download of some GB that wants a GPU" * self.app.studio.bases.download
+            lines.append(
+                f"toybox is for trying out and knows only toys of 64 pixels: for photos choose another base{such}"
+            )
+        return "" if not lines else f"**{lines[0]}**" + "".join(f"\n- {html.escape(line)}" for line in lines[1:])
 
     def _selected(self, visitor: Visitor, selected: int | None) -> Path:
         paths = photo_files(visitor.photos)
@@ -207,11 +211,6 @@ class Draft:
         for path in photo_files(visitor.photos):
             remove_photo(path)
         (visitor.photos / BUNDLED).unlink(missing_ok=True)
-
-
-def _remarks(visitor: Visitor, base: str, resolution: str) -> str:
-    lines = photo_remarks(visitor.photos, trained_at(base, resolution))
-    return "" if not lines else f"**{lines[0]}**" + "".join(f"\n- {html.escape(line)}" for line in lines[1:])
 
 
 def trained_at(base: str, resolution: str) -> int:

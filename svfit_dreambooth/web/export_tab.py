@@ -1,7 +1,6 @@
 """An adapter as a LoRA for other programs: its size first, then the file."""
 
 import html
-from importlib.util import find_spec
 from typing import Any
 
 import gradio as gr
@@ -10,6 +9,7 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web import library
 from svfit_dreambooth.web.app import App, plainly, whole
 from svfit_dreambooth.web.generate_tab import PRIVATE
+from svfit_dreambooth.web.workspace import place_to_serve
 
 LAYOUTS = {"for A1111, Forge, ComfyUI (kohya)": "kohya", "for diffusers": "diffusers"}
 
@@ -41,16 +41,14 @@ class LoraMaker:
         from svfit_dreambooth.adapter import read_adapter
         from svfit_dreambooth.sharing.export import export_lora
 
-        visitor = self.app.visitor(request)
-        path = library.find(visitor.library, name or "")
+        path = library.find(self.app.visitor(request).library, name or "")
         words = ", ".join(word.word for word in read_adapter(path).learned_words)
         if words and not without_words:
             raise SVFitError(
                 f"{path.stem} has learned the word {words}, for which a LoRA has no place: tick “Leave out learned "
                 "words” to lose that part of the likeness."
             )
-        output = visitor.folder / "exports" / f"{path.stem}-lora.safetensors"
-        output.parent.mkdir(parents=True, exist_ok=True)
+        output = place_to_serve(self.app.workspace, f"{path.stem}-lora.safetensors")
         said: list[str] = []
         with self.app.studio.bare(path) as base:
             done = export_lora(
@@ -63,13 +61,11 @@ class LoraMaker:
                 on_plan=lambda plan: said.extend(plan.lines()),
             )
         said.append(f"read back and compared with the adapter: {done.measured_error:.1e} off in all")
-        return _lines(said), gr.DownloadButton(value=self.app.serve(output), interactive=True)
+        return _lines(said), gr.DownloadButton(value=str(output), interactive=True)
 
 
-def build(app: App) -> gr.Dropdown | None:
-    """The section, where this installation can export; returns the dropdown of adapters, which the tab keeps full."""
-    if find_spec("svfit_dreambooth.sharing.export") is None:
-        return None
+def build(app: App) -> gr.Dropdown:
+    """The section; returns the dropdown of adapters, which the tab keeps full."""
     maker = LoraMaker(app)
     with gr.Accordion("Make a LoRA of one, for other programs", open=False, elem_id="lora"):
         gr.Markdown(

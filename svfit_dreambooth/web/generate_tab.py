@@ -8,8 +8,9 @@ import gradio as gr
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web import library
 from svfit_dreambooth.web.app import App, told
-from svfit_dreambooth.web.painting import FACTORS, IDLE, ONCE, UNSELECTED, Painting
-from svfit_dreambooth.web.studio import AS_TRAINED
+from svfit_dreambooth.web.painting import FACTORS, IDLE, UNSELECTED, Painting
+from svfit_dreambooth.web.reuse import ONCE
+from svfit_dreambooth.web.studio import AS_TRAINED, MAX_STEPS
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 OPEN: dict[str, Any] = {"interactive": True}  # which Gradio cannot see where only a rendered event reads a field
@@ -51,13 +52,7 @@ def build(app: App, page: gr.Blocks) -> GenerateTab:
                         words = words.replace("](", "]\u200b(")  # a stranger's file puts no links into the page
                     except SVFitError as error:
                         raise told(error) from None
-                    rows.append(
-                        gr.Slider(
-                            0, 1.5, wanted.get(value, 1), step=0.05, label=f"Strength of {file.stem}", interactive=True,
-                            info=f"answers to “{words}”" if words else None, elem_classes="strength",
-                            key=(value, str(wanted.get(value))),
-                        )
-                    )  # fmt: skip
+                    rows.append(_strength(file.stem, words, wanted.get(value, 1), (value, str(wanted.get(value)))))
                 for trigger in (paint.click, prompt.submit):
                     trigger(
                         painting.generate,
@@ -70,7 +65,7 @@ def build(app: App, page: gr.Blocks) -> GenerateTab:
             upload = gr.UploadButton("Use an adapter file once", size="sm", file_types=[".safetensors"])
             with gr.Row():
                 count = gr.Slider(1, 12, 4, step=1, label="Pictures", min_width=130, elem_id="count", **OPEN)
-                steps = gr.Slider(1, 100, 25, step=1, label="Steps", min_width=130, elem_id="steps", **OPEN)
+                steps = gr.Slider(1, MAX_STEPS, 25, step=1, label="Steps", min_width=130, elem_id="steps", **OPEN)
             with gr.Row():
                 seed = gr.Number(0, label="Seed", precision=0, min_width=110, elem_id="seed", **OPEN)
                 new_seed = gr.Checkbox(True, label="A new seed each time", min_width=130, elem_id="new-seed", **OPEN)
@@ -107,10 +102,10 @@ def build(app: App, page: gr.Blocks) -> GenerateTab:
     form = [prompt, negative, base, adapters, count, steps, guidance, seed, new_seed, width, height, mode, relatives]
     actions = [reuse, download, cover, remove]
 
-    page.load(painting.open_page, None, [base, adapters, gallery, shown, prompt, filled], **PRIVATE)
+    page.load(painting.open_page, None, [base, adapters, gallery, shown, prompt, filled, stop], **PRIVATE)
     adapters.change(painting.fill_in, [adapters, prompt, filled], [prompt, filled], **PRIVATE)
     upload.upload(painting.upload, [upload, adapters], adapters, **PRIVATE)
-    stop.click(painting.stop, None, status, queue=False, **PRIVATE)
+    stop.click(painting.stop, None, [status, stop], queue=False, **PRIVATE)
     gallery.select(painting.select, shown, [selected, details, *actions], **PRIVATE)
     fields = [prompt, negative, base, adapters, steps, guidance, seed, new_seed, width, height, mode, count, taken_up]
     reuse.click(painting.reuse, selected, fields, **PRIVATE)
@@ -119,3 +114,11 @@ def build(app: App, page: gr.Blocks) -> GenerateTab:
     cover.click(painting.cover, selected, None, **PRIVATE)
     history.click(painting.history, None, [gallery, shown], **PRIVATE)
     return GenerateTab(adapters, painting)
+
+
+def _strength(name: str, words: str, value: float, key: Any) -> gr.Slider:
+    """The slider of one adapter; a picture that asks for more than is usual gets it."""
+    return gr.Slider(
+        min(0, value), max(1.5, value), value, step=0.05, label=f"Strength of {name}", interactive=True,
+        info=f"answers to “{words}”" if words else None, elem_classes="strength", key=key,
+    )  # fmt: skip

@@ -6,7 +6,6 @@ inherits and the system releases when it ends, however it ends; a lock per devic
 the page may be closed and the server restarted: whoever looks at the folders knows as much as before.
 """
 
-import fcntl
 import json
 import os
 import secrets
@@ -16,9 +15,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,37 +25,18 @@ import yaml
 
 from svfit_dreambooth.config import TrainConfig
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.files import write_atomically
 from svfit_dreambooth.run_folder import read_progress
 from svfit_dreambooth.web import library
-from svfit_dreambooth.web.launch import devices, launch, log_end
+from svfit_dreambooth.web.job import Job, changing, read_job
+from svfit_dreambooth.web.laid_out import photo_files
+from svfit_dreambooth.web.launch import complaint, devices, launch, log_end
 from svfit_dreambooth.web.locks import is_locked, locked
-from svfit_dreambooth.web.workspace import Visitor, Workspace, file_name, library_of, photo_files
+from svfit_dreambooth.web.workspace import Visitor, Workspace, empty_served, file_name, library_of
 
 TICK = 1.0  # seconds between looks at the queue
 DAY = 24 * 3600.0  # seconds
 AGAIN = 60.0  # seconds after which what went wrong with a job is tried again
 MAX_QUEUED = 20  # runs of one owner that may wait
-
-
-@dataclass
-class Job:
-    """A run as it was asked for; how far it is stands in its folder."""
-
-    id: str
-    name: str  # of the adapter
-    owner: str  # "" on a computer's own page
-    base: str
-    instance_prompt: str
-    created: float  # unix seconds
-    asked: int = 1  # times that it was to start: once, and once more for every resuming
-    asked_at: float = 0.0
-    started: int = 0
-    stopping: bool = False
-    pid: int | None = None
-    filed: int = 0  # the start whose result is in the library
-    library_name: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
 
 
 class Jobs:
@@ -78,7 +58,7 @@ class Jobs:
         self.folder = workspace.jobs
         self._children: list[subprocess.Popen[bytes]] = []
         self._wake = threading.Event()
-        self._cleans = 0.0  # monotonic time at which the trash is emptied next
+        self._cleans = 0.0  # monotonic time at which it is cleaned up next
         self._rests: dict[str, float] = {}  # id of a job that went wrong -> monotonic time from which it is tried again
 
     def start_queue(self) -> None:
@@ -135,13 +115,17 @@ class Jobs:
 
     def state(self, job: Job) -> str:
         """queued, running, stopping, finished, stopped, failed, or cut off (killed without a word), as of now."""
-        job = self._read(self.folder / job.id / "job.json") or job
+        job = read_job(self.folder / job.id) or job
         if self._alive(job):
             return "stopping" if job.stopping else "running"
         if job.asked > job.started:
             return "queued"
         if job.started == 0:
             return "stopped"
+        return job.ended if job.ended and job.filed == job.started else self._ended(job)
+
+    def _ended(self, job: Job) -> str:
+        """The state in which the last start left a run, told from its files."""
         if self.complaint(job):
             return "failed"
         turns = [event for event in read_progress(self.run_folder(job)) if event["event"] in ("start", "end")]
@@ -160,25 +144,24 @@ class Jobs:
     def run_folder(self, job: Job) -> Path:
         return self.folder / job.id / "run"
 
+    def result(self, job: Job) -> Path | None:
+        """The adapter that a run has put into the library; None if it is not there any more, whatever has its name."""
+        if job.library_name is None:
+            return None
+        path = library_of(self.workspace, job.owner) / f"{job.library_name}{library.SUFFIX}"
+        return path if path.is_file() and library.sha256(path) == job.library_sha256 else None
+
     def complaint(self, job: Job) -> str:
         """The sentence with which the command gave up, "" if there is none."""
-        for line in reversed(self.log(job).splitlines()):
-            if line.startswith("error: "):
-                return line.removeprefix("error: ")
-            if line.startswith("started "):
-                break
-        return ""
+        return complaint(self.log(job))
 
     def log(self, job: Job) -> str:
         """The end of what the command printed."""
-        try:
-            return log_end(self.folder / job.id / "log.txt")
-        except OSError:
-            return ""
+        return log_end(self.folder / job.id / "log.txt")
 
     def stop(self, job: Job) -> None:
         """A running one saves what it has learnt and ends; a waiting one leaves the queue."""
-        with self._changing(job.id) as now:
+        with changing(self.folder / job.id) as now:
             now.asked = now.started
             if self._alive(now) and now.pid:
                 now.stopping = True
@@ -187,14 +170,14 @@ class Jobs:
 
     def resume(self, job: Job) -> None:
         """Puts a run that was stopped, failed or cut off at the end of the queue, to go on where it was."""
-        with self._changing(job.id) as now:
+        with changing(self.folder / job.id) as now:
             if self._alive(now) or now.asked > now.started:
                 raise SVFitError(f"{now.name} is running or waiting already.")
             now.asked, now.asked_at, now.stopping = now.started + 1, time.time(), False
         self._wake.set()
 
     def remove(self, job: Job) -> None:
-        """Puts the folder of a run that is over aside; its adapter stays in the library."""
+        """Puts the folder of a run that is over aside; what it has put into the library stays."""
         if self.state(job) in ("running", "stopping"):
             raise SVFitError(f"{job.name} is running: stop it first.")
         trash = self.folder / library.TRASH
@@ -205,7 +188,7 @@ class Jobs:
     def restore(self, visitor: Visitor, id: str) -> None:
         """Brings back a run that the visitor removed.  Raises SVFitError for any other word."""
         for path in (self.folder / library.TRASH).glob("[0-9]*/job.json"):
-            job = self._read(path)
+            job = read_job(path.parent)
             if path.parent.name == id and job is not None and job.owner == visitor.owner:
                 path.parent.rename(self.folder / id)
                 return
@@ -220,10 +203,11 @@ class Jobs:
     # ------------------------------------------------------------ the queue
 
     def tend(self) -> None:
-        """Starts what can start, files the results of what has ended in the library, and once a day empties the trash."""
+        """Starts what can start, files the results of what has ended in the library, and once a day cleans up."""
         if time.monotonic() >= self._cleans:
             self._cleans = time.monotonic() + DAY
             self.empty_trash()
+            empty_served(self.workspace)
         self._children = [child for child in self._children if child.poll() is None]
         with locked(self.folder / ".queue") as held:
             if held is None:
@@ -262,7 +246,7 @@ class Jobs:
             with locked(self.folder / f".device-{device}") as device_lock, locked(folder / ".process") as own_lock:
                 if device_lock is None or own_lock is None:
                     continue
-                with self._changing(job.id) as now:
+                with changing(self.folder / job.id) as now:
                     if now.asked <= now.started:
                         return  # stopped a moment ago
                     if device == places[0]:
@@ -275,38 +259,24 @@ class Jobs:
 
     def _file(self, job: Job) -> None:
         """The adapter that a run has left, into its owner's library."""
-        adapter = self.run_folder(job) / f"{job.name}.safetensors"
+        adapter, earlier = self.run_folder(job) / f"{job.name}.safetensors", self.result(job)
         folder = library_of(self.workspace, job.owner)
-        name = job.library_name
+        name, sha256 = job.library_name, job.library_sha256
         if adapter.is_file():
-            if name is not None and name in library.names(folder):
+            if earlier is not None:
+                name = earlier.stem
                 library.replace(folder, name, adapter)
             else:
                 name = library.add(folder, adapter)
-        with self._changing(job.id) as changed:
-            changed.filed, changed.library_name = changed.started, name
+            sha256 = library.sha256(folder / f"{name}{library.SUFFIX}")
+        ended = self._ended(job)
+        with changing(self.folder / job.id) as changed:
+            changed.library_name, changed.library_sha256 = name, sha256
+            changed.filed, changed.ended = changed.started, ended
 
     def _all(self) -> list[Job]:
-        jobs = [job for path in self.folder.glob("[0-9]*/job.json") if (job := self._read(path)) is not None]
+        jobs = [job for path in self.folder.glob("[0-9]*/job.json") if (job := read_job(path.parent)) is not None]
         return sorted(jobs, key=lambda job: (job.created, job.id), reverse=True)
-
-    @staticmethod
-    def _read(path: Path) -> Job | None:
-        """None where it was just removed, or is none of ours."""
-        try:
-            return Job(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            return None
 
     def _alive(self, job: Job) -> bool:
         return is_locked(self.folder / job.id / ".process")
-
-    @contextmanager
-    def _changing(self, id: str) -> Iterator[Job]:
-        """The job as it stands, written back afterwards; one at a time, across servers."""
-        folder = self.folder / id
-        with open(folder / ".change", "ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            job = Job(**json.loads((folder / "job.json").read_text(encoding="utf-8")))
-            yield job
-            write_atomically(folder / "job.json", json.dumps(asdict(job)))

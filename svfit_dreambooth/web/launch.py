@@ -49,9 +49,22 @@ def devices() -> list[str]:
 
 
 def log_end(path: Path, size: int = 8000) -> str:
-    """The end of what a run printed."""
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - size))
-        text = file.read().decode("utf-8", errors="replace")
+    """The end of what a run printed, "" where it has not been started."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - size))
+            text = file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return ""
     # a progress bar writes over its own line: only the last state of each is kept
     return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))
+
+
+def complaint(log: str) -> str:
+    """The sentence with which the command gave up when it was last started, "" if there is none."""
+    for line in reversed(log.splitlines()):
+        if line.startswith("error: "):
+            return line.removeprefix("error: ")
+        if line.startswith("started "):
+            break
+    return ""

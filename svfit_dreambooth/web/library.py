@@ -4,6 +4,7 @@ An adapter `dog.safetensors` may have a picture `dog.png` beside it.  Names come
 is ever joined to a path: it is looked up among the files that are there.
 """
 
+import hashlib
 import json
 import os
 import secrets
@@ -56,6 +57,12 @@ def find(folder: Path, name: str) -> Path:
     if name not in names(folder):
         raise SVFitError(f"there is no adapter called {name!r} in the library: reload the page.")
     return folder / f"{name}{SUFFIX}"
+
+
+def sha256(path: Path) -> str:
+    """By which a file is known again, whatever it is called."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def entries(folder: Path) -> tuple[list[Entry], list[tuple[str, str]]]:

@@ -2,7 +2,6 @@
 
 import html
 from contextlib import ExitStack
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,6 @@ class Shelf:
         names, refused = [], []
         for file in files or []:
             try:
-                library.check_upload(Path(file))
                 names.append(library.add(folder, Path(file)))
             except SVFitError as error:
                 refused.append(str(error))
@@ -95,6 +93,11 @@ class Shelf:
         gr.Info(html.escape(f"{name} is in the library."))
         return changed + 1
 
+    def look(self, request: gr.Request) -> list[tuple[str, int]]:
+        """What the cards show: they are drawn anew, which loses a click on an old one, only where this is new."""
+        folder = self.app.visitor(request).library
+        return sorted((path.name, path.stat().st_mtime_ns) for path in folder.glob("[!.]*.*"))
+
     def card_names(self, request: gr.Request) -> Any:
         """For a dropdown."""
         return gr.Dropdown(library.names(self.app.visitor(request).library))
@@ -102,7 +105,7 @@ class Shelf:
 
 def build(app: App, tabs: gr.Tabs, tab: gr.Tab, generate_tab: GenerateTab) -> None:
     shelf = Shelf(app)
-    changed, deleted = gr.State(0), gr.State(None)
+    changed, deleted, seen = gr.State(0), gr.State(None), gr.State(None)
     with gr.Row():
         load = gr.UploadButton(
             "Import adapter files",
@@ -117,8 +120,8 @@ def build(app: App, tabs: gr.Tabs, tab: gr.Tab, generate_tab: GenerateTab) -> No
         said = gr.Markdown(elem_classes="note")
         undo = gr.Button("Undo", size="sm", elem_id="undo", min_width=80, scale=0)
 
-    @gr.render(inputs=[changed], triggers=[tab.select, changed.change], show_progress="hidden")
-    def cards(_: int, request: gr.Request) -> None:
+    @gr.render(triggers=[seen.change], show_progress="hidden")
+    def cards(request: gr.Request) -> None:
         found, broken = library.entries(app.visitor(request).library)
         for name, sentence in broken:
             with gr.Row():
@@ -132,21 +135,19 @@ def build(app: App, tabs: gr.Tabs, tab: gr.Tab, generate_tab: GenerateTab) -> No
             for entry in found:
                 _card(app, shelf, entry, tabs, generate_tab, changed, deleted, undo_row, said)
 
+    for trigger in (tab.select, changed.change):
+        trigger(shelf.look, None, seen, **PRIVATE)
     load.upload(shelf.load_files, [load, changed], [changed, load], **PRIVATE)
     undo.click(shelf.undo, [deleted, changed], [changed, deleted, undo_row], **PRIVATE)
-    dropdowns: list[gr.Dropdown] = []
-    if find_spec("svfit_dreambooth.sharing.combine") is not None:
-        with gr.Accordion("Add several into one", open=False):
-            gr.Markdown("One file that acts as several together, for subjects of the same base.", elem_classes="note")
-            with gr.Row():
-                parts = gr.Dropdown([], multiselect=True, label="Adapters")
-                factors = gr.Textbox(label="Strengths", placeholder="1, 1: one for each, in order")
-                sum_name = gr.Textbox(label="Name of the sum", placeholder="dog-and-mug")
-            add = gr.Button("Add them", size="sm")
-        add.click(shelf.combine, [parts, factors, sum_name, changed], changed, **PRIVATE)
-        dropdowns.append(parts)
-    dropdowns += [dropdown for dropdown in [web_export.build(app)] if dropdown is not None]
-    for dropdown in dropdowns:
+    with gr.Accordion("Add several into one", open=False):
+        gr.Markdown("One file that acts as several together, for subjects of the same base.", elem_classes="note")
+        with gr.Row():
+            parts = gr.Dropdown([], multiselect=True, label="Adapters")
+            factors = gr.Textbox(label="Strengths", placeholder="1, 1: one for each, in order")
+            sum_name = gr.Textbox(label="Name of the sum", placeholder="dog-and-mug")
+        add = gr.Button("Add them", size="sm")
+    add.click(shelf.combine, [parts, factors, sum_name, changed], changed, **PRIVATE)
+    for dropdown in (parts, web_export.build(app)):
         for trigger in (tab.select, changed.change):
             trigger(shelf.card_names, None, dropdown, **PRIVATE)
 

@@ -13,10 +13,11 @@ import gradio as gr
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web import library, pictures
 from svfit_dreambooth.web.app import App, number, plainly, whole
+from svfit_dreambooth.web.reuse import ONCE, take_up
 from svfit_dreambooth.web.studio import AS_TRAINED, STRIP, Order, Told, check
 from svfit_dreambooth.web.workspace import Visitor, library_of
 
-ONCE, COMPARED, STRENGTHS = "just paint", "beside the base model", "strengths 0 to 1.5"
+COMPARED, STRENGTHS = "beside the base model", "strengths 0 to 1.5"
 FACTORS: dict[str, tuple[float, ...]] = {ONCE: (1.0,), COMPARED: (0.0, 1.0), STRENGTHS: STRIP}
 SEEDS = 1_000_000  # a new one is chosen among: few enough digits to be told to a friend
 IDLE = '<div class="status" role="status"></div>'
@@ -32,7 +33,7 @@ class Painting:
 
     @plainly
     def open_page(self, request: gr.Request) -> tuple[Any, ...]:
-        """Base models, adapters, pictures, their names, prompt, what was filled in."""
+        """Base models, adapters, pictures, their names, prompt, what was filled in, and whether there is work to stop."""
         visitor = self.app.visitor(request)
         choices, value = self.app.adapter_choices(visitor), self.app.offers()
         words = self.words(visitor, value)
@@ -44,6 +45,7 @@ class Painting:
             names,
             words,
             words,
+            gr.Button(interactive=visitor.word in self._working),
         )
 
     def at_the_start(self) -> tuple[list[tuple[str, str]], list[str]]:
@@ -76,14 +78,15 @@ class Painting:
         visitor = self.app.visitor(request)
         order, mode = self._order(visitor, *values)
         check(order)  # before the pictures that are there make room
-        cancelled = threading.Event()
+        cancelled, keep = threading.Event(), gr.skip()
         if self._working.setdefault(visitor.word, cancelled) is not cancelled:  # in one step: tabs may come at once
+            yield (*[keep] * 7, gr.Button(interactive=True), *[keep] * 4)
             raise SVFitError("your last pictures are still being painted: wait, or press Stop.")
         news: queue.Queue[Told | Exception | None] = queue.Queue()
         worker = threading.Thread(target=_work, args=(self.app, order, news, cancelled), daemon=True)
-        off, keep = gr.Button(interactive=False), gr.skip()
+        off = gr.Button(interactive=False)
         shown: list[tuple[float, str, str]] = []  # (factor, name, caption)
-        failure = None
+        failure: Exception | None = None
         try:
             worker.start()
             busy = (gr.Button(interactive=False), gr.Button(interactive=True))
@@ -106,6 +109,8 @@ class Painting:
                 elif not news.empty():
                     continue  # something newer is waiting to be shown
                 yield (_progress(event), gallery, names, *[keep] * 9)
+        except Exception as error:  # noqa: BLE001 - raised below, when the buttons are as they were
+            failure = error
         finally:
             cancelled.set()  # also when the page was closed
             del self._working[visitor.word]
@@ -150,12 +155,12 @@ class Painting:
         return order, mode
 
     @plainly
-    def stop(self, request: gr.Request) -> str:
-        """Ends the visitor's painting within one denoising step."""
+    def stop(self, request: gr.Request) -> tuple[str, Any]:
+        """Status and button; ends the visitor's painting, of whichever tab, within one denoising step."""
         event = self._working.get(self.app.visitor(request).word)
         if event is not None:
             event.set()
-        return _status("Stopping")
+        return _status("Stopping") if event is not None else IDLE, gr.Button(interactive=False)
 
     @plainly
     def select(self, event: gr.SelectData, names: list[str], request: gr.Request) -> tuple[Any, ...]:
@@ -172,36 +177,11 @@ class Painting:
     @plainly
     def reuse(self, name: str, request: gr.Request) -> tuple[Any, ...]:
         visitor = self.app.visitor(request)
-        return self._taken_up(visitor, pictures.read_settings(pictures.find(visitor.pictures, name)))
+        return take_up(self.app, visitor, pictures.read_settings(pictures.find(visitor.pictures, name)))
 
     @plainly
     def reuse_file(self, upload: str, request: gr.Request) -> tuple[Any, ...]:
-        return self._taken_up(self.app.visitor(request), pictures.read_settings(Path(upload)))
-
-    def _taken_up(self, visitor: Visitor, settings: dict[str, Any]) -> tuple[Any, ...]:
-        """The form for `settings`; then the adapters' strengths, which the sliders take when they appear."""
-        choices = self.app.adapter_choices(visitor)
-        offered = {Path(value).name: value for _, value in choices[::-1]}
-        found = {offered[name]: strength for name, strength in settings["adapters"].items() if name in offered}
-        if missing := sorted(set(settings["adapters"]) - set(offered)):
-            gr.Warning(html.escape(f"not in the library any more: {', '.join(missing)}. The rest was filled in."))
-        base = settings["base_model"]
-        bases = [AS_TRAINED, *self.app.studio.bases.names()]
-        return (
-            settings["prompt"],
-            settings["negative_prompt"],
-            gr.Dropdown(bases, value=base if base in bases and not found else AS_TRAINED),
-            gr.Dropdown(choices, value=list(found)),
-            settings["num_inference_steps"],
-            f"{settings['guidance_scale']:g}",
-            settings["seed"],
-            False,  # no new seed
-            str(settings["width"]),
-            str(settings["height"]),
-            ONCE,
-            1,  # one picture: the seed is this one's
-            found,
-        )
+        return take_up(self.app, self.app.visitor(request), pictures.read_settings(Path(upload)))
 
     @plainly
     def delete(self, name: str, names: list[str], request: gr.Request) -> tuple[Any, ...]:
@@ -236,7 +216,6 @@ class Painting:
     def upload(self, file: str, values: list[str] | None, request: gr.Request) -> Any:
         """The dropdown with an uploaded adapter chosen; only this visitor can use it."""
         visitor = self.app.visitor(request)
-        library.check_upload(Path(file))
         name = library.add(visitor.uploads, Path(file))
         return gr.Dropdown(self.app.adapter_choices(visitor), value=[*(values or []), f"upload/{name}"])
 

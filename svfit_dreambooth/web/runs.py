@@ -6,13 +6,12 @@ from typing import Any
 import gradio as gr
 
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.web import library
 from svfit_dreambooth.web.app import App, plainly
 from svfit_dreambooth.web.cards import curve
 from svfit_dreambooth.web.draft import Draft, duration
 from svfit_dreambooth.web.jobs import Job
 from svfit_dreambooth.web.progress import Progress, sum_up
-from svfit_dreambooth.web.workspace import Visitor, library_of
+from svfit_dreambooth.web.workspace import Visitor
 
 NONE = (
     '<div class="empty"><b>No runs yet.</b><br>Add photos, say what they show, and press Start training. '
@@ -78,8 +77,9 @@ class Runs:
         """The panel without it; then its id, and the row that offers to bring it back."""
         visitor = self.app.visitor(request)
         job = self.app.jobs.find(visitor, id or "")
+        left = "; its adapter is still in the library" if self.app.jobs.result(job) else ""
         self.app.jobs.remove(job)
-        said = f"The run of {html.escape(job.name)} was removed; its adapter is still in the library."
+        said = f"The run of {html.escape(job.name)} was removed{left}."
         return *self._panel(visitor, None, None), job.id, gr.Row(visible=True), said
 
     @plainly
@@ -94,10 +94,11 @@ class Runs:
         """The painting tab, with the run's adapter chosen."""
         visitor = self.app.visitor(request)
         job = self.app.jobs.find(visitor, id or "")
-        if job.library_name is None or job.library_name not in library.names(visitor.library):
+        result = self.app.jobs.result(job)
+        if result is None:
             raise SVFitError("the adapter of this run is not in the library any more: import its file.")
         choices = self.app.adapter_choices(visitor)
-        return gr.Tabs(selected="generate"), gr.Dropdown(choices, value=[f"library/{job.library_name}"])
+        return gr.Tabs(selected="generate"), gr.Dropdown(choices, value=[f"library/{result.stem}"])
 
     def _panel(self, visitor: Visitor, id: str | None, seen: Any) -> tuple[Any, ...]:
         """List, what was seen, status, curve, pictures, log, and the buttons stop, resume, try it, download, remove.
@@ -116,7 +117,7 @@ class Runs:
             choices,
             [job.id if job else None, state, progress.step, ahead, progress.seconds_a_step],
             [str(path) for _, path in progress.pictures[-1:]] + [str(progress.sheet), len(progress.figures)],
-            job.library_name if job else None,
+            job.library_sha256 if job else None,
         ]
         same = [old == new for old, new in zip(seen, now, strict=True)] if seen else [False] * len(now)
         if all(same):
@@ -126,8 +127,7 @@ class Runs:
             nothing = gr.DownloadButton(value=None, interactive=False)
             return (gr.Dropdown([], value=None), now, NONE, "", "", "", off, off, off, nothing, off)
         over = state in OVER
-        ready = over and job.library_name in library.names(library_of(self.app.workspace, job.owner))
-        file = library_of(self.app.workspace, job.owner) / f"{job.library_name}{library.SUFFIX}"
+        result = jobs.result(job) if over else None
         return (
             gr.skip() if same[0] and job.id == id else gr.Dropdown(choices, value=job.id),
             now,
@@ -139,8 +139,8 @@ class Runs:
             gr.skip() if same[1] else f'<pre class="log">{html.escape(jobs.log(job))}</pre>',
             gr.Button(interactive=state in ("queued", "running")),
             gr.Button(interactive=state in ("stopped", "failed", "cut off")),
-            gr.Button(interactive=ready),
-            gr.DownloadButton(value=self.app.serve(file) if ready else None, interactive=ready),
+            gr.Button(interactive=result is not None),
+            gr.DownloadButton(value=self.app.serve(result) if result else None, interactive=result is not None),
             gr.Button(interactive=over or state == "queued"),
         )
 

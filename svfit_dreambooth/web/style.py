@@ -103,7 +103,6 @@ pre.log { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .78rem; max
 
 @media (max-width: 640px) {
   .gradio-container, main.fillable { padding: 6px !important; }
-  .wide-only { display: none !important; }
   #title p { display: none; }
   .pictures .grid-container { grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)) !important; }
   .cards { grid-template-columns: 1fr; }

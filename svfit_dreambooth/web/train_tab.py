@@ -98,7 +98,7 @@ def build(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: GenerateTab) -
 
     remembered, trained_at = [name, word, kind, base, preset], [base, advanced[ADVANCED.index("resolution")]]
     page.load(draft.show, None, [*shown, *remembered], **PRIVATE)
-    page.load(lambda: gr.Dropdown(app.studio.bases.names()), None, base, **PRIVATE)
+    page.load(lambda: gr.Dropdown(app.studio.bases.for_training()), None, base, **PRIVATE)
     page.load(runs.open_page, None, panel, **PRIVATE)
     drop.upload(draft.add, [drop, *trained_at], [drop, *shown], **PRIVATE)
     thumbs.select(draft.select, None, [selected, rotate, remove], **PRIVATE)

@@ -1,7 +1,7 @@
-"""Where the web page keeps its things, and what may come in: one folder for the app, in it one for every visitor.
+"""Where the web page keeps its things: one folder for the app, in it one for every visitor.
 
-Nothing that a browser sends is used as a path: visitors are known by a random word of fixed form, files get names of
-our own, and contents are looked at before they are kept.
+Nothing that a browser sends is used as a path: visitors are known by a random word of fixed form, and files get names
+of our own.
 """
 
 import hashlib
@@ -9,22 +9,16 @@ import os
 import re
 import secrets
 import shutil
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.files import save_png
-from svfit_dreambooth.photos import Photo, open_photo, photo_report
 
-MAX_PHOTOS = 100
-MAX_PHOTO_BYTES = 50 * 2**20
-MAX_SHORT_SIDE = 1536  # pixels: larger photos are scaled down to this, more than any base trains at
-THUMBNAIL = 256  # pixels of the longer side of what the page shows of a photo
 MAX_ADAPTER_BYTES = 64 * 2**20  # Stable Diffusion XL at full rank in float32 needs 2 MB
+SERVED_SECONDS = 7 * 24 * 3600  # for which the web server hands out what nobody asks for again
 MAX_NAME = 60  # characters of a name that a person gives
-ALIKE = 5  # of 64 bits of the fingerprints of two photos that look the same
 WORD = re.compile(r"[0-9a-f]{32}")
 
 
@@ -123,7 +117,12 @@ def serve(workspace: Workspace, path: Path, name: str | None = None) -> str:
     stat = path.stat()
     key = f"{secret(workspace)} {path} {stat.st_mtime_ns} {stat.st_size}"
     target = workspace.served / hashlib.sha256(key.encode()).hexdigest() / (name or path.name)
-    if not target.exists():
+    if target.exists():
+        with suppress(OSError):  # not ours to change on some disks
+            target.chmod(
+                stat.st_mode & 0o777
+            )  # nothing but its ctime, which tells `empty_served` that it was asked for
+    else:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{secrets.token_hex(4)}.tmp")
         try:
@@ -132,6 +131,24 @@ def serve(workspace: Workspace, path: Path, name: str | None = None) -> str:
             shutil.copyfile(path, temporary)
         temporary.replace(target)
     return str(target)
+
+
+def place_to_serve(workspace: Workspace, name: str) -> Path:
+    """Where a file called `name` may be written for the web server to hand out, and for nothing else."""
+    folder = workspace.served / secrets.token_hex(32)
+    folder.mkdir(parents=True)
+    return folder / name
+
+
+def empty_served(workspace: Workspace) -> None:
+    """Removes what nobody has asked for lately: uploads, and copies of what may be deleted by now."""
+    for folder, _, names in os.walk(workspace.served):
+        for path in (Path(folder, name) for name in names):
+            with suppress(OSError):  # gone meanwhile
+                if time.time() - path.stat().st_ctime > SERVED_SECONDS:
+                    path.unlink()
+                    if path.parent != workspace.served:
+                        path.parent.rmdir()  # where it was the last
 
 
 def secret(workspace: Workspace) -> str:
@@ -178,102 +195,3 @@ def _copy_new(source: Path, target: Path) -> bool:
         target.unlink()
         raise
     return True
-
-
-# ---------------------------------------------------------------- photos laid out for training
-
-
-def add_photos(folder: Path, uploads: list[Path]) -> list[str]:
-    """Puts uploaded photos into `folder`, upright and without their notes (place, camera); returns what is wrong.
-
-    Every file is opened by content; one that is no picture, broken or too large is named and left out.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    remarks = []
-    number = max((int(path.stem) for path in photo_files(folder)), default=0)
-    for upload in uploads:
-        shown = upload.name
-        if len(photo_files(folder)) >= MAX_PHOTOS:
-            remarks.append(f"more than {MAX_PHOTOS} photos: {shown} was left out.")
-            continue
-        if upload.stat().st_size > MAX_PHOTO_BYTES:
-            remarks.append(f"{shown} is larger than {MAX_PHOTO_BYTES >> 20} MB: scale it down.")
-            continue
-        try:
-            photo = open_photo(upload)
-        except SVFitError as error:
-            remarks.append(str(error).replace(str(upload), shown))
-            continue
-        number += 1
-        if (short := min(photo.size)) > MAX_SHORT_SIDE:
-            photo = photo.resize(
-                (round(photo.width * MAX_SHORT_SIDE / short), round(photo.height * MAX_SHORT_SIDE / short)),
-                Image.Resampling.LANCZOS,
-                reducing_gap=2.0,  # of a very large one, whole pixels are averaged first
-            )
-        save_png(photo, folder / f"{number:03d}.png", compress_level=1)
-    return remarks
-
-
-def photo_files(folder: Path) -> list[Path]:
-    """The photos laid out in `folder`, in order."""
-    return sorted(folder.glob("[0-9][0-9][0-9].png"))
-
-
-def rotate_photo(path: Path) -> None:
-    """A quarter turn to the right."""
-    with Image.open(path) as photo:
-        save_png(photo.transpose(Image.Transpose.ROTATE_270), path, compress_level=1)
-
-
-def remove_photo(path: Path) -> None:
-    path.unlink()
-    _thumbnail_of(path).unlink(missing_ok=True)
-
-
-def thumbnail(path: Path) -> Path:
-    """A small picture of the photo `path`, made anew when the photo has changed."""
-    small = _thumbnail_of(path)
-    if not small.is_file() or small.stat().st_mtime_ns < path.stat().st_mtime_ns:
-        with Image.open(path) as photo:
-            photo.thumbnail((THUMBNAIL, THUMBNAIL), reducing_gap=2.0)
-            save_png(photo, small, compress_level=1)
-    return small
-
-
-def _thumbnail_of(path: Path) -> Path:
-    return path.with_name(f".small-{path.name}")
-
-
-def photo_remarks(folder: Path, resolution: int) -> list[str]:
-    """What a person should know about the photos laid out, in plain lines."""
-    paths = photo_files(folder)
-    if not paths:
-        return []
-    photos, prints = [], []
-    for path in paths:
-        with Image.open(path) as photo:
-            photos.append(Photo(path, None, photo.size))
-            prints.append(_look(photo))
-    names = {path.name: f"photo {i}" for i, path in enumerate(paths, 1)}
-    lines = [line for line in photo_report(photos, resolution) if not line.startswith("captions")]
-    for name, shown in names.items():
-        lines = [line.replace(name, shown) for line in lines]
-    for j, later in enumerate(prints):
-        for i, earlier in enumerate(prints[:j]):
-            if (later ^ earlier).bit_count() <= ALIKE:
-                lines.append(f"photo {j + 1} looks like photo {i + 1}: remove one, it would count twice")
-                break
-    if len(photos) > 30:
-        lines.append("many photos: the best 5 to 15 are usually enough")
-    return lines
-
-
-def _look(photo: Image.Image) -> int:
-    """64 bits that change little when a photo is scaled or compressed: is a point brighter than its neighbour?"""
-    small = photo.convert("RGB").resize((9, 8), Image.Resampling.BOX).convert("L").tobytes()
-    bits = 0
-    for row in range(8):
-        for column in range(8):
-            bits = bits * 2 + (small[row * 9 + column] > small[row * 9 + column + 1])
-    return bits
