@@ -308,6 +308,17 @@ def test_a_run_that_rounded_its_base_ends_with_one_base_in_memory(config, monkey
     assert set(ours) == set(theirs) and all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
+def test_a_base_that_is_gone_at_the_end_costs_only_what_needs_it(config, monkeypatch, caplog):
+    def gone(config):
+        raise SVFitError("the base model cannot be opened: it was moved.")
+
+    monkeypatch.setattr("svfit_dreambooth.training.outcome.open_run_base", gone)
+    options = {**config, "final_pictures": True, "max_train_steps": 2}
+    result = train(TrainConfig(**options, mixed_precision="bf16", also="kohya"))
+    assert result.adapter_path.is_file() and events(config, "end")[0]["status"] == "finished"
+    assert "there is no LoRA" in caplog.text and "pictures at the end are missing" in caplog.text
+
+
 def test_final_pictures_take_the_precision_of_the_run(config, monkeypatch):
     seen = []
 

@@ -65,14 +65,15 @@ def estimate_memory(run: Run) -> Estimate:
         return estimate
     tried: dict[str, Any] = {}
     words = []
-    looks = [] if default_device().type == "cpu" else [({"validation_steps": 0}, "--validation_steps 0")]
-    for change, word in (
-        *looks,
+    no_looks = {"validation_steps": 0 if default_device().type != "cpu" else run.config.validation_steps}
+    changes: list[tuple[dict[str, Any], str]] = [
+        (no_looks, "--validation_steps 0"),
         ({"gradient_checkpointing": True}, "--gradient_checkpointing"),
         ({"mixed_precision": "bf16"}, "--mixed_precision bf16"),
         ({"train_batch_size": 1}, "--train_batch_size 1"),
         ({"resolution": (run.config.resolution or 0) * 3 // 4 // 64 * 64 or run.config.resolution}, "--resolution"),
-    ):
+    ]
+    for change, word in changes:
         if all(getattr(run.config, name) == value for name, value in change.items()):
             continue
         tried |= change

@@ -122,7 +122,8 @@ def finish(result: TrainResult) -> None:
                 if "modelspec.thumbnail" not in read_adapter(run.adapter_path).metadata:
                     annotate_adapter(run.adapter_path, thumbnail=result.showing.first)
                     result.file_bytes = run.adapter_path.stat().st_size
-            run.base.pipeline.to("cpu")
+    if not run.base.pipeline.unet.conv_in.weight.is_meta:  # as it stays where its files could not be opened again
+        run.base.pipeline.to("cpu")
 
 
 @contextmanager
