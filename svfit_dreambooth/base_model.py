@@ -174,9 +174,12 @@ def _fetch_whole(name: str, **location: Any) -> None:
         logger.info("the base model %s was not fetched whole (%s).", name, error)
 
 
-def is_partly_cached(name: str, revision: str | None = None) -> bool:
-    """Whether something of the hub's `name` is on this disk, be it without its content filter or another variant."""
-    return isinstance(try_to_load_from_cache(name, "model_index.json", revision=revision), str)
+def is_cached(name: str, revision: str | None = None) -> bool:
+    """Whether the hub's `name` is on this disk, be it in part: without its content filter, or another variant."""
+    try:
+        return isinstance(try_to_load_from_cache(name, "model_index.json", revision=revision), str)
+    except ValueError:  # no hub id after all
+        return False
 
 
 def _folder_kind(folder: str) -> str | None:

@@ -17,7 +17,7 @@ from svfit_dreambooth.base_model import (
     Pipeline,
     cast_pipeline,
     check_base_model,
-    is_partly_cached,
+    is_cached,
     open_base_model,
 )
 from svfit_dreambooth.config import TOYBOX
@@ -112,7 +112,7 @@ def open_named_base(name: str, path: Path, **options: Any) -> BaseModel:
     try:
         return open_base_model(repository, **options)
     except SVFitError as error:
-        partly = "only partly" if is_partly_cached(repository, options["revision"]) else "not"
+        partly = "only partly" if is_cached(repository, options["revision"]) else "not"
         raise SVFitError(
             f"{path} was trained on {name}, which is {partly} on this disk{' with ' * bool(given)}{' '.join(given)}, and "
             f"what a file names is not downloaded unasked: {NAME_THE_BASE} {repository}."

@@ -69,27 +69,22 @@ class Bases:
 
         Raises SVFitError for what is not offered, and for a hub id that is not on this disk where none is downloaded.
         """
+        from svfit_dreambooth.base_model import is_cached
+
         place, options = self.resolve(name, typed=True)
-        if options.get("local_files_only") and not _is_cached(place, options["revision"]):
+        if options.get("local_files_only") and not is_cached(place, options["revision"]):
             raise SVFitError(f"{name.strip()} is not on this disk, and {OFF}")
         return place, options.get("revision")
 
     def is_here(self, name: str) -> bool:
         """May what a file calls `name` be opened without a download that nobody asked for?"""
+        from svfit_dreambooth.base_model import is_cached
+
         try:
             place, options = self.resolve(name, typed=False)
         except SVFitError:
             return False
-        return not options or _is_cached(place, options["revision"])
-
-
-def _is_cached(repository: str, revision: str | None) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-
-    try:
-        return isinstance(try_to_load_from_cache(repository, "model_index.json", revision=revision), str)
-    except ValueError:  # no hub id after all
-        return False
+        return not options or is_cached(place, options["revision"])
 
 
 def _is_model(path: Path) -> bool:

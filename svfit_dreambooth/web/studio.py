@@ -162,7 +162,7 @@ class Studio:
             self._lock.release()
 
     def _open(self, name: str, typed: bool, adapter: str | None, tell: Callable[[Told], None]) -> Any:
-        from svfit_dreambooth.base_model import cast_pipeline, open_base_model
+        from svfit_dreambooth.base_model import cast_pipeline, is_cached, open_base_model
         from svfit_dreambooth.generation import DTYPES, default_device
 
         try:
@@ -185,7 +185,8 @@ class Studio:
                 if options.get("local_files_only"):
                     why = "what a file names is not downloaded unasked: type it as the base model under Generate."
                     why = why if self.bases.download else OFF
-                    raise SVFitError(f"{name} is not on this disk, and {why}") from error
+                    partly = "only partly" if is_cached(place, options["revision"]) else "not"
+                    raise SVFitError(f"{name} is {partly} on this disk, and {why}") from error
                 raise
             device = default_device()
             cast_pipeline(model.pipeline, DTYPES[self.dtype or working_dtype(device.type)])
