@@ -34,6 +34,7 @@ from svfit_dreambooth.svfit import Rank, as_matrix, decompose, resolve_rank
 logger = logging.getLogger(__name__)
 
 CACHE_VERSION = "1"
+AT_ONCE = 16  # matrices that are decomposed: SDXL's widest take 0.3 GB each meanwhile
 SAMPLE_SIZE = 32  # weights of each component that the adapter file repeats, for comparison with a bfloat16 copy
 BF16_TOLERANCE = 2**-8  # relative rounding error of a bfloat16 value, with a margin of two
 
@@ -219,7 +220,7 @@ def _on_every_core(act: Callable[[str], Directions], names: Sequence[str]) -> It
     if cores == 1 or len(names) < 2:
         yield from ((name, act(name)) for name in names)
         return
-    pool = ThreadPoolExecutor(cores, initializer=lambda: torch.set_num_threads(1))
+    pool = ThreadPoolExecutor(min(cores, AT_ONCE), initializer=lambda: torch.set_num_threads(1))
     try:
         futures = {pool.submit(act, name): name for name in names}
         for future in as_completed(futures):
