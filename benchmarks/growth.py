@@ -9,6 +9,7 @@ of the process, the faster of two: set OMP_NUM_THREADS=1 on a machine that other
 
 import argparse
 import copy
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ from training_step import DTYPES, adapt, random_unet, stepper
 from svfit_dreambooth import TrainConfig
 from svfit_dreambooth.attention import find_projections
 from svfit_dreambooth.base_model import BaseModel
-from svfit_dreambooth.training.estimate import _estimate
+from svfit_dreambooth.training.estimate import estimate_memory
 from svfit_dreambooth.training.preparation import Run
 
 RESOLUTIONS, BATCHES, RANKS = (256, 384, 512, 768), (1, 2, 4, 8), ("4", "64", "full")
@@ -44,7 +45,7 @@ def estimated(run: Run, precision: str, resolution: int = 512, batch: int = 1, r
     config = copy.copy(run.config)
     config.mixed_precision, config.resolution = PRECISIONS[precision], resolution
     config.train_batch_size, config.rank = batch, rank
-    return _estimate(run, config, None).total / 1e9
+    return estimate_memory(dataclasses.replace(run, config=config)).total / 1e9  # no memory is known, so none is short
 
 
 def first_too_large(run: Run, precision: str, gigabytes: float) -> int:
