@@ -8,7 +8,6 @@ of the process, the faster of two: set OMP_NUM_THREADS=1 on a machine that other
 """
 
 import argparse
-import copy
 import dataclasses
 import json
 import time
@@ -42,9 +41,9 @@ def run_without_weights(config_dir: Path) -> Run:
 
 def estimated(run: Run, precision: str, resolution: int = 512, batch: int = 1, rank: str = "full") -> float:
     """Gigabytes of a run."""
-    config = copy.copy(run.config)
-    config.mixed_precision, config.resolution = PRECISIONS[precision], resolution
-    config.train_batch_size, config.rank = batch, rank
+    config = dataclasses.replace(
+        run.config, mixed_precision=PRECISIONS[precision], resolution=resolution, train_batch_size=batch, rank=rank
+    )
     return estimate_memory(dataclasses.replace(run, config=config)).total / 1e9  # no memory is known, so none is short
 
 

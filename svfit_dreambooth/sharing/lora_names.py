@@ -2,8 +2,8 @@
 
 Two layouts.  "kohya" (sd-scripts; read by every generator): flat names with underscores,
 `lora_unet_<path>.lora_down.weight` (rank, in), `.lora_up.weight` (out, rank) and `.alpha`, the layer's change being
-alpha / rank * up @ down; of a convolution (rank, in, h, w) and (out, rank, 1, 1). "diffusers": dotted names,
-`<component>.<path>.lora_A.weight` and `.lora_B.weight`, change B @ A. For SDXL, kohya files use the names of
+alpha / rank * up @ down; of a convolution (rank, in, h, w) and (out, rank, 1, 1).  "diffusers": dotted names,
+`<component>.<path>.lora_A.weight` and `.lora_B.weight`, change B @ A.  For SDXL, kohya files use the names of
 Stability's own UNet (`input_blocks_4_1_...`).
 """
 

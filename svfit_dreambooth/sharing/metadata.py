@@ -25,6 +25,7 @@ THUMBNAIL_SIDE = 256  # pixels, as ModelSpec recommends
 MAX_THUMBNAIL_BYTES = 1_000_000
 TEXT_FIELDS = ("title", "author", "description", "license", "tags", "usage_hint")  # what people may fill in
 
+OF_THE_BASE = "as the base model's"  # how the licence begins that files get by themselves
 LICENCES = {  # beginning of modelspec's architecture -> the licence that the family's original weights are under
     "toybox": "Apache-2.0",
     "stable-diffusion-v1": "CreativeML OpenRAIL-M",
@@ -47,7 +48,7 @@ def licence_note(adapter: Adapter) -> str:
     if "modelspec.license" in adapter.metadata:
         return adapter.metadata["modelspec.license"]
     known = _of_family(LICENCES, adapter.architecture)
-    return f"as the base model's, {known}" if known else f"as the base model's ({adapter.base_model})"
+    return f"{OF_THE_BASE}, {known}" if known else f"{OF_THE_BASE} ({adapter.base_model})"
 
 
 def prediction_type(scheduler_config: Any) -> str:
@@ -61,7 +62,7 @@ def base_metadata(base: BaseModel) -> dict[str, str]:
     return {
         "modelspec.resolution": f"{base.resolution}x{base.resolution}",
         "modelspec.prediction_type": prediction_type(base.pipeline.scheduler.config),
-        **({"modelspec.license": f"as the base model's, {known}"} if known else {}),
+        **({"modelspec.license": f"{OF_THE_BASE}, {known}"} if known else {}),
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from svfit_dreambooth.adapter import Adapter
+from svfit_dreambooth.sharing.metadata import OF_THE_BASE
 
 # The base's licence binds what is derived from it.  Known for these bases only: fine-tunes have their own.
 LICENCES = {
@@ -19,7 +20,6 @@ LICENCES = {
     "stabilityai/stable-diffusion-2-1-base": "openrail++",
     "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
 }
-OF_THE_BASE = "as the base model's"  # how the note begins that files get by themselves
 HUB_LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")  # the hub's words for licences look so
 MEASURES = {
     "subject": "likeness to the subject",

@@ -106,7 +106,8 @@ def _train(
             logger.log(logging.INFO if estimate.fits else logging.WARNING, line)
     with accelerator.main_process_first():  # it paints class pictures, the others then find them
         examples = encode_examples(run, accelerator.device)
-    identity = run_identity(run, accelerator.num_processes)  # with the class pictures that are there by now
+    if config.with_prior_preservation:
+        identity = run_identity(run, accelerator.num_processes)  # with the class pictures that are there by now
     dtype = WEIGHT_DTYPE[config.mixed_precision]
     of_word = word_rows(pipeline, config.learned_word)  # before the networks are cast
     whole, positions = run, None

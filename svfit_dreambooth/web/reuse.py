@@ -25,14 +25,17 @@ def take_up(app: App, visitor: Visitor, settings: dict[str, Any]) -> tuple[Any, 
     found = {offered[name]: strength for name, strength in settings["adapters"].items() if name in offered}
     missing = [f"the adapter {name}" for name in settings["adapters"] if name not in offered]
     own, base = _own_base(app, visitor, found), settings["base_model"]
-    if base != own and not bases.is_here(base):
+    shown = AS_TRAINED
+    if base != own and bases.is_here(base):
+        shown = base
+    elif base != own:
         missing.append(f"the base {base}")
     if missing:
         gr.Warning(html.escape(f"not here any more: {', '.join(missing)}. The rest was filled in."))
     return (
         settings["prompt"],
         settings["negative_prompt"],
-        gr.Dropdown([AS_TRAINED, *bases.names()], value=base if base != own and bases.is_here(base) else AS_TRAINED),
+        gr.Dropdown([AS_TRAINED, *bases.names()], value=shown),
         gr.Dropdown(choices, value=list(found)),
         settings["num_inference_steps"],
         f"{settings['guidance_scale']:g}",

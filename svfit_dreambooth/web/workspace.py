@@ -118,10 +118,9 @@ def serve(workspace: Workspace, path: Path, name: str | None = None) -> str:
     key = f"{secret(workspace)} {path} {stat.st_mtime_ns} {stat.st_size}"
     target = workspace.served / hashlib.sha256(key.encode()).hexdigest() / (name or path.name)
     if target.exists():
+        # changes nothing but its ctime, which tells `empty_served` that it was asked for
         with suppress(OSError):  # not ours to change on some disks
-            target.chmod(
-                stat.st_mode & 0o777
-            )  # nothing but its ctime, which tells `empty_served` that it was asked for
+            target.chmod(stat.st_mode & 0o777)
     else:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{secrets.token_hex(4)}.tmp")
