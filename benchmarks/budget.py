@@ -29,14 +29,14 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from svfit_dreambooth import TrainConfig
-from svfit_dreambooth.attention import apply_svfit, remove_svfit
-from svfit_dreambooth.base_model import TOYBOX_SUBJECTS
-from svfit_dreambooth.basis import model_basis
-from svfit_dreambooth.photos import find_photos
+from svfit_dreambooth.bases.opening import TOYBOX_SUBJECTS
+from svfit_dreambooth.method.basis import model_basis
+from svfit_dreambooth.method.targets import apply_svfit, remove_svfit
+from svfit_dreambooth.photos.reading import find_photos
 from svfit_dreambooth.training.budget import allocate, score_values
-from svfit_dreambooth.training.denoising import Denoiser
-from svfit_dreambooth.training.encoding import encode_examples
-from svfit_dreambooth.training.preparation import Run, prepare
+from svfit_dreambooth.training.examples import encode_examples
+from svfit_dreambooth.training.objective import Denoiser
+from svfit_dreambooth.training.plan import Run, prepare
 from toybox.world import PHOTO_SETTINGS, SETTING_PHRASES, SUBJECTS, render, sample_scene
 
 CPU = torch.device("cpu")

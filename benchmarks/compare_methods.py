@@ -34,19 +34,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from methods import ABLATIONS, METHODS, Method
 
 from svfit_dreambooth import TrainConfig
-from svfit_dreambooth.attention import svfit_layers
-from svfit_dreambooth.base_model import TOYBOX_SUBJECTS
-from svfit_dreambooth.config import TOYBOX
+from svfit_dreambooth.bases.opening import TOYBOX_SUBJECTS
 from svfit_dreambooth.evaluation.features import Features, open_features
 from svfit_dreambooth.evaluation.protocol import Answers, Questions, ask, score, subject_questions, toybox_questions
 from svfit_dreambooth.files import save_png
-from svfit_dreambooth.generation import default_device
-from svfit_dreambooth.photos import find_photos, open_photo
-from svfit_dreambooth.training.denoising import Denoiser
-from svfit_dreambooth.training.encoding import encode_examples
+from svfit_dreambooth.method.targets import svfit_layers
+from svfit_dreambooth.painting.generate import default_device
+from svfit_dreambooth.photos.reading import find_photos, open_photo
+from svfit_dreambooth.training.config import TOYBOX
+from svfit_dreambooth.training.examples import encode_examples
 from svfit_dreambooth.training.loop import Loop, Step
-from svfit_dreambooth.training.preparation import Run, prepare
-from svfit_dreambooth.training.validation import join
+from svfit_dreambooth.training.objective import Denoiser
+from svfit_dreambooth.training.plan import Run, prepare
+from svfit_dreambooth.training.watch import join
 
 TEXT_ENCODER_LR = 2e-3
 TOYBOX_TUNING = ("cat_tiger", "car_racer")

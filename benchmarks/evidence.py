@@ -24,8 +24,8 @@ from methods import METHODS
 
 from svfit_dreambooth.evaluation.metrics import bootstrap_interval
 from svfit_dreambooth.files import save_png
-from svfit_dreambooth.sheets import contact_sheet
-from svfit_dreambooth.training.validation import cut
+from svfit_dreambooth.painting.sheets import contact_sheet
+from svfit_dreambooth.training.watch import cut
 
 SCORES = ("subject", "right", "prompt", "drift", "preservation", "diversity")
 CHIEF = ("subject", "right", "drift")  # shown with their intervals

@@ -19,10 +19,10 @@ from random_base import random_pipeline
 from training_step import DTYPES, adapt, random_unet, stepper
 
 from svfit_dreambooth import TrainConfig
-from svfit_dreambooth.attention import find_projections
-from svfit_dreambooth.base_model import BaseModel
+from svfit_dreambooth.bases.opening import BaseModel
+from svfit_dreambooth.method.targets import find_projections
 from svfit_dreambooth.training.estimate import estimate_memory
-from svfit_dreambooth.training.preparation import Run
+from svfit_dreambooth.training.plan import Run
 
 RESOLUTIONS, BATCHES, RANKS = (256, 384, 512, 768), (1, 2, 4, 8), ("4", "64", "full")
 TIMED_RESOLUTIONS, TIMED_BATCHES = (256, 384, 512), (1, 2, 4)

@@ -24,10 +24,10 @@ from methods import METHODS
 from training_step import resident
 
 from svfit_dreambooth import TrainConfig
-from svfit_dreambooth.base_model import TOYBOX_SUBJECTS
-from svfit_dreambooth.training.denoising import Denoiser
-from svfit_dreambooth.training.encoding import encode_examples
-from svfit_dreambooth.training.preparation import prepare
+from svfit_dreambooth.bases.opening import TOYBOX_SUBJECTS
+from svfit_dreambooth.training.examples import encode_examples
+from svfit_dreambooth.training.objective import Denoiser
+from svfit_dreambooth.training.plan import prepare
 
 AGAINST = "lora-8"
 

@@ -10,13 +10,13 @@ from peft import LoraConfig, PeftConfig, TinyLoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from svfit_dreambooth.attention import apply_svfit, find_projections, svfit_layers
-from svfit_dreambooth.basis import model_basis
-from svfit_dreambooth.learned_word import learn_words
-from svfit_dreambooth.svfit import as_matrix
+from svfit_dreambooth.method.basis import model_basis
+from svfit_dreambooth.method.layer import as_matrix
+from svfit_dreambooth.method.targets import apply_svfit, find_projections, svfit_layers
+from svfit_dreambooth.method.word import learn_words
 from svfit_dreambooth.training.budget import allocate, score_values
-from svfit_dreambooth.training.encoding import Examples
-from svfit_dreambooth.training.preparation import Run
+from svfit_dreambooth.training.examples import Examples
+from svfit_dreambooth.training.plan import Run
 
 Values = dict[str, nn.Parameter]
 PutIn = Callable[[Run, Examples], Values]

@@ -23,11 +23,11 @@ from evidence import SCORES, common, main_table
 from records import Record
 
 from svfit_dreambooth import TrainConfig, train
-from svfit_dreambooth.base_model import TOYBOX_SUBJECTS
-from svfit_dreambooth.config import TOYBOX
+from svfit_dreambooth.bases.opening import TOYBOX_SUBJECTS
 from svfit_dreambooth.evaluation.features import open_features
 from svfit_dreambooth.evaluation.scoring import Candidate, evaluate_adapters
-from svfit_dreambooth.generation import default_device, open_for_adapters
+from svfit_dreambooth.painting.generate import default_device, open_for_adapters
+from svfit_dreambooth.training.config import TOYBOX
 
 END = 0  # stands for the end of the run, whose length is the recipe's own
 

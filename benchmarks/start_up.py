@@ -24,11 +24,11 @@ sys.path.insert(0, str(REPOSITORY))
 
 from random_base import random_pipeline
 
-from svfit_dreambooth.adapter import Adapter
-from svfit_dreambooth.attention import find_projections, svfit_layers
-from svfit_dreambooth.base_model import pipeline_components
-from svfit_dreambooth.basis import cached_files, fingerprint, model_basis, weight_hashes
-from svfit_dreambooth.pipeline import load_adapter, merge_adapters, set_adapters
+from svfit_dreambooth.adapter.file import Adapter
+from svfit_dreambooth.bases.opening import pipeline_components
+from svfit_dreambooth.method.basis import cached_files, fingerprint, model_basis, weight_hashes
+from svfit_dreambooth.method.targets import find_projections, svfit_layers
+from svfit_dreambooth.painting.loading import load_adapter, merge_adapters, set_adapters
 
 COMMANDS = {
     "training command, --help": ["train_dreambooth_svfit.py", "--help"],

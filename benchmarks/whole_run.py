@@ -33,7 +33,7 @@ from random_base import random_base
 from training_step import resident
 
 from svfit_dreambooth import TrainConfig, train
-from svfit_dreambooth.photos import find_photos
+from svfit_dreambooth.photos.reading import find_photos
 
 clock = time.process_time if "cpu" in sys.argv else time.perf_counter
 PROMPT = "a photo of sks dog"

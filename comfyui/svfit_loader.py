@@ -12,9 +12,9 @@ import comfy.lora
 import folder_paths
 import torch
 
-from svfit_dreambooth.adapter import read_adapter
-from svfit_dreambooth.basis import model_basis, same_base
+from svfit_dreambooth.adapter.file import read_adapter
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.method.basis import model_basis, same_base
 
 # How ComfyUI's maps call the parts of a model; the text encoder of a pipeline with one is "lora_te", with two "lora_te1"
 PREFIXES = {"unet": ("lora_unet",), "text_encoder": ("lora_te", "lora_te1"), "text_encoder_2": ("lora_te2",)}

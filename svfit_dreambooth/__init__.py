@@ -4,40 +4,40 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from svfit_dreambooth import remarks as remarks  # filters must be in place before diffusers is imported
-from svfit_dreambooth.peft_import import register_with_peft
+from svfit_dreambooth.peft.register import register_with_peft
 
 if TYPE_CHECKING:
-    from svfit_dreambooth.adapter import Adapter, read_adapter, save_adapter
-    from svfit_dreambooth.attention import apply_svfit, remove_svfit
-    from svfit_dreambooth.config import TrainConfig
+    from svfit_dreambooth.adapter.file import Adapter, read_adapter, save_adapter
     from svfit_dreambooth.errors import SVFitError
-    from svfit_dreambooth.generation import generate
-    from svfit_dreambooth.peft_method import SVFitConfig, adapter_from_peft
-    from svfit_dreambooth.pipeline import load_adapter, merge_adapters, set_adapters, unload_adapter
-    from svfit_dreambooth.svfit import SVFitLinear, decompose
-    from svfit_dreambooth.training.train import train
+    from svfit_dreambooth.method.layer import SVFitLinear, decompose
+    from svfit_dreambooth.method.targets import apply_svfit, remove_svfit
+    from svfit_dreambooth.painting.generate import generate
+    from svfit_dreambooth.painting.loading import load_adapter, merge_adapters, set_adapters, unload_adapter
+    from svfit_dreambooth.peft.method import SVFitConfig, adapter_from_peft
+    from svfit_dreambooth.training.config import TrainConfig
+    from svfit_dreambooth.training.run import train
 
 __version__ = "0.1.0"
 
 # Where each public name lives.  They are imported when first used: `--help` should not wait for torch.
 _HOME = {
-    "Adapter": "adapter",
-    "read_adapter": "adapter",
-    "save_adapter": "adapter",
-    "apply_svfit": "attention",
-    "remove_svfit": "attention",
-    "TrainConfig": "config",
+    "Adapter": "adapter.file",
+    "read_adapter": "adapter.file",
+    "save_adapter": "adapter.file",
+    "apply_svfit": "method.targets",
+    "remove_svfit": "method.targets",
+    "TrainConfig": "training.config",
     "SVFitError": "errors",
-    "generate": "generation",
-    "SVFitConfig": "peft_method",
-    "adapter_from_peft": "peft_method",
-    "load_adapter": "pipeline",
-    "merge_adapters": "pipeline",
-    "set_adapters": "pipeline",
-    "unload_adapter": "pipeline",
-    "SVFitLinear": "svfit",
-    "decompose": "svfit",
-    "train": "training.train",
+    "generate": "painting.generate",
+    "SVFitConfig": "peft.method",
+    "adapter_from_peft": "peft.method",
+    "load_adapter": "painting.loading",
+    "merge_adapters": "painting.loading",
+    "set_adapters": "painting.loading",
+    "unload_adapter": "painting.loading",
+    "SVFitLinear": "method.layer",
+    "decompose": "method.layer",
+    "train": "training.run",
 }
 
 __all__ = [

@@ -23,8 +23,8 @@ from diffusers import (
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from svfit_dreambooth.config import TrainConfig
-from svfit_dreambooth.training.preparation import prepare
+from svfit_dreambooth.training.config import TrainConfig
+from svfit_dreambooth.training.plan import prepare
 from toybox.tokenizer import build_tokenizer
 
 torch.set_num_threads(1)  # the models are too small for more, and test runs share the machine

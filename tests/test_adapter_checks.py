@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from svfit_dreambooth.adapter import Adapter, read_adapter, save_adapter
+from svfit_dreambooth.adapter.file import Adapter, read_adapter, save_adapter
 from svfit_dreambooth.errors import SVFitError
 
 NAMES = ("unet.mid_block.attentions.0.attn1.to_q", "text_encoder.text_model.encoder.layers.3.self_attn.q_proj")

@@ -10,7 +10,9 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from svfit_dreambooth.attention import (
+from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.method.layer import SVFitLinear
+from svfit_dreambooth.method.targets import (
     add_shifts,
     apply_svfit,
     find_projections,
@@ -21,8 +23,6 @@ from svfit_dreambooth.attention import (
     set_shifts,
     svfit_layers,
 )
-from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.svfit import SVFitLinear
 
 
 @pytest.fixture

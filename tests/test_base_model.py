@@ -14,19 +14,19 @@ from single_file import save_single_file
 from torch import nn
 
 from svfit_dreambooth import TrainConfig, load_adapter, read_adapter, train
-from svfit_dreambooth.base_model import (
+from svfit_dreambooth.bases.encoders import encode_tokens, tokenize
+from svfit_dreambooth.bases.opening import (
     cast_pipeline,
     noise_scheduler,
     open_base_model,
     pipeline_components,
     text_encoders,
 )
-from svfit_dreambooth.encoders import encode_tokens, tokenize
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.generation import generate, open_for_adapters, open_named_base
-from svfit_dreambooth.training.denoising import Denoiser
-from svfit_dreambooth.training.encoding import encode_examples
-from svfit_dreambooth.training.preparation import prepare
+from svfit_dreambooth.painting.generate import generate, open_for_adapters, open_named_base
+from svfit_dreambooth.training.examples import encode_examples
+from svfit_dreambooth.training.objective import Denoiser
+from svfit_dreambooth.training.plan import prepare
 
 CPU = torch.device("cpu")
 PROMPT = "a photo of sks dog"

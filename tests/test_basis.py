@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from svfit_dreambooth import basis
-from svfit_dreambooth.basis import (
+from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.method import basis
+from svfit_dreambooth.method.basis import (
     cached_files,
     clear_cache,
     fingerprint,
@@ -24,8 +25,7 @@ from svfit_dreambooth.basis import (
     weight_hash,
     weight_hashes,
 )
-from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.svfit import decompose
+from svfit_dreambooth.method.layer import decompose
 
 
 def steep_weight(size, seed=0):
@@ -258,7 +258,7 @@ def test_a_disk_that_fills_up_while_a_basis_is_cached_only_warns(tmp_path):
     script = """
 import logging, sys, torch
 from pathlib import Path
-from svfit_dreambooth.basis import model_basis
+from svfit_dreambooth.method.basis import model_basis
 logging.basicConfig(format="%(message)s")
 weights = {"unet.small": torch.eye(4), "unet.large": torch.randn(40, 40)}
 basis = model_basis(weights, cache_dir=Path(sys.argv[1]))

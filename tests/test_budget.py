@@ -10,14 +10,14 @@ from safetensors import safe_open
 from test_adapter_checks import refuses, write_with
 
 from svfit_dreambooth import TrainConfig, load_adapter, read_adapter, save_adapter, train
-from svfit_dreambooth.adapter import Adapter, describe_adapter
-from svfit_dreambooth.attention import apply_svfit, find_projections, svfit_layers
-from svfit_dreambooth.basis import model_basis
+from svfit_dreambooth.adapter.file import Adapter, describe_adapter
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.method.basis import model_basis
+from svfit_dreambooth.method.targets import apply_svfit, find_projections, svfit_layers
 from svfit_dreambooth.training.budget import allocate, choose_positions, narrowed, score_values, spread
-from svfit_dreambooth.training.denoising import Denoiser
-from svfit_dreambooth.training.encoding import encode_examples
-from svfit_dreambooth.training.preparation import prepare
+from svfit_dreambooth.training.examples import encode_examples
+from svfit_dreambooth.training.objective import Denoiser
+from svfit_dreambooth.training.plan import prepare
 
 SCORES = {
     "unet.a": torch.tensor([5.0, 1.0, 4.0]),
@@ -232,8 +232,8 @@ def test_what_waits_is_off_the_device_before_scoring(config, monkeypatch):
         return examples
 
     monkeypatch.setattr(torch.nn.Module, "to", note)
-    monkeypatch.setattr("svfit_dreambooth.training.train.encode_examples", encode)
-    monkeypatch.setattr("svfit_dreambooth.training.train.choose_positions", choose)
+    monkeypatch.setattr("svfit_dreambooth.training.run.encode_examples", encode)
+    monkeypatch.setattr("svfit_dreambooth.training.run.choose_positions", choose)
     train(TrainConfig(**{**config, "max_train_steps": 1}, budget=25))
 
 

@@ -10,13 +10,13 @@ from PIL import Image
 from test_denoising import CPU, Constant, denoiser
 
 from svfit_dreambooth import TrainConfig, read_adapter, train
-from svfit_dreambooth.base_model import open_base_model
+from svfit_dreambooth.bases.opening import open_base_model
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.generation import Picture, generate
+from svfit_dreambooth.painting.generate import Picture, generate
 from svfit_dreambooth.training import class_pictures
 from svfit_dreambooth.training.class_pictures import NOTE, paint_class_pictures, usable_class_pictures
-from svfit_dreambooth.training.encoding import encode_examples
-from svfit_dreambooth.training.preparation import prepare
+from svfit_dreambooth.training.examples import encode_examples
+from svfit_dreambooth.training.plan import prepare
 
 OPTIONS = {"height": 16, "width": 16, "num_inference_steps": 1, "seed": 5}
 

@@ -11,11 +11,11 @@ import torch
 from conftest import tiny_pipeline
 
 from svfit_dreambooth import load_adapter, save_adapter
-from svfit_dreambooth.adapter import Adapter, read_adapter
-from svfit_dreambooth.adapter_words import LearnedWord
-from svfit_dreambooth.attention import find_projections, svfit_layers
-from svfit_dreambooth.basis import fingerprint
+from svfit_dreambooth.adapter.file import Adapter, read_adapter
+from svfit_dreambooth.adapter.words import LearnedWord
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.method.basis import fingerprint
+from svfit_dreambooth.method.targets import find_projections, svfit_layers
 
 NODE = Path(__file__).resolve().parent.parent / "comfyui" / "svfit_loader.py"
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from test_pipeline import make_adapter
 
 from svfit_dreambooth import read_adapter, save_adapter
-from svfit_dreambooth.base_model import open_base_model
+from svfit_dreambooth.bases.opening import open_base_model
 from svfit_dreambooth.commands.main import main
 
 

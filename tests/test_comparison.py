@@ -13,10 +13,10 @@ import torch
 from conftest import tiny_pipeline
 from PIL import Image
 
-from svfit_dreambooth.attention import find_projections, svfit_layers
 from svfit_dreambooth.evaluation.features import Features
-from svfit_dreambooth.sheets import CELL
-from svfit_dreambooth.training.encoding import encode_examples
+from svfit_dreambooth.method.targets import find_projections, svfit_layers
+from svfit_dreambooth.painting.sheets import CELL
+from svfit_dreambooth.training.examples import encode_examples
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 

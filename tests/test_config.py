@@ -4,8 +4,8 @@ import logging
 
 import pytest
 
-from svfit_dreambooth.config import TrainConfig, config_to_yaml, parse_config
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.training.config import TrainConfig, config_to_yaml, parse_config
 
 
 def parse(*arguments):

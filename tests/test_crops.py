@@ -7,7 +7,7 @@ from PIL import Image
 from test_photos import picture
 
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.training.crops import crop_boxes, crop_photo, training_size
+from svfit_dreambooth.photos.crops import crop_boxes, crop_photo, training_size
 
 SQUARE = (16, 16)
 

@@ -10,11 +10,11 @@ from PIL import Image
 from torch import nn
 
 from svfit_dreambooth import TrainConfig, train
-from svfit_dreambooth.base_model import BaseModel
+from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.training.denoising import Denoiser, min_snr_weights
-from svfit_dreambooth.training.encoding import Examples, encode_examples
-from svfit_dreambooth.training.preparation import Run
+from svfit_dreambooth.training.examples import Examples, encode_examples
+from svfit_dreambooth.training.objective import Denoiser, min_snr_weights
+from svfit_dreambooth.training.plan import Run
 
 CPU = torch.device("cpu")
 

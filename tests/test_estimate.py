@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from svfit_dreambooth.attention import apply_svfit
-from svfit_dreambooth.training import preparation
+from svfit_dreambooth.method.targets import apply_svfit
+from svfit_dreambooth.training import plan as preparation
 from svfit_dreambooth.training.estimate import _activations, _counting, estimate_memory
 from svfit_dreambooth.training.slim import slim, unslim
 
@@ -25,7 +25,7 @@ def test_activations_are_those_of_the_real_network(run, changes):
     with _counting(unet, run.config.gradient_checkpointing) as count:
         unet(torch.randn(batch, 4, 16, 16), torch.zeros(batch), torch.randn(batch, 77, 24))
     real = count()
-    from svfit_dreambooth.attention import remove_svfit
+    from svfit_dreambooth.method.targets import remove_svfit
 
     remove_svfit(unet)
     unslim(unet)

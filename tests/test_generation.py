@@ -15,7 +15,7 @@ from PIL import Image
 from svfit_dreambooth import TrainConfig, read_adapter, save_adapter, train
 from svfit_dreambooth.commands.main import main, main_train
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.generation import free_path, generate, open_for_adapters, save_picture, split_strength
+from svfit_dreambooth.painting.generate import free_path, generate, open_for_adapters, save_picture, split_strength
 
 ROOT = Path(__file__).resolve().parent.parent
 

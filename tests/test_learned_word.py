@@ -13,11 +13,11 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from svfit_dreambooth import TrainConfig, load_adapter, read_adapter, save_adapter, set_adapters, train, unload_adapter
-from svfit_dreambooth.adapter import Adapter, describe_adapter
-from svfit_dreambooth.adapter_words import LearnedWord, word_key
-from svfit_dreambooth.basis import fingerprint
+from svfit_dreambooth.adapter.file import Adapter, describe_adapter
+from svfit_dreambooth.adapter.words import LearnedWord, word_key
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.learned_word import (
+from svfit_dreambooth.method.basis import fingerprint
+from svfit_dreambooth.method.word import (
     WordEmbedding,
     base_rows,
     check_word,

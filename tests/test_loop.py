@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load_file
 
 from svfit_dreambooth import TrainConfig, read_adapter, train
-from svfit_dreambooth.base_model import open_base_model, pipeline_components
+from svfit_dreambooth.bases.opening import open_base_model, pipeline_components
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.generation import generate
-from svfit_dreambooth.run_folder import lock_run, read_progress
+from svfit_dreambooth.painting.generate import generate
 from svfit_dreambooth.sharing.export import export_lora
-from svfit_dreambooth.training.denoising import Denoiser
+from svfit_dreambooth.training.journal import lock_run, read_progress
 from svfit_dreambooth.training.loop import MAX_SKIPPED, Loop
-from svfit_dreambooth.training.preparation import open_run_base, prepare
+from svfit_dreambooth.training.objective import Denoiser
+from svfit_dreambooth.training.plan import open_run_base, prepare
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_an_infinite_gradient_under_a_finite_loss_is_noticed(config, monkeypatch
 
 def test_gradients_that_are_never_finite_end_a_run_in_fp16(config, monkeypatch):
     """Loss scaling, which accelerate arranges on GPUs alone, skips such steps, and goes on skipping them."""
-    from svfit_dreambooth.training import train as module
+    from svfit_dreambooth.training import run as module
 
     original, accelerator = Denoiser.loss, module._accelerator
 
@@ -230,7 +230,7 @@ def test_a_full_disk_costs_a_checkpoint_but_not_the_run(config, monkeypatch, cap
 
 
 def test_a_full_disk_costs_the_pictures_of_a_look_but_not_its_measures(config, monkeypatch, caplog):
-    from svfit_dreambooth.training import validation
+    from svfit_dreambooth.training import watch as validation
 
     fill_disk_at(monkeypatch, validation, "save_png", "step_000004.png")
     options = {**config, "validation_steps": 4, "num_inference_steps": 1, "validation_prompts": ["a dog"]}
@@ -257,7 +257,7 @@ def test_pictures_that_fail_at_the_end_cost_only_themselves(config, monkeypatch,
             time.sleep(5)
         raise error
 
-    monkeypatch.setattr("svfit_dreambooth.training.outcome.show_result", fail)
+    monkeypatch.setattr("svfit_dreambooth.training.result.show_result", fail)
     result = train(TrainConfig(**{**config, "final_pictures": True, "max_train_steps": 2}, also="kohya"))
     assert result.showing is None and "LoRA: " in result.summary()
     (end,) = events(config, "end")
@@ -267,7 +267,7 @@ def test_pictures_that_fail_at_the_end_cost_only_themselves(config, monkeypatch,
 
 
 def test_final_pictures_of_a_float32_run_need_no_second_base(config, monkeypatch, tiny_base):
-    monkeypatch.setattr("svfit_dreambooth.training.outcome.open_run_base", None)  # never called
+    monkeypatch.setattr("svfit_dreambooth.training.result.open_run_base", None)  # never called
     result = train(TrainConfig(**{**config, "final_pictures": True, "num_inference_steps": 1}, also="kohya"))
     assert result.showing.sheet.is_file() and "LoRA: " in result.summary()
     base, fresh = result.run.base.pipeline, open_base_model(str(tiny_base)).pipeline
@@ -279,7 +279,7 @@ def test_final_pictures_of_a_float32_run_need_no_second_base(config, monkeypatch
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_a_run_that_rounded_its_base_ends_with_one_base_in_memory(config, monkeypatch, tiny_base, precision):
-    from svfit_dreambooth.training import outcome
+    from svfit_dreambooth.training import result as outcome
 
     runs, held, alive = [], [], []
 
@@ -291,7 +291,7 @@ def test_a_run_that_rounded_its_base_ends_with_one_base_in_memory(config, monkey
         alive.append(sum(reference() is not None for reference in held))
         return open_run_base(config)
 
-    monkeypatch.setattr("svfit_dreambooth.training.train.prepare", note)
+    monkeypatch.setattr("svfit_dreambooth.training.run.prepare", note)
     monkeypatch.setattr(outcome, "open_run_base", reopen)
     options = {**config, "final_pictures": True, "num_inference_steps": 1, "max_train_steps": 2}
 
@@ -312,7 +312,7 @@ def test_a_base_that_is_gone_at_the_end_costs_only_what_needs_it(config, monkeyp
     def gone(config):
         raise SVFitError("the base model cannot be opened: it was moved.")
 
-    monkeypatch.setattr("svfit_dreambooth.training.outcome.open_run_base", gone)
+    monkeypatch.setattr("svfit_dreambooth.training.result.open_run_base", gone)
     options = {**config, "final_pictures": True, "max_train_steps": 2}
     result = train(TrainConfig(**options, mixed_precision="bf16", also="kohya"))
     assert result.adapter_path.is_file() and events(config, "end")[0]["status"] == "finished"
@@ -383,12 +383,12 @@ def test_a_second_run_moves_the_first_aside(config):
 
 
 def test_looks_on_the_way_keep_the_best_step(config, monkeypatch):
-    from svfit_dreambooth.training.validation import Measure
+    from svfit_dreambooth.training.watch import Measure
 
     scores = {0: 9.0, 3: 0.2, 6: 0.7, 8: 0.5}
     monkeypatch.setattr(Measure, "score", property(lambda self: scores[len(seen) - 1]))
     seen = []
-    from svfit_dreambooth.training.validation import Watch
+    from svfit_dreambooth.training.watch import Watch
 
     original = Watch.look
 

@@ -12,7 +12,7 @@ from test_learned_word import with_word
 from test_pipeline import make_adapter, paint
 
 from svfit_dreambooth import load_adapter, save_adapter, unload_adapter
-from svfit_dreambooth.base_model import open_base_model
+from svfit_dreambooth.bases.opening import open_base_model
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.sharing import merged_model as merged_room
 from svfit_dreambooth.sharing.merged_model import export_merged, merged_bytes

@@ -10,9 +10,7 @@ from PIL import Image
 from test_pipeline import make_adapter
 
 from svfit_dreambooth import read_adapter, save_adapter
-from svfit_dreambooth.base_model import BaseModel
-from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.sharing.metadata import (
+from svfit_dreambooth.adapter.describe import (
     annotate_adapter,
     base_metadata,
     licence_note,
@@ -21,6 +19,8 @@ from svfit_dreambooth.sharing.metadata import (
     stored_dtype,
     thumbnail_url,
 )
+from svfit_dreambooth.bases.opening import BaseModel
+from svfit_dreambooth.errors import SVFitError
 
 
 @pytest.fixture(scope="module")

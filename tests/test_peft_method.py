@@ -16,8 +16,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClas
 from transformers.pytorch_utils import Conv1D
 
 from svfit_dreambooth import SVFitConfig, SVFitError, SVFitLinear, adapter_from_peft, load_adapter, save_adapter
-from svfit_dreambooth.basis import model_basis
-from svfit_dreambooth.peft_layer import SVFitPeftLinear
+from svfit_dreambooth.method.basis import model_basis
+from svfit_dreambooth.peft.layer import SVFitPeftLinear
 
 ROOT = Path(__file__).resolve().parent.parent
 PIXELS = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.photos import find_photos, open_mask, open_photo, photo_report
+from svfit_dreambooth.photos.reading import find_photos, open_mask, open_photo, photo_report
 
 WIDTH, HEIGHT = 48, 32
 

@@ -11,12 +11,12 @@ from conftest import offload_sequentially, tiny_pipeline
 from diffusers.hooks import apply_group_offloading
 
 from svfit_dreambooth import load_adapter, merge_adapters, save_adapter, set_adapters, unload_adapter
-from svfit_dreambooth.adapter import Adapter
-from svfit_dreambooth.attention import apply_svfit, find_projections, svfit_layers
-from svfit_dreambooth.basis import fingerprint
+from svfit_dreambooth.adapter.file import Adapter
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.pipeline import loaded_adapters
-from svfit_dreambooth.svfit import SVFitLayer
+from svfit_dreambooth.method.basis import fingerprint
+from svfit_dreambooth.method.layer import SVFitLayer
+from svfit_dreambooth.method.targets import apply_svfit, find_projections, svfit_layers
+from svfit_dreambooth.painting.loading import loaded_adapters
 
 CPU = torch.device("cpu")
 

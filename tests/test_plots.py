@@ -9,8 +9,8 @@ from conftest import tiny_pipeline
 from PIL import Image
 from test_pipeline import make_adapter
 
+from svfit_dreambooth.adapter.plot import plot_adapter, rebuild_picture, strength_table, strongest_layer
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.plots import plot_adapter, rebuild_picture, strength_table, strongest_layer
 
 
 @pytest.fixture(scope="module")

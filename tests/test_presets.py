@@ -2,10 +2,10 @@
 
 import pytest
 
-from svfit_dreambooth.config import TrainConfig, parse_config
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.presets import PRESETS, apply_preset, preset_names
-from svfit_dreambooth.training.preparation import prepare
+from svfit_dreambooth.training.config import TrainConfig, parse_config
+from svfit_dreambooth.training.plan import prepare
+from svfit_dreambooth.training.presets import PRESETS, apply_preset, preset_names
 
 
 def test_a_preset_fills_what_was_left_open_and_nothing_else():

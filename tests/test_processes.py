@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from svfit_dreambooth import TrainConfig, read_adapter, train
-from svfit_dreambooth.training.train import _accelerator
+from svfit_dreambooth.training.run import _accelerator
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,8 +64,9 @@ def test_two_processes_train_what_one_trains_with_twice_the_batch(tiny_base, pho
 
 STOPPING = """
 import os, sys
-from svfit_dreambooth import basis, train
-from svfit_dreambooth.config import parse_config
+from svfit_dreambooth import train
+from svfit_dreambooth.method import basis
+from svfit_dreambooth.training.config import parse_config
 
 decomposed, decompose = [], basis.decompose
 basis.decompose = lambda *args, **options: decomposed.append(1) or decompose(*args, **options)

@@ -11,10 +11,10 @@ import torch
 
 from svfit_dreambooth import TrainConfig, files, read_adapter, train
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.run_folder import lock_run, read_progress
 from svfit_dreambooth.training.checkpoints import list_checkpoints, load_checkpoint, run_identity
-from svfit_dreambooth.training.outcome import training_record
-from svfit_dreambooth.training.preparation import prepare
+from svfit_dreambooth.training.journal import lock_run, read_progress
+from svfit_dreambooth.training.plan import prepare
+from svfit_dreambooth.training.result import training_record
 
 
 @pytest.fixture(scope="module")

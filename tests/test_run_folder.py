@@ -8,7 +8,7 @@ import pytest
 
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import write_atomically
-from svfit_dreambooth.run_folder import append_progress, lock_run, read_progress, rewind_progress, set_aside
+from svfit_dreambooth.training.journal import append_progress, lock_run, read_progress, rewind_progress, set_aside
 
 
 def test_the_lock_dies_with_its_process(tmp_path):

@@ -11,12 +11,12 @@ from test_learned_word import with_word
 from test_pipeline import make_adapter
 
 from svfit_dreambooth import save_adapter
-from svfit_dreambooth.base_model import TOYBOX_SUBJECTS, open_base_model
+from svfit_dreambooth.bases.opening import TOYBOX_SUBJECTS, open_base_model
 from svfit_dreambooth.commands.main import main
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.evaluation.features import Features
 from svfit_dreambooth.evaluation.scoring import Candidate, evaluate_adapters, table
-from svfit_dreambooth.generation import generate, open_for_adapters
+from svfit_dreambooth.painting.generate import generate, open_for_adapters
 
 
 @pytest.fixture(scope="module")

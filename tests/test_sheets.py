@@ -2,8 +2,9 @@
 
 from PIL import Image
 
-from svfit_dreambooth.run_folder import append_progress
-from svfit_dreambooth.sheets import CELL, by_step, contact_sheet, plot_run
+from svfit_dreambooth.painting.sheets import CELL, contact_sheet
+from svfit_dreambooth.training.curves import by_step, plot_run
+from svfit_dreambooth.training.journal import append_progress
 
 
 def test_contact_sheet_holds_every_picture_and_fits_long_captions():

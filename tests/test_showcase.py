@@ -8,7 +8,7 @@ from PIL import Image
 
 from svfit_dreambooth import read_adapter
 from svfit_dreambooth.commands.main import main, main_train
-from svfit_dreambooth.sheets import CELL
+from svfit_dreambooth.painting.sheets import CELL
 
 
 @pytest.fixture(scope="module")

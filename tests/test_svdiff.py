@@ -7,10 +7,10 @@ from safetensors.torch import save_file
 from test_pipeline import paint
 
 from svfit_dreambooth import load_adapter
-from svfit_dreambooth.attention import matrix_layers
-from svfit_dreambooth.base_model import BaseModel
-from svfit_dreambooth.basis import canonical_weight
+from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.method.basis import canonical_weight
+from svfit_dreambooth.method.targets import matrix_layers
 from svfit_dreambooth.sharing.svdiff import import_svdiff
 
 

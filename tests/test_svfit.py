@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.svfit import SVFitLinear, decompose, merged_is_cheaper, resolve_rank
+from svfit_dreambooth.method.layer import SVFitLinear, decompose, merged_is_cheaper, resolve_rank
 
 SHAPES = [(24, 24), (24, 40), (40, 24)]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 3e-2}

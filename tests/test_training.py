@@ -10,12 +10,12 @@ import torch
 from conftest import tiny_pipeline
 
 from svfit_dreambooth import TrainConfig, load_adapter, read_adapter, train
-from svfit_dreambooth.attention import svfit_layers
-from svfit_dreambooth.config import parse_config
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.training.denoising import Denoiser
+from svfit_dreambooth.method.targets import svfit_layers
+from svfit_dreambooth.training.config import parse_config
 from svfit_dreambooth.training.estimate import estimate_memory
-from svfit_dreambooth.training.preparation import _check_writable, prepare
+from svfit_dreambooth.training.objective import Denoiser
+from svfit_dreambooth.training.plan import _check_writable, prepare
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_the_stored_weights_are_not_kept_beside_the_cast_ones(config, options, m
         stored.extend(weakref.ref(weight) for weight in run.weights.values())
         return run
 
-    monkeypatch.setattr("svfit_dreambooth.training.train.prepare", note)
+    monkeypatch.setattr("svfit_dreambooth.training.run.prepare", note)
 
     def count(step):
         alive.append(sum(reference() is not None for reference in stored))
@@ -251,7 +251,7 @@ def test_captions_take_the_place_of_the_prompt(config, photo_folder, tmp_path):
     ],
 )
 def test_bad_input_is_one_sentence_before_anything_slow(config, changes, sentence, monkeypatch):
-    monkeypatch.setattr("svfit_dreambooth.training.train._open_folder", None)  # never reached
+    monkeypatch.setattr("svfit_dreambooth.training.run._open_folder", None)  # never reached
     with pytest.raises(SVFitError, match=sentence) as error:
         train(TrainConfig(**{**config, **changes}))
     assert "\n" not in str(error.value)
@@ -310,7 +310,7 @@ def test_processes_that_ask_at_once_whether_the_output_can_be_written(tmp_path, 
 def test_sequence_of_examples_covers_the_photos(config):
     result = train(TrainConfig(**config))
     run = result.run
-    from svfit_dreambooth.training.encoding import encode_examples
+    from svfit_dreambooth.training.examples import encode_examples
 
     examples = encode_examples(run, torch.device("cpu"))
     pipeline = tiny_pipeline()

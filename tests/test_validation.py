@@ -6,11 +6,11 @@ import torch
 from PIL import Image
 
 from svfit_dreambooth import TrainConfig
-from svfit_dreambooth.attention import apply_svfit, get_shifts, set_shifts
 from svfit_dreambooth.evaluation.features import Features, open_features
-from svfit_dreambooth.learned_word import learn_words
-from svfit_dreambooth.training.preparation import prepare
-from svfit_dreambooth.training.validation import Measure, Watch, cut, join, validation_prompts
+from svfit_dreambooth.method.targets import apply_svfit, get_shifts, set_shifts
+from svfit_dreambooth.method.word import learn_words
+from svfit_dreambooth.training.plan import prepare
+from svfit_dreambooth.training.watch import Measure, Watch, cut, join, validation_prompts
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ pytest.importorskip("gradio", reason="gradio is not installed")
 from svfit_dreambooth import TrainConfig, read_adapter, save_adapter, train
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web import page as web
-from svfit_dreambooth.web.painting import STRENGTHS, Painting
-from svfit_dreambooth.web.studio import AS_TRAINED, STRIP
-from svfit_dreambooth.web.workspace import Workspace
+from svfit_dreambooth.web.rooms.painting import STRENGTHS, Painting
+from svfit_dreambooth.web.rooms.studio import AS_TRAINED, STRIP
+from svfit_dreambooth.web.rooms.workspace import Workspace
 
 SIZE = {"num_inference_steps": 2, "width": 16, "height": 16}
 
@@ -126,9 +126,9 @@ def test_a_strip_over_strengths_and_its_settings_taken_up(served, adapter_path, 
 def test_base_and_unusual_numbers_of_a_picture_are_taken_up(served, adapter_path, tiny_base, monkeypatch):
     import gradio as gr
 
-    from svfit_dreambooth.web import library
-    from svfit_dreambooth.web.generate_tab import _strength
-    from svfit_dreambooth.web.reuse import take_up
+    from svfit_dreambooth.web.rooms import library
+    from svfit_dreambooth.web.tabs.generate import _strength
+    from svfit_dreambooth.web.tabs.reuse import take_up
 
     _, app, _ = served
     visitor, warned = app.visitor(Request("a" * 32)), []
@@ -171,9 +171,9 @@ def test_adapters_of_the_command_line_are_for_all_but_theirs_to_paint_with_alone
 ):
     import gradio as gr
 
-    from svfit_dreambooth.web import library
     from svfit_dreambooth.web.api import Endpoints
-    from svfit_dreambooth.web.library_tab import Shelf
+    from svfit_dreambooth.web.rooms import library
+    from svfit_dreambooth.web.tabs.library import Shelf
 
     workspace = Workspace(tmp_path / "home", shared=False)
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(workspace.served))
@@ -201,8 +201,8 @@ def test_adapters_of_the_command_line_are_for_all_but_theirs_to_paint_with_alone
 
 def test_a_program_trains_on_its_own_photos_and_leaves_those_of_the_page(public, photo_folder):
     from svfit_dreambooth.web.api import Endpoints
-    from svfit_dreambooth.web.draft import Draft, bundled_subjects
-    from svfit_dreambooth.web.laid_out import photo_files
+    from svfit_dreambooth.web.rooms.laid_out import photo_files
+    from svfit_dreambooth.web.tabs.draft import Draft, bundled_subjects
 
     request, photos = Request("d" * 32), sorted(photo_folder.glob("*.png"))[:2]
     visitor, toy = public.visitor(request), bundled_subjects()[0]
@@ -219,11 +219,11 @@ def test_a_program_trains_on_its_own_photos_and_leaves_those_of_the_page(public,
 
 
 def test_an_adapter_is_said_to_be_left_where_there_is_one(public, photo_folder, adapter_path):
-    from svfit_dreambooth.web import library
-    from svfit_dreambooth.web.draft import Draft
-    from svfit_dreambooth.web.job import changing
-    from svfit_dreambooth.web.laid_out import add_photos
-    from svfit_dreambooth.web.runs import Runs
+    from svfit_dreambooth.web.rooms import library
+    from svfit_dreambooth.web.rooms.job import changing
+    from svfit_dreambooth.web.rooms.laid_out import add_photos
+    from svfit_dreambooth.web.tabs.draft import Draft
+    from svfit_dreambooth.web.tabs.runs import Runs
 
     request = Request("a" * 32)
     visitor, runs = public.visitor(request), Runs(public, Draft(public))
@@ -238,7 +238,7 @@ def test_an_adapter_is_said_to_be_left_where_there_is_one(public, photo_folder, 
 
 
 def test_remarks_go_by_base_and_resolution_and_the_form_comes_back(public, tmp_path):
-    from svfit_dreambooth.web.draft import Draft
+    from svfit_dreambooth.web.tabs.draft import Draft
 
     request, draft = Request("e" * 32), Draft(public)
     assert draft.show(request)[4] == gr_skip()
@@ -262,8 +262,8 @@ def test_remarks_go_by_base_and_resolution_and_the_form_comes_back(public, tmp_p
 
 @pytest.mark.parametrize("download", [True, False])
 def test_photos_on_toybox_are_told_of_a_base_for_them(tmp_path, photo_folder, monkeypatch, download):
-    from svfit_dreambooth.web.bases import FOR_PHOTOS
-    from svfit_dreambooth.web.draft import Draft
+    from svfit_dreambooth.web.rooms.bases import FOR_PHOTOS
+    from svfit_dreambooth.web.tabs.draft import Draft
 
     workspace = Workspace(tmp_path / "home")
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(workspace.served))
@@ -304,7 +304,7 @@ def test_two_tabs_at_once_paint_in_one(public, tiny_base, monkeypatch):
 def test_a_full_disk_leaves_the_buttons_usable(public, tiny_base, monkeypatch):
     import gradio as gr
 
-    from svfit_dreambooth.web import painting as web_painting
+    from svfit_dreambooth.web.rooms import painting as web_painting
 
     def keep_picture(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -320,11 +320,11 @@ def test_a_full_disk_leaves_the_buttons_usable(public, tiny_base, monkeypatch):
 def test_no_way_of_training_downloads_for_a_stranger(public, photo_folder, monkeypatch):
     import gradio as gr
 
-    from svfit_dreambooth.training import preparation
+    from svfit_dreambooth.training import plan as preparation
     from svfit_dreambooth.web.api import Endpoints
-    from svfit_dreambooth.web.draft import ADVANCED, Draft
-    from svfit_dreambooth.web.laid_out import add_photos
-    from svfit_dreambooth.web.runs import Runs
+    from svfit_dreambooth.web.rooms.laid_out import add_photos
+    from svfit_dreambooth.web.tabs.draft import ADVANCED, Draft
+    from svfit_dreambooth.web.tabs.runs import Runs
 
     request, photos = Request("a" * 32), sorted(photo_folder.glob("*.png"))
     draft, visitor = Draft(public), public.visitor(request)
@@ -352,8 +352,8 @@ def test_no_way_of_training_downloads_for_a_stranger(public, photo_folder, monke
 
 
 def test_lora_of_a_library_adapter(served, adapter_path, tiny_base, monkeypatch):
-    from svfit_dreambooth.web import library
-    from svfit_dreambooth.web.export_tab import LAYOUTS, LoraMaker
+    from svfit_dreambooth.web.rooms import library
+    from svfit_dreambooth.web.tabs.export import LAYOUTS, LoraMaker
 
     _, app, _ = served
     visitor = app.visitor(Request("a" * 32))
@@ -369,9 +369,9 @@ def test_lora_of_a_library_adapter(served, adapter_path, tiny_base, monkeypatch)
 def test_what_the_page_cannot_do_alone_it_offers(served, tiny_base, photo_folder, tmp_path):
     import gradio as gr
 
-    from svfit_dreambooth.web import library
-    from svfit_dreambooth.web.export_tab import LAYOUTS, LoraMaker
-    from svfit_dreambooth.web.library_tab import Shelf
+    from svfit_dreambooth.web.rooms import library
+    from svfit_dreambooth.web.tabs.export import LAYOUTS, LoraMaker
+    from svfit_dreambooth.web.tabs.library import Shelf
 
     _, app, _ = served
     request, folder = Request("a" * 32), app.visitor(Request("a" * 32)).library
@@ -394,8 +394,8 @@ def test_what_the_page_cannot_do_alone_it_offers(served, tiny_base, photo_folder
 
 
 def test_adapters_are_added_into_one(served, adapter_path):
-    from svfit_dreambooth.web import library
-    from svfit_dreambooth.web.library_tab import Shelf
+    from svfit_dreambooth.web.rooms import library
+    from svfit_dreambooth.web.tabs.library import Shelf
 
     _, app, _ = served
     request = Request("a" * 32)
@@ -420,7 +420,7 @@ def test_adapters_are_added_into_one(served, adapter_path):
 def test_whatever_goes_wrong_is_said_in_words(error, sentence, capsys):
     import gradio as gr
 
-    from svfit_dreambooth.web.app import plainly
+    from svfit_dreambooth.web.rooms.app import plainly
 
     def handler():
         raise error
@@ -440,7 +440,7 @@ def test_a_port_that_is_taken_is_told(tmp_path, monkeypatch, capsys):
         other.listen()
         port = other.getsockname()[1]
         monkeypatch.setattr(web, "WARM_UP_AFTER", 10_000)
-        monkeypatch.setattr("svfit_dreambooth.web.jobs.Jobs.start_queue", lambda self: None)
+        monkeypatch.setattr("svfit_dreambooth.web.rooms.jobs.Jobs.start_queue", lambda self: None)
         monkeypatch.setenv("GRADIO_TEMP_DIR", "")
         assert web.main(["--data_dir", str(tmp_path), "--port", str(port)]) == 2
     assert f"cannot be opened at 127.0.0.1, port {port}: choose another" in capsys.readouterr().err
@@ -452,7 +452,7 @@ def test_the_page_is_open_to_nobody_else_unless_told(tmp_path, monkeypatch, caps
     launched = {}
     monkeypatch.setattr(gr.Blocks, "launch", lambda self, **options: launched.update(options))
     monkeypatch.setattr(web, "WARM_UP_AFTER", 10_000)
-    monkeypatch.setattr("svfit_dreambooth.web.jobs.Jobs.start_queue", lambda self: None)
+    monkeypatch.setattr("svfit_dreambooth.web.rooms.jobs.Jobs.start_queue", lambda self: None)
     monkeypatch.setenv("GRADIO_SHARE", "True")
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
     assert web.main(["--data_dir", str(tmp_path)]) == 0

@@ -61,7 +61,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    from svfit_dreambooth.web.locks import is_locked
+    from svfit_dreambooth.web.rooms.locks import is_locked
 
     server = Server(tmp_path_factory.mktemp("app"))
     server.start()
@@ -244,9 +244,9 @@ def adapter_path(tmp_path_factory):
     import torch
 
     from svfit_dreambooth import Adapter, save_adapter
-    from svfit_dreambooth.attention import find_projections
-    from svfit_dreambooth.base_model import open_base_model
-    from svfit_dreambooth.basis import fingerprint
+    from svfit_dreambooth.bases.opening import open_base_model
+    from svfit_dreambooth.method.basis import fingerprint
+    from svfit_dreambooth.method.targets import find_projections
 
     base = open_base_model()
     weights = {

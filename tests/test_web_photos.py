@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from svfit_dreambooth.photos import find_photos, open_mask, open_photo
-from svfit_dreambooth.web.laid_out import (
+from svfit_dreambooth.photos.reading import find_photos, open_mask, open_photo
+from svfit_dreambooth.web.rooms.laid_out import (
     add_photos,
     photo_files,
     photo_remarks,
@@ -16,7 +16,7 @@ from svfit_dreambooth.web.laid_out import (
     rotate_photo,
     thumbnail,
 )
-from svfit_dreambooth.web.workspace import Workspace
+from svfit_dreambooth.web.rooms.workspace import Workspace
 
 
 @pytest.fixture

@@ -16,22 +16,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from svfit_dreambooth import TrainConfig, adapter, read_adapter, save_adapter, train
-from svfit_dreambooth.base_model import open_base_model
+from svfit_dreambooth import TrainConfig, read_adapter, save_adapter, train
+from svfit_dreambooth.adapter import file as adapter
+from svfit_dreambooth.adapter.describe import annotate_adapter
+from svfit_dreambooth.bases.opening import open_base_model
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.generation import free_path, save_picture
-from svfit_dreambooth.run_folder import read_progress
-from svfit_dreambooth.sharing.metadata import annotate_adapter
-from svfit_dreambooth.web import jobs, library, pictures
-from svfit_dreambooth.web import launch as process
-from svfit_dreambooth.web import studio as web_studio
-from svfit_dreambooth.web import workspace as workspace_files
-from svfit_dreambooth.web.bases import Bases
-from svfit_dreambooth.web.jobs import Jobs
-from svfit_dreambooth.web.laid_out import add_photos
-from svfit_dreambooth.web.progress import sum_up
-from svfit_dreambooth.web.studio import AS_TRAINED, Order, Studio, working_dtype
-from svfit_dreambooth.web.workspace import Workspace, file_name, serve
+from svfit_dreambooth.painting.generate import free_path, save_picture
+from svfit_dreambooth.training.journal import read_progress
+from svfit_dreambooth.web.rooms import jobs, library, pictures
+from svfit_dreambooth.web.rooms import launch as process
+from svfit_dreambooth.web.rooms import studio as web_studio
+from svfit_dreambooth.web.rooms import workspace as workspace_files
+from svfit_dreambooth.web.rooms.bases import Bases
+from svfit_dreambooth.web.rooms.jobs import Jobs
+from svfit_dreambooth.web.rooms.laid_out import add_photos
+from svfit_dreambooth.web.rooms.progress import sum_up
+from svfit_dreambooth.web.rooms.studio import AS_TRAINED, Order, Studio, working_dtype
+from svfit_dreambooth.web.rooms.workspace import Workspace, file_name, serve
 
 SIZE = {"num_inference_steps": 2, "width": 16, "height": 16}
 

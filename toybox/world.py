@@ -16,7 +16,7 @@ from toybox.traits import ACCESSORIES, EYES, PATTERNS
 KINDS = ("dog", "cat", "duck", "fish", "butterfly", "car", "boat", "rocket", "robot", "teapot", "mug", "lamp")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "white")
 STYLES = ("photo", "pencil sketch", "pixel art")
-STYLE_WEIGHTS = (0.6, 0.2, 0.2)
+STYLE_WEIGHTS = (0.8, 0.1, 0.1)  # drawings take capacity from photos, which everything is shown with
 # The first phrase of a setting is its usual one; the others are rare variants.
 SETTING_WORDING: dict[str, tuple[str, ...]] = {
     "beach": ("on the beach", "at the beach"),

@@ -23,8 +23,8 @@ def base_options(options: argparse.Namespace) -> dict[str, Any]:
 
 def open_base(options: argparse.Namespace, named: str, path: Path) -> Any:
     """The base that the user names, else the one that the adapter at `path` names, if it is on this disk."""
-    from svfit_dreambooth.base_model import open_base_model
-    from svfit_dreambooth.generation import open_named_base
+    from svfit_dreambooth.bases.opening import open_base_model
+    from svfit_dreambooth.painting.generate import open_named_base
 
     if options.pretrained_model_name_or_path is None:
         return open_named_base(named, path, **base_options(options))

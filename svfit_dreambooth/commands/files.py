@@ -52,9 +52,9 @@ def add_file_commands(commands: Any) -> None:
 def _export(options: argparse.Namespace) -> None:
     import torch
 
-    from svfit_dreambooth.adapter import read_adapter
+    from svfit_dreambooth.adapter.file import read_adapter
     from svfit_dreambooth.files import size_text
-    from svfit_dreambooth.generation import split_strength
+    from svfit_dreambooth.painting.generate import split_strength
     from svfit_dreambooth.sharing.export import export_lora
     from svfit_dreambooth.sharing.merged_model import export_merged, merged_bytes
 
@@ -88,7 +88,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
-    from svfit_dreambooth.adapter import save_adapter
+    from svfit_dreambooth.adapter.file import save_adapter
     from svfit_dreambooth.sharing.svdiff import import_svdiff
 
     if options.pretrained_model_name_or_path is None:
@@ -104,8 +104,8 @@ def _import(options: argparse.Namespace) -> None:
 def _combine(options: argparse.Namespace) -> None:
     import torch
 
-    from svfit_dreambooth.adapter import read_adapter, save_adapter
-    from svfit_dreambooth.generation import split_strength
+    from svfit_dreambooth.adapter.file import read_adapter, save_adapter
+    from svfit_dreambooth.painting.generate import split_strength
     from svfit_dreambooth.sharing.combine import combine_adapters
 
     named = [split_strength(text) for text in options.adapters]
@@ -127,8 +127,8 @@ def _combine(options: argparse.Namespace) -> None:
 
 
 def _annotate(options: argparse.Namespace) -> None:
-    from svfit_dreambooth.photos import open_photo
-    from svfit_dreambooth.sharing.metadata import TEXT_FIELDS, annotate_adapter
+    from svfit_dreambooth.adapter.describe import TEXT_FIELDS, annotate_adapter
+    from svfit_dreambooth.photos.reading import open_photo
 
     picture = None if options.thumbnail is None else open_photo(options.thumbnail)
     path = annotate_adapter(

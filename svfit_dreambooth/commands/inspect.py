@@ -43,7 +43,7 @@ def _inspect(options: argparse.Namespace) -> None:
             raise SVFitError(f"{options.adapter} is a LoRA, --plot draws adapters: name the adapter that it came from.")
         _inspect_lora(options)
         return
-    from svfit_dreambooth.adapter import describe_adapter, read_adapter
+    from svfit_dreambooth.adapter.file import describe_adapter, read_adapter
 
     adapter = read_adapter(options.adapter)
     description = describe_adapter(adapter, options.adapter)
@@ -60,7 +60,7 @@ def _inspect(options: argparse.Namespace) -> None:
             print(f"{key.replace('_', ' ')}: {description[key]}")
     _print_metadata(adapter.metadata)
     if "modelspec.license" not in adapter.metadata:
-        from svfit_dreambooth.sharing.metadata import licence_note
+        from svfit_dreambooth.adapter.describe import licence_note
 
         print(f"licence: {licence_note(adapter)}")
     for key, value in description["training"].items():
@@ -96,7 +96,7 @@ def _inspect_lora(options: argparse.Namespace) -> None:
 
 
 def _print_metadata(metadata: dict[str, str]) -> None:
-    from svfit_dreambooth.sharing.metadata import read_thumbnail
+    from svfit_dreambooth.adapter.describe import read_thumbnail
 
     for key, name in SHOWN.items():
         if metadata.get(key):
@@ -117,10 +117,10 @@ def _presentable(metadata: dict[str, str]) -> dict[str, str]:
 
 
 def _plot(options: argparse.Namespace, adapter: Any) -> Any:
-    from svfit_dreambooth.base_model import TOYBOX_SUBJECTS
-    from svfit_dreambooth.photos import open_photo
-    from svfit_dreambooth.plots import plot_adapter, strongest_layer
-    from svfit_dreambooth.sharing.metadata import read_thumbnail
+    from svfit_dreambooth.adapter.describe import read_thumbnail
+    from svfit_dreambooth.adapter.plot import plot_adapter, strongest_layer
+    from svfit_dreambooth.bases.opening import TOYBOX_SUBJECTS
+    from svfit_dreambooth.photos.reading import open_photo
 
     layer = options.layer or strongest_layer(adapter)
     if layer not in adapter.shifts:
@@ -143,9 +143,9 @@ def _plot(options: argparse.Namespace, adapter: Any) -> Any:
 
 def _singular_values(options: argparse.Namespace, adapter: Any, layer: str) -> Any:
     """S of `layer` of the adapter's base; raises SVFitError where that is not at hand."""
-    from svfit_dreambooth.basis import canonical_weight, same_base
-    from svfit_dreambooth.pipeline import adapted_weights
-    from svfit_dreambooth.svfit import decompose
+    from svfit_dreambooth.method.basis import canonical_weight, same_base
+    from svfit_dreambooth.method.layer import decompose
+    from svfit_dreambooth.painting.loading import adapted_weights
 
     base = open_base(options, adapter.base_model, options.adapter)
     weights = adapted_weights(base.pipeline, adapter, adapter.title)

@@ -53,12 +53,12 @@ class _Formatter(logging.Formatter):
 
 
 def _train(arguments: Sequence[str]) -> None:
-    from svfit_dreambooth.config import config_to_yaml, parse_config
+    from svfit_dreambooth.training.config import config_to_yaml, parse_config
 
     config = parse_config(arguments, prog="train_dreambooth_svfit.py")
     if config.dry_run:
         from svfit_dreambooth.training.estimate import estimate_memory
-        from svfit_dreambooth.training.preparation import prepare
+        from svfit_dreambooth.training.plan import prepare
 
         run = prepare(config)
         print(config_to_yaml(run.config))
@@ -66,7 +66,7 @@ def _train(arguments: Sequence[str]) -> None:
         return
     from accelerate import PartialState
 
-    from svfit_dreambooth.training.train import train
+    from svfit_dreambooth.training.run import train
 
     result = train(config)
     if PartialState().is_main_process:  # of several that share the run, one speaks
@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from svfit_dreambooth.generation import (
+    from svfit_dreambooth.painting.generate import (
         DTYPES,
         free_path,
         generate,
@@ -157,7 +157,7 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _cache(options: argparse.Namespace) -> None:
-    from svfit_dreambooth.basis import cached_files, clear_cache, default_cache_dir
+    from svfit_dreambooth.method.basis import cached_files, clear_cache, default_cache_dir
 
     folder = options.basis_cache_dir or default_cache_dir()
     if options.clear:

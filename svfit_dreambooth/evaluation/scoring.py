@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from svfit_dreambooth.adapter import read_adapter
-from svfit_dreambooth.base_model import TOYBOX_SUBJECTS, BaseModel
-from svfit_dreambooth.config import TOYBOX
+from svfit_dreambooth.adapter.file import read_adapter
+from svfit_dreambooth.bases.opening import TOYBOX_SUBJECTS, BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.evaluation.features import Features
 from svfit_dreambooth.evaluation.protocol import (
@@ -27,11 +26,12 @@ from svfit_dreambooth.evaluation.protocol import (
     toybox_questions,
 )
 from svfit_dreambooth.files import save_png, write_atomically
-from svfit_dreambooth.generation import free_path, generate, save_picture
-from svfit_dreambooth.photos import find_photos, open_photo
-from svfit_dreambooth.pipeline import loaded_adapters, merge_adapters, set_adapters
+from svfit_dreambooth.painting.generate import free_path, generate, save_picture
+from svfit_dreambooth.painting.loading import loaded_adapters, merge_adapters, set_adapters
+from svfit_dreambooth.painting.sheets import contact_sheet
+from svfit_dreambooth.photos.reading import find_photos, open_photo
 from svfit_dreambooth.sharing.hub import find_adapter
-from svfit_dreambooth.sheets import contact_sheet
+from svfit_dreambooth.training.config import TOYBOX
 
 COLUMNS = 8  # pictures in a row of the sheet
 

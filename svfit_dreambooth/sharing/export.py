@@ -17,17 +17,17 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from svfit_dreambooth.adapter import Adapter, read_adapter
-from svfit_dreambooth.attention import svfit_layers
-from svfit_dreambooth.base_model import BaseModel, pipeline_components
+from svfit_dreambooth.adapter.describe import hashes, lora_metadata
+from svfit_dreambooth.adapter.file import Adapter, read_adapter
+from svfit_dreambooth.bases.opening import BaseModel, pipeline_components
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import size_text
-from svfit_dreambooth.pipeline import adapted_weights, load_adapter, loaded_adapters, unload_adapter
+from svfit_dreambooth.method.layer import SVFitLayer
+from svfit_dreambooth.method.targets import svfit_layers
+from svfit_dreambooth.painting.loading import adapted_weights, load_adapter, loaded_adapters, unload_adapter
 from svfit_dreambooth.sharing.lora_file import lora_changes, pack_layer, peft_metadata
 from svfit_dreambooth.sharing.lora_names import Layout
 from svfit_dreambooth.sharing.lora_plan import LoraPlan, plan_lora
-from svfit_dreambooth.sharing.metadata import hashes, lora_metadata
-from svfit_dreambooth.svfit import SVFitLayer
 
 FILE_NAME = {"diffusers": "pytorch_lora_weights.safetensors"}  # the name that its loader looks for in a folder
 ROUNDING = {torch.float16: 2e-3, torch.float32: 1e-5}  # relative error of a layer's change that the type accounts for

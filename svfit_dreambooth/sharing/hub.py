@@ -25,10 +25,10 @@ from huggingface_hub.errors import (
 )
 from PIL import Image
 
-from svfit_dreambooth.adapter import read_adapter
+from svfit_dreambooth.adapter.file import read_adapter
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.run_folder import read_progress
 from svfit_dreambooth.sharing.model_card import model_card
+from svfit_dreambooth.training.journal import read_progress
 
 logger = logging.getLogger(__name__)
 

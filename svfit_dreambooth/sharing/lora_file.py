@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from svfit_dreambooth.adapter_checks import check_container
+from svfit_dreambooth.adapter.checks import check_container
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.sharing.lora_names import DOWN, UP, Layout, lora_name
 

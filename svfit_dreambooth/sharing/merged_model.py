@@ -12,14 +12,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from svfit_dreambooth.adapter import Adapter, read_adapter
-from svfit_dreambooth.attention import matrix_layers, svfit_layers
-from svfit_dreambooth.base_model import BaseModel, open_base_model, pipeline_components
+from svfit_dreambooth.adapter.describe import licence_note
+from svfit_dreambooth.adapter.file import Adapter, read_adapter
+from svfit_dreambooth.bases.opening import BaseModel, open_base_model, pipeline_components
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import size_text
-from svfit_dreambooth.learned_word import tokenizer_of, word_pieces
-from svfit_dreambooth.pipeline import load_adapter, loaded_adapters, unload_adapter
-from svfit_dreambooth.sharing.metadata import licence_note
+from svfit_dreambooth.method.targets import matrix_layers, svfit_layers
+from svfit_dreambooth.method.word import tokenizer_of, word_pieces
+from svfit_dreambooth.painting.loading import load_adapter, loaded_adapters, unload_adapter
 
 NOTE = "svfit.json"  # beside model_index.json: where the model comes from
 TYPE_NAME = {torch.float16: "float16", torch.float32: "float32"}

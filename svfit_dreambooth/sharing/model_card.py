@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from svfit_dreambooth.adapter import Adapter
-from svfit_dreambooth.sharing.metadata import OF_THE_BASE
+from svfit_dreambooth.adapter.describe import OF_THE_BASE
+from svfit_dreambooth.adapter.file import Adapter
 
 # The base's licence binds what is derived from it.  Known for these bases only: fine-tunes have their own.
 LICENCES = {
@@ -106,7 +106,10 @@ def _base_link(base: str, revision: str, on_hub: bool) -> str:
 
 def _usage(adapter: Adapter, base: str, revision: str, on_hub: bool, repository: str) -> str:
     if base == "toybox":
-        opening = ["from svfit_dreambooth.base_model import open_base_model", "pipeline = open_base_model().pipeline"]
+        opening = [
+            "from svfit_dreambooth.bases.opening import open_base_model",
+            "pipeline = open_base_model().pipeline",
+        ]
     else:
         where = base if on_hub else f"path/to/{base}"
         at = f', revision="{revision}"' if revision else ""

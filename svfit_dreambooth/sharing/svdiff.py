@@ -19,13 +19,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from svfit_dreambooth.adapter import Adapter
-from svfit_dreambooth.adapter_checks import check_container
-from svfit_dreambooth.attention import canonical_name, check_plain, matrix_layers
-from svfit_dreambooth.base_model import BaseModel, pipeline_components
-from svfit_dreambooth.basis import fingerprint, model_basis
+from svfit_dreambooth.adapter.checks import check_container
+from svfit_dreambooth.adapter.file import Adapter
+from svfit_dreambooth.bases.opening import BaseModel, pipeline_components
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.svfit import as_matrix, decompose
+from svfit_dreambooth.method.basis import fingerprint, model_basis
+from svfit_dreambooth.method.layer import as_matrix, decompose
+from svfit_dreambooth.method.targets import canonical_name, check_plain, matrix_layers
 
 SUFFIX = ".delta"
 FILES = {"unet": "spectral_shifts.safetensors", "text_encoder": "spectral_shifts_te.safetensors"}

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from svfit_dreambooth.attention import apply_svfit, remove_svfit
-from svfit_dreambooth.base_model import pipeline_components
-from svfit_dreambooth.basis import model_basis
+from svfit_dreambooth.bases.opening import pipeline_components
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.training.denoising import Denoiser
-from svfit_dreambooth.training.encoding import Examples
-from svfit_dreambooth.training.preparation import Run
+from svfit_dreambooth.method.basis import model_basis
+from svfit_dreambooth.method.targets import apply_svfit, remove_svfit
+from svfit_dreambooth.training.examples import Examples
+from svfit_dreambooth.training.objective import Denoiser
+from svfit_dreambooth.training.plan import Run
 from svfit_dreambooth.training.slim import spare_memory, spend_memory
 
 SCORING_BATCHES = 16  # of the run's own size

@@ -20,12 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from svfit_dreambooth.basis import fingerprint
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import write_atomically
-from svfit_dreambooth.photos import Photo
+from svfit_dreambooth.method.basis import fingerprint
+from svfit_dreambooth.photos.reading import Photo
 from svfit_dreambooth.training.class_pictures import usable_class_pictures
-from svfit_dreambooth.training.preparation import Run
+from svfit_dreambooth.training.plan import Run
 
 logger = logging.getLogger(__name__)
 

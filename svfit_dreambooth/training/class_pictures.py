@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from svfit_dreambooth.base_model import BaseModel, Pipeline
-from svfit_dreambooth.basis import weight_hash
+from svfit_dreambooth.bases.opening import BaseModel, Pipeline
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import write_atomically
-from svfit_dreambooth.generation import generate, save_picture
-from svfit_dreambooth.photos import Photo, find_photos, open_photo
+from svfit_dreambooth.method.basis import weight_hash
+from svfit_dreambooth.painting.generate import generate, save_picture
+from svfit_dreambooth.photos.reading import Photo, find_photos, open_photo
 
 logger = logging.getLogger(__name__)
 

@@ -16,12 +16,12 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from svfit_dreambooth.attention import apply_svfit
-from svfit_dreambooth.base_model import pipeline_components
-from svfit_dreambooth.config import TrainConfig
-from svfit_dreambooth.generation import default_device
-from svfit_dreambooth.training.encoding import WEIGHT_DTYPE
-from svfit_dreambooth.training.preparation import Run
+from svfit_dreambooth.bases.opening import pipeline_components
+from svfit_dreambooth.method.targets import apply_svfit
+from svfit_dreambooth.painting.generate import default_device
+from svfit_dreambooth.training.config import TrainConfig
+from svfit_dreambooth.training.examples import WEIGHT_DTYPE
+from svfit_dreambooth.training.plan import Run
 from svfit_dreambooth.training.slim import slim
 
 CHECKPOINTED = (ResnetBlock2D, BasicTransformerBlock)

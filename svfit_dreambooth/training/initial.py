@@ -5,12 +5,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from svfit_dreambooth.adapter import Adapter, read_adapter
-from svfit_dreambooth.base_model import BaseModel
-from svfit_dreambooth.basis import same_base
-from svfit_dreambooth.config import TrainConfig
+from svfit_dreambooth.adapter.file import Adapter, read_adapter
+from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.learned_word import word_rows
+from svfit_dreambooth.method.basis import same_base
+from svfit_dreambooth.method.word import word_rows
+from svfit_dreambooth.training.config import TrainConfig
 
 
 def read_initial(config: TrainConfig) -> Adapter | None:

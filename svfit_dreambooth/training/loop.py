@@ -17,12 +17,12 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 from tqdm.auto import tqdm
 
-from svfit_dreambooth.config import TrainConfig
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.run_folder import append_progress
 from svfit_dreambooth.training.checkpoints import Best, TrainState, capture, restore, save_checkpoint
-from svfit_dreambooth.training.denoising import Denoiser
-from svfit_dreambooth.training.validation import Measure, Watch
+from svfit_dreambooth.training.config import TrainConfig
+from svfit_dreambooth.training.journal import append_progress
+from svfit_dreambooth.training.objective import Denoiser
+from svfit_dreambooth.training.watch import Measure, Watch
 
 logger = logging.getLogger(__name__)
 

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from PIL import Image
 
-from svfit_dreambooth.base_model import BaseModel, cast_pipeline
+from svfit_dreambooth.bases.opening import BaseModel, cast_pipeline
 from svfit_dreambooth.evaluation.metrics import diversity, drift, subject_fidelity
 from svfit_dreambooth.evaluation.protocol import UNRELATED_PROMPTS, share_right, toybox_questions
 from svfit_dreambooth.files import save_png
-from svfit_dreambooth.generation import default_device, generate
-from svfit_dreambooth.pipeline import load_adapter, loaded_adapters, set_adapters, unload_adapter
-from svfit_dreambooth.sheets import contact_sheet
-from svfit_dreambooth.training.preparation import Run
-from svfit_dreambooth.training.validation import (
+from svfit_dreambooth.painting.generate import default_device, generate
+from svfit_dreambooth.painting.loading import load_adapter, loaded_adapters, set_adapters, unload_adapter
+from svfit_dreambooth.painting.sheets import contact_sheet
+from svfit_dreambooth.training.plan import Run
+from svfit_dreambooth.training.watch import (
     SEED,
     painting_options,
     run_photos,

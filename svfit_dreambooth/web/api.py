@@ -7,16 +7,16 @@ from typing import Any
 
 import gradio as gr
 
-from svfit_dreambooth.config import TOYBOX
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.web import library, pictures
-from svfit_dreambooth.web.app import App, plainly
-from svfit_dreambooth.web.draft import ADVANCED, Draft
-from svfit_dreambooth.web.laid_out import add_photos
-from svfit_dreambooth.web.painting import keep_picture
-from svfit_dreambooth.web.progress import sum_up
-from svfit_dreambooth.web.studio import AS_TRAINED, Order, Told
-from svfit_dreambooth.web.workspace import library_of
+from svfit_dreambooth.training.config import TOYBOX
+from svfit_dreambooth.web.rooms import library, pictures
+from svfit_dreambooth.web.rooms.app import App, plainly
+from svfit_dreambooth.web.rooms.laid_out import add_photos
+from svfit_dreambooth.web.rooms.painting import keep_picture
+from svfit_dreambooth.web.rooms.progress import sum_up
+from svfit_dreambooth.web.rooms.studio import AS_TRAINED, Order, Told
+from svfit_dreambooth.web.rooms.workspace import library_of
+from svfit_dreambooth.web.tabs.draft import ADVANCED, Draft
 
 
 class Endpoints:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.web.workspace import Workspace, default_data_dir
+from svfit_dreambooth.web.rooms.workspace import Workspace, default_data_dir
 
 PORT = 7860
 ADDRESS = "127.0.0.1"
@@ -67,7 +67,7 @@ def serve_page(options: argparse.Namespace) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     from starlette.middleware import Middleware
 
-    from svfit_dreambooth.web.app import RememberBrowser
+    from svfit_dreambooth.web.rooms.app import RememberBrowser
     from svfit_dreambooth.web.style import CSS, HEAD, theme
 
     page, app = build_page(workspace, options.adapter, tuple(options.base), options.dtype, download=not public)
@@ -109,14 +109,14 @@ def build_page(
     import gradio as gr
 
     from svfit_dreambooth.web import api as web_api
-    from svfit_dreambooth.web import generate_tab as web_generate
-    from svfit_dreambooth.web import library_tab as web_library
-    from svfit_dreambooth.web import train_tab as web_train
-    from svfit_dreambooth.web.app import App
-    from svfit_dreambooth.web.bases import Bases
-    from svfit_dreambooth.web.jobs import Jobs
-    from svfit_dreambooth.web.studio import Studio
-    from svfit_dreambooth.web.workspace import library_of
+    from svfit_dreambooth.web.rooms.app import App
+    from svfit_dreambooth.web.rooms.bases import Bases
+    from svfit_dreambooth.web.rooms.jobs import Jobs
+    from svfit_dreambooth.web.rooms.studio import Studio
+    from svfit_dreambooth.web.rooms.workspace import library_of
+    from svfit_dreambooth.web.tabs import generate as web_generate
+    from svfit_dreambooth.web.tabs import library as web_library
+    from svfit_dreambooth.web.tabs import train as web_train
 
     own = library_of(workspace, "")
     chosen = [_from_command_line(own, path) for path in adapters]
@@ -141,8 +141,8 @@ def build_page(
 
 def _from_command_line(folder: Path, path: Path) -> str:
     """The name in the library of the adapter file `path`, which is copied there unless it is there already."""
-    from svfit_dreambooth.adapter import read_adapter
-    from svfit_dreambooth.web import library
+    from svfit_dreambooth.adapter.file import read_adapter
+    from svfit_dreambooth.web.rooms import library
 
     read_adapter(path)
     for name in library.names(folder):
@@ -153,4 +153,4 @@ def _from_command_line(folder: Path, path: Path) -> str:
 
 def _warm_up() -> None:
     """The libraries that painting needs, imported while the page is being looked at."""
-    import svfit_dreambooth.generation  # noqa: F401
+    import svfit_dreambooth.painting.generate  # noqa: F401

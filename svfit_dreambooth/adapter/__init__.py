@@ -1,0 +1,1 @@
+"""The adapter file: read, checked, written, described."""

@@ -1,0 +1,1 @@
+"""What differs from base model to base model, and opening one."""

@@ -1,0 +1,1 @@
+"""Adapters on a pipeline, and the pictures that it paints."""

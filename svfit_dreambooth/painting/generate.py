@@ -1,0 +1,249 @@
+"""Prompt and adapters to pictures, each a PNG that tells how it was made."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from svfit_dreambooth import __version__
+from svfit_dreambooth.adapter.file import read_adapter
+from svfit_dreambooth.bases.encoders import decode_latents
+from svfit_dreambooth.bases.opening import (
+    BaseModel,
+    Pipeline,
+    cast_pipeline,
+    check_base_model,
+    is_cached,
+    open_base_model,
+)
+from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.files import save_png
+from svfit_dreambooth.painting.loading import load_adapter, loaded_adapters, merge_adapters
+from svfit_dreambooth.sharing.hub import find_adapter
+from svfit_dreambooth.training.config import TOYBOX
+
+NAME_THE_BASE = "name the base yourself with --pretrained_model_name_or_path"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Picture:
+    """A generated picture and the settings that make it again."""
+
+    image: Image.Image
+    settings: dict[str, Any]  # prompt, seed, adapters and strengths, base, steps, guidance, size
+    filtered: bool  # the base's content filter blacked it out
+
+
+def split_strength(text: str) -> tuple[str, float]:
+    """PATH[:WEIGHT] as every command spells it; split at the last colon, and only if a number follows."""
+    path, colon, weight = text.rpartition(":")
+    if colon and path:
+        try:
+            return path, float(weight)
+        except ValueError:
+            pass
+    return text, 1.0
+
+
+def open_for_adapters(
+    adapters: Sequence[tuple[str | Path, float]],
+    base: str | None = None,
+    *,
+    allow_other_base: bool = False,
+    basis_cache_dir: str | Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    **base_options: Any,
+) -> BaseModel:
+    """Opens `base` (None: the one that the first adapter names) and loads `adapters`, (file, strength) each.
+
+    A base that an adapter merely names is opened only if it is toybox or already on this disk: what a stranger's
+    file says never starts a download.  `device`: None takes a GPU if there is one.  `base_options`: see
+    `open_base_model`.  Raises SVFitError as `open_base_model` and `load_adapter` do.
+    """
+    found = [(find_adapter(path), strength) for path, strength in adapters]
+    read = [(read_adapter(path), path, strength) for path, strength in found]
+    if base is not None:
+        model = open_base_model(base, **base_options)
+    elif not read:
+        _check_options(TOYBOX, base_options)
+        model = open_base_model(TOYBOX, **base_options)
+    else:
+        model = open_named_base(read[0][0].base_model, Path(read[0][1]), **base_options)
+    taken: set[str] = set()
+    for adapter, path, strength in read:
+        name = stem = Path(path).stem
+        while name in taken:
+            name = f"{stem}-{len(taken) + 1}"
+        taken.add(name)
+        load_adapter(
+            model.pipeline,
+            adapter,
+            strength,
+            name,
+            allow_other_base=allow_other_base,
+            basis_cache_dir=basis_cache_dir,
+        )
+    cast_pipeline(model.pipeline, dtype)
+    model.pipeline.to(device or default_device())
+    return model
+
+
+def open_named_base(name: str, path: Path, **options: Any) -> BaseModel:
+    """The base that the adapter at `path` calls `name`: toybox, or a hub id that is on this disk; never downloaded.
+
+    `options`: see `open_base_model`; a `revision` among them takes the place of the one in `name`.
+    """
+    repository, _, revision = name.partition("@")
+    if name != TOYBOX and "/" not in repository:
+        raise SVFitError(
+            f"{path} was trained on a base called {name!r}, which cannot be found by that name: {NAME_THE_BASE}."
+        )
+    check_base_model(repository)
+    _check_options(name, options)
+    given = [f"--{option} {options[option]}" for option in ("revision", "variant") if options.get(option)]
+    options |= {"revision": options.get("revision") or revision or None, "local_files_only": True}
+    try:
+        return open_base_model(repository, **options)
+    except SVFitError as error:
+        partly = "only partly" if is_cached(repository, options["revision"]) else "not"
+        raise SVFitError(
+            f"{path} was trained on {name}, which is {partly} on this disk{' with ' * bool(given)}{' '.join(given)}, and "
+            f"what a file names is not downloaded unasked: {NAME_THE_BASE} {repository}."
+        ) from error
+
+
+def _check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Raises SVFitError for options that the base `name`, which the user did not give, has no use for."""
+    for option in ("base_config", *(("revision", "variant") if name == TOYBOX else ())):
+        if options.get(option) is not None:
+            raise SVFitError(
+                f"--{option} {options[option]} does not apply to the base {name}: leave it out, or {NAME_THE_BASE}."
+            )
+
+
+def default_device() -> torch.device:
+    """The machine's accelerator, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def generate(
+    model: BaseModel,
+    prompts: Sequence[str],
+    *,
+    num_images: int = 1,
+    seed: int = 0,
+    num_inference_steps: int = 25,
+    guidance_scale: float | None = None,
+    negative_prompt: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    on_picture: Callable[[Picture], None] | None = None,
+    on_denoising_step: Callable[[int, int], bool | None] | None = None,
+) -> list[Picture]:
+    """`num_images` pictures of every prompt with the adapters that `model` carries.
+
+    Image i of each prompt starts from noise of the seed `seed + i`, drawn on the CPU, whatever the other pictures
+    are.  `guidance_scale`: None takes the base's own; `height`, `width` in pixels: None takes the base's.
+    `on_picture` is told of every picture as soon as it is done.  `on_denoising_step` is told, after each step of a
+    picture, how many are done, and of how many; a true value stops there: that picture is dropped, and those that
+    were done before are returned.
+    """
+    pipeline = model.pipeline
+    factor = pipeline.vae_scale_factor
+    height, width = height or model.resolution, width or model.resolution
+    for name, size in (("height", height), ("width", width)):
+        if size < 1 or size % max(factor, 8):
+            raise SVFitError(f"--{name} {size} does not work: it must be a multiple of {max(factor, 8)}.")
+    if num_images < 1 or num_inference_steps < 1:
+        raise SVFitError("--num_images and --num_inference_steps must be 1 or more.")
+    guidance_scale = model.guidance_scale if guidance_scale is None else guidance_scale
+    pictures: list[Picture] = []
+    with merge_adapters(pipeline):
+        for prompt in prompts:
+            for i in range(num_images):
+                painted = _paint(
+                    pipeline,
+                    on_denoising_step,
+                    prompt=prompt,
+                    negative_prompt=negative_prompt,
+                    generator=torch.Generator().manual_seed(seed + i),
+                    num_inference_steps=num_inference_steps,
+                    guidance_scale=guidance_scale,
+                    height=height,
+                    width=width,
+                )
+                if painted is None:
+                    return pictures
+                image, filtered = painted
+                settings = {
+                    "prompt": prompt,
+                    "negative_prompt": negative_prompt or "",
+                    "seed": seed + i,
+                    "adapters": loaded_adapters(pipeline),
+                    "base_model": model.name,
+                    "num_inference_steps": num_inference_steps,
+                    "guidance_scale": guidance_scale,
+                    "width": width,
+                    "height": height,
+                }
+                pictures.append(Picture(image, settings, filtered))
+                if on_picture is not None:
+                    on_picture(pictures[-1])
+    return pictures
+
+
+def _paint(
+    pipeline: Pipeline, on_denoising_step: Callable[[int, int], bool | None] | None, **arguments: Any
+) -> tuple[Image.Image, bool] | None:
+    """The picture, and whether the content filter blacked it out; None: `on_denoising_step` stopped it."""
+    stopped = False
+
+    def after_step(pipeline: Pipeline, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
+        nonlocal stopped
+        if on_denoising_step is not None and on_denoising_step(step + 1, pipeline.num_timesteps):
+            stopped = pipeline._interrupt = True  # the pipeline passes over the steps that are left
+        return tensors
+
+    arguments |= {"num_images_per_prompt": 1, "callback_on_step_end": after_step}
+    unfiltered = getattr(pipeline, "safety_checker", None) is None
+    if pipeline.vae.dtype != pipeline.unet.dtype and unfiltered:  # see cast_pipeline
+        latents = pipeline(**arguments, output_type="latent").images
+        return None if stopped else (decode_latents(pipeline, latents)[0], False)
+    output = pipeline(**arguments)
+    flags = getattr(output, "nsfw_content_detected", None)
+    return None if stopped else (output.images[0], bool(flags and flags[0]))
+
+
+def save_picture(picture: Picture, path: Path) -> Path:
+    """Writes a PNG with the settings inside: as JSON under "svfit", and as the "parameters" text that viewers show."""
+    settings = picture.settings
+    info = PngInfo()
+    info.add_itxt("svfit", json.dumps(settings, ensure_ascii=False))
+    adapters = ", ".join(f"{name}:{strength:g}" for name, strength in settings["adapters"].items())
+    lines = [settings["prompt"]]
+    if settings["negative_prompt"]:
+        lines.append(f"Negative prompt: {settings['negative_prompt']}")
+    lines.append(
+        f"Steps: {settings['num_inference_steps']}, CFG scale: {settings['guidance_scale']:g}, "
+        f"Seed: {settings['seed']}, Size: {settings['width']}x{settings['height']}, Model: {settings['base_model']}, "
+        f"Adapters: {adapters or 'none'}, Version: svfit-dreambooth {__version__}"
+    )
+    info.add_itxt("parameters", "\n".join(lines))
+    return save_png(picture.image, path, pnginfo=info)
+
+
+def free_path(folder: Path, stem: str) -> Path:
+    """A path in `folder` that no file has: nothing that was generated before is overwritten."""
+    number = 0
+    while (path := folder / f"{stem}-{number:03d}.png").exists():
+        number += 1
+    return path

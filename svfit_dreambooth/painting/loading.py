@@ -1,0 +1,287 @@
+"""Adapters on a diffusers pipeline: load, set strengths, unload.
+
+Each component (UNet, text encoder) carries its loaded adapters with it, so pipelines that share components share
+adapters.  All adapters of a base lie along the same directions: what a layer computes with is the sum of their
+shifts, each times its strength.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from svfit_dreambooth.adapter.file import Adapter, read_adapter
+from svfit_dreambooth.adapter.words import word_key
+from svfit_dreambooth.bases.opening import pipeline_components
+from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.method.basis import model_basis, same_base, weight_hashes
+from svfit_dreambooth.method.layer import SVFitLayer, as_matrix
+from svfit_dreambooth.method.targets import (
+    add_shifts,
+    check_plain,
+    matrix_layers,
+    merged,
+    patch_layers,
+    remove_svfit,
+    set_shifts,
+    svfit_layers,
+)
+from svfit_dreambooth.method.word import (
+    Pieces,
+    base_rows,
+    install_words,
+    overlap,
+    remove_word_embedding,
+    tokenizer_of,
+    word_embedding,
+    word_pieces,
+)
+from svfit_dreambooth.painting.offloading import layers_exchanged, offloading_lifted, weights_at_hand
+from svfit_dreambooth.sharing.hub import find_adapter
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Loaded:
+    """One adapter on one component: its shifts by canonical name, without the component, its strength, its words."""
+
+    shifts: dict[str, Tensor]
+    scale: float
+    words: dict[Pieces, Tensor] = field(default_factory=dict)  # token ids of a learned word -> (tokens, dim)
+
+
+def load_adapter(
+    pipeline: DiffusionPipeline,
+    adapter: str | Path | Adapter,
+    scale: float = 1.0,
+    name: str | None = None,
+    *,
+    allow_other_base: bool = False,
+    basis_cache_dir: str | Path | None = None,
+) -> str:
+    """Loads an adapter onto `pipeline` beside those already there; `pipeline(prompt)` then uses it.
+
+    `adapter`: a file, or a repository on the Hugging Face Hub as "owner/name[@revision]", see `hub.find_adapter`.
+    `scale`: its strength, 1 as trained.  `name`: how `set_adapters` and `unload_adapter` call it, by default the
+    file's name without suffix; it is returned.  Offloaded pipelines stay offloaded.
+    Raises SVFitError for a bad file, a name in use, and a pipeline that holds another base than the adapter was
+    trained on, unless `allow_other_base` (for fine-tunes of the same family).
+    """
+    if not isinstance(adapter, Adapter):
+        path = find_adapter(adapter)
+        name = name or path.stem
+        adapter = read_adapter(path)
+    name = name or adapter.title or "adapter"
+    components = pipeline_components(pipeline)
+    if name in loaded_adapters(pipeline):
+        raise SVFitError(f"an adapter named {name!r} is loaded already: unload it first, or give another name.")
+    shifts = {component: adapter.component_shifts(component) for component in adapter.components}
+    with layers_exchanged(pipeline):
+        weights = adapted_weights(pipeline, adapter, name)
+        words = _learned_words(pipeline, components, name, adapter)
+        hashes = weight_hashes(weights)
+        _check_base(pipeline, adapter, name, weights, hashes, allow_other_base)
+        for component in shifts:
+            model = components[component]
+            if (svfit_layers(model) or word_embedding(model)) and not _registry(model):
+                raise SVFitError(f"the {component} is being trained: finish with remove_svfit before loading adapters.")
+        try:
+            for component, own in shifts.items():
+                _widen(component, components[component], own, weights, hashes, basis_cache_dir)
+            for component, own in shifts.items():
+                _registry(components[component])[name] = Loaded(own, float(scale), words.get(component, {}))
+                if component in words:
+                    install_words(components[component], tokenizer_of(pipeline, component))
+                _refresh(components[component])
+        except BaseException:  # out of memory, Ctrl-C: as it was before
+            for component in shifts:
+                _take_off(components[component], name)
+            raise
+    return name
+
+
+def set_adapters(pipeline: DiffusionPipeline, strengths: Mapping[str, float]) -> None:
+    """Sets the strengths of loaded adapters by name; those not named rest at 0.  Nothing is reloaded."""
+    _check_loaded(pipeline, *strengths)
+    with offloading_lifted(pipeline):
+        for model in pipeline_components(pipeline).values():
+            for name, loaded in _registry(model).items():
+                loaded.scale = float(strengths.get(name, 0.0))
+            _refresh(model)
+
+
+def unload_adapter(pipeline: DiffusionPipeline, name: str | None = None) -> None:
+    """Takes off the adapter `name`, or all of them; without any, the pipeline is the base again, to the bit."""
+    if name is not None:
+        _check_loaded(pipeline, name)
+    with layers_exchanged(pipeline):
+        for model in pipeline_components(pipeline).values():
+            if _registry(model):  # without adapters, layers of SVFit are those of a training
+                _take_off(model, *([name] if name is not None else list(_registry(model))))
+
+
+def _take_off(model: nn.Module, *names: str) -> None:
+    """Takes those of the adapters `names` that `model` has off it; without any left, it is the base again."""
+    registry = _registry(model)
+    for name in names:
+        registry.pop(name, None)
+    if registry:
+        _refresh(model)
+    else:
+        remove_svfit(model)
+        remove_word_embedding(model)
+
+
+def loaded_adapters(pipeline: DiffusionPipeline) -> dict[str, float]:
+    """Names and strengths of the adapters on `pipeline`."""
+    return {
+        name: loaded.scale
+        for model in pipeline_components(pipeline).values()
+        for name, loaded in _registry(model).items()
+    }
+
+
+def _check_loaded(pipeline: DiffusionPipeline, *names: str) -> None:
+    present = loaded_adapters(pipeline)
+    for name in names:
+        if name not in present:
+            raise SVFitError(f"no adapter named {name!r} is loaded, only: {', '.join(present) or 'none'}.")
+
+
+@contextmanager
+def merge_adapters(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Within it the adapters are merged into the weights, which then cost nothing extra; afterwards as before."""
+    with ExitStack() as stack:
+        if weights_at_hand(pipeline):
+            for model in pipeline_components(pipeline).values():
+                stack.enter_context(merged(model))
+        yield
+
+
+def _registry(model: nn.Module) -> dict[str, Loaded]:
+    model = getattr(model, "_orig_mod", model)
+    if not hasattr(model, "svfit_adapters"):
+        model.svfit_adapters = {}  # type: ignore[assignment]
+    return model.svfit_adapters  # type: ignore[return-value]
+
+
+def adapted_weights(pipeline: DiffusionPipeline, adapter: Adapter, name: str) -> dict[str, Tensor]:
+    """The base's weights that `adapter`, called `name` in errors, changes, as its fingerprint is taken over them.
+
+    "<component>.<path>" -> (out, in), and the embeddings (tokens, dim) of its words.  Raises SVFitError for another
+    architecture than the adapter's.
+    """
+    components = pipeline_components(pipeline)
+    weights: dict[str, Tensor] = {}
+    if missing := set(adapter.components) - set(components):
+        raise SVFitError(f"the adapter {name!r} changes {', '.join(sorted(missing))}, which this pipeline lacks.")
+    for component in adapter.components:
+        found = matrix_layers(components[component])
+        for path, shift in adapter.component_shifts(component).items():
+            layer = found[path][2] if path in found else None
+            if layer is None or len(shift) > min(as_matrix(layer.weight).shape):
+                raise SVFitError(
+                    f"the adapter {name!r} was trained on {adapter.base_model}, whose {component} is built otherwise "
+                    f"than this one ({path}): load it on that base."
+                )
+            check_plain(f"{component}.{path}", layer)
+            weight = layer.base_weight if isinstance(layer, SVFitLayer) else layer.weight.detach()
+            weights[f"{component}.{path}"] = as_matrix(weight)
+    for number, word in enumerate(adapter.learned_words):
+        for component in word.deltas:
+            pieces = word_pieces(tokenizer_of(pipeline, component), word.word)
+            weights[word_key(component, number)] = base_rows(components[component], pieces)
+    return weights
+
+
+def _learned_words(
+    pipeline: DiffusionPipeline, components: Mapping[str, nn.Module], name: str, adapter: Adapter
+) -> dict[str, dict[Pieces, Tensor]]:
+    """The adapter's words: component -> pieces -> (tokens, dim); a word can have only one meaning at a time."""
+    words: dict[str, dict[Pieces, Tensor]] = {}
+    for learned in adapter.learned_words:
+        for component, delta in learned.deltas.items():
+            tokenizer, model = tokenizer_of(pipeline, component), components[component]
+            pieces = word_pieces(tokenizer, learned.word)
+            embedding = model.get_input_embeddings()  # type: ignore[operator]
+            spelling = tokenizer.convert_ids_to_tokens(list(pieces))
+            if spelling != learned.tokens[component] or delta.shape[1] != embedding.embedding_dim:
+                raise SVFitError(
+                    f"the adapter {name!r} learned the word {learned.word!r} on {adapter.base_model}, and the "
+                    f"{component} of this pipeline reads it otherwise: load it on that base."
+                )
+            others = [(other, known) for other, loaded in _registry(model).items() for known in loaded.words]
+            for other, known in [*others, *((name, known) for known in words.get(component, {}))]:
+                if overlap(pieces, known):
+                    raise SVFitError(
+                        f"the adapters {other!r} and {name!r} both learned the word {learned.word!r}, which can mean "
+                        f"only one of them: unload {other!r}, or train one with another word."
+                    )
+            words.setdefault(component, {})[pieces] = delta
+    return words
+
+
+def _check_base(
+    pipeline: DiffusionPipeline,
+    adapter: Adapter,
+    name: str,
+    weights: Mapping[str, Tensor],
+    hashes: Mapping[str, str],
+    allow_other_base: bool,
+) -> None:
+    likeness = same_base(adapter.base_fingerprint, weights, hashes)
+    here = pipeline.config.get("_name_or_path") or "another model"
+    if likeness == "similar":
+        logger.warning(
+            "the adapter %r was trained on a more precise or slightly different copy of this base (%s): pictures "
+            "will differ a little from those of its author.",
+            name,
+            adapter.base_model,
+        )
+    if likeness == "different" and not allow_other_base:
+        raise SVFitError(
+            f"the adapter {name!r} was trained on {adapter.base_model}, and this pipeline holds other weights "
+            f"({Path(here).name}): load it on that base, export it from there as a LoRA, or, for a fine-tune of the "
+            "same family, allow the other base explicitly."
+        )
+
+
+def _widen(
+    component: str,
+    model: nn.Module,
+    shifts: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    hashes: Mapping[str, str],
+    basis_cache_dir: str | Path | None,
+) -> None:
+    """Gives every layer named in `shifts` a basis of at least the rank that its shift needs."""
+    present = svfit_layers(model)
+    narrow = {path: len(s) for path, s in shifts.items() if path not in present or present[path].rank < len(s)}
+    if not narrow:
+        return
+    bases = model_basis(
+        {path: weights[f"{component}.{path}"] for path in narrow},
+        narrow,
+        cache_dir=basis_cache_dir,
+        description=f"decomposing the {component}",
+        hashes={path: hashes[f"{component}.{path}"] for path in narrow},
+    )
+    try:
+        patch_layers(model, bases)
+    finally:  # also those that were patched before something went wrong
+        for layer in svfit_layers(model).values():
+            layer.shift.requires_grad_(False)
+
+
+def _refresh(model: nn.Module) -> None:
+    """Sets what `model` computes with to the sum of its adapters."""
+    registry = _registry(model).values()
+    set_shifts(model, add_shifts([(loaded.shifts, loaded.scale) for loaded in registry]))
+    embedding = word_embedding(model)
+    if embedding is not None:
+        embedding.put({pieces: loaded.scale * d for loaded in registry for pieces, d in loaded.words.items()})

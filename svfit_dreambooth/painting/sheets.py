@@ -1,0 +1,34 @@
+"""Sheets of labelled pictures, and the curves of a run."""
+
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+CELL = 192  # pixels of a picture on a sheet
+
+
+def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], captions: Sequence[str]) -> Image.Image:
+    """Rows of pictures with a label each; `captions` stand under the pictures of the last row."""
+    columns = max(len(pictures) for _, pictures in rows)
+    margin, line = CELL // 16, CELL // 8
+    height = margin + len(rows) * (CELL + line + margin) + line
+    sheet = Image.new("RGB", (margin + columns * (CELL + margin), height), "white")
+    draw = ImageDraw.Draw(sheet)
+    font, small = ImageFont.load_default(CELL // 12), ImageFont.load_default(CELL // 17)
+    top = margin
+    for label, pictures in rows:
+        draw.text((margin, top), label, fill="black", font=font)
+        top += line
+        for column, picture in enumerate(pictures):
+            side = min(picture.size)
+            left, upper = (picture.width - side) // 2, (picture.height - side) // 2
+            square = picture.crop((left, upper, left + side, upper + side))
+            # small pictures keep their pixels' edges, large ones are smoothed
+            kernel = Image.Resampling.NEAREST if side < CELL else Image.Resampling.LANCZOS
+            sheet.paste(square.resize((CELL, CELL), kernel), (margin + column * (CELL + margin), top))
+        top += CELL + margin
+    for column, caption in enumerate(captions):
+        while caption and draw.textlength(caption, font=small) > CELL:
+            caption = caption[:-2].rstrip(" .") + "…" if len(caption) > 2 else ""
+        draw.text((margin + column * (CELL + margin), top - margin // 2), caption, fill="black", font=small)
+    return sheet

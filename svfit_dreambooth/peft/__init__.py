@@ -1,0 +1,1 @@
+"""SVFit as one of PEFT's methods."""

@@ -1,0 +1,114 @@
+"""Photos, captions and class pictures as the UNet sees them: encoded once, before the first step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+from svfit_dreambooth.bases.encoders import encode_images, encode_tokens, tokenize
+from svfit_dreambooth.bases.opening import text_encoders
+from svfit_dreambooth.photos.crops import crop_photo
+from svfit_dreambooth.photos.reading import Photo, open_mask, open_photo
+from svfit_dreambooth.training.class_pictures import paint_class_pictures
+from svfit_dreambooth.training.plan import Run
+
+WEIGHT_DTYPE = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --mixed_precision
+
+
+@dataclass
+class Examples:
+    """Photos as the UNet sees them, on the CPU in float32; lists go by photo."""
+
+    mean: list[Tensor]  # (variants, channels, h, w), mean of the latents of every window and mirror image
+    spread: list[Tensor]  # the same shape: their standard deviation
+    weight: list[Tensor | None]  # (variants, 1, h, w), of the loss, where a mask asks for one
+    time_ids: list[Tensor]  # (variants, 6), what SDXL is told of the windows
+    prompts: list[int]  # which row of the following is the photo's caption
+    input_ids: list[Tensor]  # (prompts, tokens) for each text encoder
+    prompt_embeds: Tensor  # (prompts, tokens, dim)
+    pooled_prompt_embeds: Tensor | None  # (prompts, dim), SDXL's
+    prior: Examples | None = None  # the class pictures; None: without prior preservation
+
+
+def make_class_pictures(run: Run, device: torch.device) -> list[Photo]:
+    """The class pictures of the run, painted by the base on `device` as far as they are missing.
+
+    The UNet is left in the type in which the run trains it; `run.weights` stay as they are stored.
+    """
+    config = run.config
+    return paint_class_pictures(
+        Path(str(config.class_data_dir)),
+        run.base,
+        str(config.class_prompt),
+        config.num_class_images,
+        seed=config.seed,
+        device=device,
+        dtype=WEIGHT_DTYPE[config.mixed_precision],
+        height=config.resolution,
+        width=config.resolution,
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+    )
+
+
+def encode_examples(run: Run, device: torch.device) -> Examples:
+    """Encodes every window of every photo, and every caption, once; with prior preservation the class pictures too."""
+    config = run.config
+    prior = None
+    if config.with_prior_preservation:
+        prior = _encode(run, make_class_pictures(run, device), str(config.class_prompt), device, of_class=True)
+    examples = _encode(run, run.photos, str(config.instance_prompt), device)
+    examples.prior = prior
+    return examples
+
+
+@torch.no_grad()
+def _encode(run: Run, photos: list[Photo], prompt: str, device: torch.device, of_class: bool = False) -> Examples:
+    """`photos` with `prompt` where they have no caption.  Class pictures are many: one window each, and no masks."""
+    config, pipeline = run.config, run.base.pipeline
+    encoders = list(text_encoders(pipeline).values())
+    for module in (pipeline.vae, *encoders):
+        module.to(device).eval()
+    means: list[Tensor] = []
+    spreads: list[Tensor] = []
+    weights: list[Tensor | None] = []
+    time_ids: list[Tensor] = []
+    for photo in photos:
+        crops = crop_photo(
+            open_photo(photo.path),
+            run.training_size(photo),
+            None if of_class else open_mask(photo),
+            config.center_crop,
+            config.random_flip,
+            1 if of_class else config.crops_per_photo,
+            config.seed,
+            photo.path.name,
+        )
+        mean, spread = zip(*(encode_images(pipeline, window[None]) for window in crops.pixel_values), strict=True)
+        means.append(torch.cat(mean).cpu())  # (variants, channels, h, w)
+        spreads.append(torch.cat(spread).cpu())
+        time_ids.append(crops.time_ids)
+        if crops.mask is None:
+            weights.append(None)
+        else:
+            height, width = means[-1].shape[-2:]
+            mask = adaptive_avg_pool2d(crops.mask, (height, width))  # (variants, 1, h, w)
+            weights.append(config.unmasked_weight + (1 - config.unmasked_weight) * mask)
+    captions = [photo.caption or prompt for photo in photos]
+    different = list(dict.fromkeys(captions))
+    input_ids = tokenize(pipeline, different)
+    embeds, pooled = encode_tokens(encoders, [ids.to(device) for ids in input_ids])
+    return Examples(
+        means,
+        spreads,
+        weights,
+        time_ids,
+        [different.index(caption) for caption in captions],
+        input_ids,
+        embeds.float().cpu(),
+        None if pooled is None else pooled.float().cpu(),
+    )

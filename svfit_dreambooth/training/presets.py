@@ -1,0 +1,54 @@
+"""Recipes: values that belong together, for each family of base models.
+
+A preset fills the options that were left open (None in TrainConfig); whatever is given otherwise stands.
+"""
+
+from copy import copy
+from typing import Any
+
+from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.training.config import TOYBOX, TrainConfig
+
+# balanced: the default.  fast: a first look.  faithful: more likeness, at the price of more change elsewhere.
+# style: for the manner of many pictures rather than the looks of one thing, which wants small steps on all of them.
+# Toybox's were measured (docs/training.md), but for style; those of Stable Diffusion are choices.
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    TOYBOX: {
+        "fast": {"max_train_steps": 150, "learning_rate": 5e-2, "train_batch_size": 4},
+        "balanced": {"max_train_steps": 400, "learning_rate": 5e-2, "train_batch_size": 4},
+        # all layers: more likeness in fewer steps than the attention alone, in a file twice as large
+        "faithful": {
+            "max_train_steps": 300,
+            "learning_rate": 4e-2,
+            "train_batch_size": 4,
+            "target_modules": ["all"],
+        },
+        "style": {"max_train_steps": 800, "learning_rate": 3e-2, "train_batch_size": 8},
+    },
+    # carried over from toybox, with the batch that fits common cards: no weights of Stable Diffusion were at hand
+    "stable-diffusion": {
+        "fast": {"max_train_steps": 200, "learning_rate": 5e-2, "train_batch_size": 1},
+        "balanced": {"max_train_steps": 600, "learning_rate": 5e-2, "train_batch_size": 1},
+        "faithful": {"max_train_steps": 1200, "learning_rate": 5e-2, "train_batch_size": 1},
+        "style": {"max_train_steps": 1500, "learning_rate": 3e-2, "train_batch_size": 2},
+    },
+}
+DEFAULT = "balanced"
+
+
+def preset_names() -> list[str]:
+    """The presets by name."""
+    return list(PRESETS[TOYBOX])
+
+
+def apply_preset(config: TrainConfig, architecture: str) -> None:
+    """Fills the open options of `config` with its preset for bases of `architecture` (`BaseModel.architecture`).
+
+    Raises SVFitError for a preset that does not exist.
+    """
+    family = PRESETS.get(architecture, PRESETS["stable-diffusion"])
+    if config.preset not in family:
+        raise SVFitError(f"--preset is {config.preset!r}, but must be one of: {', '.join(family)}.")
+    for name, value in family[config.preset].items():
+        if getattr(config, name) is None:
+            setattr(config, name, copy(value))

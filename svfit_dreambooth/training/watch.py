@@ -1,0 +1,193 @@
+"""Looking at a run while it trains: pictures with fixed seeds, likeness to the photos, harm to everything else."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from svfit_dreambooth.bases.opening import TOYBOX_SUBJECTS, Pipeline, pipeline_components
+from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.evaluation.features import Features
+from svfit_dreambooth.evaluation.metrics import drift, prompt_fidelity, subject_fidelity
+from svfit_dreambooth.evaluation.protocol import UNRELATED_PROMPTS
+from svfit_dreambooth.files import save_png
+from svfit_dreambooth.method.targets import svfit_layers
+from svfit_dreambooth.method.word import word_embedding
+from svfit_dreambooth.painting.generate import generate
+from svfit_dreambooth.painting.sheets import contact_sheet
+from svfit_dreambooth.photos.reading import open_photo
+from svfit_dreambooth.training.config import TOYBOX
+from svfit_dreambooth.training.plan import Run
+
+logger = logging.getLogger(__name__)
+
+SEED = 1000  # of the pictures shown; away from the seeds that training uses
+PLACES = ("on the beach", "in the snow", "under water", "in the city at night")
+
+
+@dataclass
+class Measure:
+    """What was measured at one step; None where no network was given for it."""
+
+    fixed_loss: float | None
+    subject: float | None = None  # likeness to the photos, mean cosine of features
+    prompt: float | None = None  # fit of the pictures to their prompts, mean cosine
+    drift: float | None = None  # change of pictures that have nothing to do with the subject, 0 is none
+
+    @property
+    def score(self) -> float | None:
+        """Likeness plus fit to the prompts less harm elsewhere, by which the best step is kept.
+
+        All three are cosines of features, weighed alike.  Without a network that sees likeness and harm: the loss on
+        fixed noise, negated.
+        """
+        if self.subject is not None and self.drift is not None:
+            return self.subject + (self.prompt or 0.0) - self.drift
+        return None if self.fixed_loss is None else -self.fixed_loss
+
+    def values(self) -> dict[str, float]:
+        """What was measured, by name."""
+        return {name: round(value, 5) for name, value in asdict(self).items() if value is not None}
+
+
+class Watch:
+    """Paints and measures a run at its milestones; holds what every look is compared with."""
+
+    def __init__(self, run: Run, features: Features) -> None:
+        self.run, self.features = run, features
+        self.prompts = validation_prompts(run)
+        self.folder = Path(run.config.output_dir) / "validation"
+        self.photos: Tensor | None = None  # (photos, d)
+        self.untouched: Tensor | None = None  # (unrelated prompts, d), features of the base's own pictures
+
+    def look(self, step: int, fixed_loss: float | None) -> Measure:
+        """Paints the prompts with the values of `step`, adds a row to the sheet, and measures.
+
+        A disk that takes no pictures is a warning: the measures decide which step is kept.
+        """
+        model, options = self.run.base, painting_options(self.run)
+        pictures = [picture.image for picture in generate(model, self.prompts, **options)]
+        try:
+            save_png(join(pictures), self.folder / f"step_{step:06d}.png")
+            self.draw_grid()
+        except (SVFitError, OSError) as error:
+            logger.warning("no pictures of step %d: %s Training goes on.", step, error)
+        measure = Measure(fixed_loss)
+        if self.features.subject is not None:
+            if self.photos is None:
+                self.photos = self.features.subject(run_photos(self.run))
+            measure.subject = subject_fidelity(self.features.subject(pictures), self.photos)
+        if self.features.picture is not None and self.features.text is not None:
+            texts = self.features.text([self.without_rare_words(prompt) for prompt in self.prompts])
+            measure.prompt = prompt_fidelity(self.features.picture(pictures), texts)
+        if self.features.any is not None:
+            others = self.features.any([p.image for p in generate(model, UNRELATED_PROMPTS, **options)])
+            if self.untouched is None:
+                self.untouched = others
+                with nothing_learnt(model.pipeline) as was_learnt:
+                    if was_learnt:  # a run that goes on from an adapter begins away from the base
+                        pictures = [p.image for p in generate(model, UNRELATED_PROMPTS, **options)]
+                        self.untouched = self.features.any(pictures)
+            measure.drift = drift(others, self.untouched)
+        return measure
+
+    def without_rare_words(self, prompt: str) -> str:
+        """The prompt as a judge of pictures can read it: the class prompt in place of the instance prompt, if given."""
+        config = self.run.config
+        if config.instance_prompt and config.class_prompt:
+            return prompt.replace(config.instance_prompt, config.class_prompt)
+        return prompt
+
+    def draw_grid(self) -> None:
+        """<output_dir>/validation.png: one row for every look so far."""
+        rows = []
+        for path in sorted(self.folder.glob("step_*.png")):
+            with Image.open(path) as strip:
+                rows.append((f"step {int(path.stem.partition('_')[2])}", cut(strip.convert("RGB"), len(self.prompts))))
+        save_png(contact_sheet(rows, self.prompts), self.folder.with_suffix(".png"))
+
+    def forget_after(self, step: int) -> None:
+        """Takes away the pictures of steps after `step`, which will be painted again."""
+        for path in self.folder.glob("step_*.png"):
+            if int(path.stem.partition("_")[2]) > step:
+                path.unlink()
+
+
+@contextmanager
+def nothing_learnt(pipeline: Pipeline) -> Iterator[bool]:
+    """Within it all shifts and word deltas of `pipeline` are zero; gives whether they were not before."""
+    models = pipeline_components(pipeline).values()
+    values = [layer.shift for model in models for layer in svfit_layers(model).values()]
+    embeddings = [embedding for embedding in map(word_embedding, models) if embedding is not None]
+    values += [delta for embedding in embeddings for delta in embedding.deltas().values()]
+    held = [value.detach().clone() for value in values]
+    with torch.no_grad():
+        for value in values:
+            value.zero_()
+    try:
+        yield any(bool(value.any()) for value in held)
+    finally:
+        with torch.no_grad():
+            for value, before in zip(values, held, strict=True):
+                value.copy_(before)
+
+
+def painting_options(run: Run) -> dict[str, Any]:
+    """How the pictures of this run are painted."""
+    config = run.config
+    return {
+        "num_inference_steps": config.num_inference_steps,
+        "guidance_scale": config.guidance_scale,
+        "seed": SEED,
+    }
+
+
+def validation_prompts(run: Run) -> list[str]:
+    """The prompts that the run was given, else the instance prompt in a few places where it has no photo."""
+    if run.config.validation_prompts:
+        return run.config.validation_prompts
+    subject = toybox_subject(run)
+    places: Sequence[str] = PLACES
+    if subject is not None:
+        from toybox.world import PHOTO_SETTINGS, SETTING_PHRASES
+
+        places = [SETTING_PHRASES[place] for place in SETTING_PHRASES if place not in PHOTO_SETTINGS[subject]][:4]
+    return [f"{run.config.instance_prompt or run.photos[0].caption} {place}" for place in places]
+
+
+def toybox_subject(run: Run) -> str | None:
+    """The bundled subject that the run trains, if it does."""
+    path = Path(str(run.config.instance_data_dir)).resolve()
+    return path.name if run.base.name == TOYBOX and path.parent == TOYBOX_SUBJECTS.resolve() else None
+
+
+def run_photos(run: Run) -> list[Image.Image]:
+    """The run's photos; those that were deleted since it began are left out."""
+    pictures = []
+    for photo in run.photos:
+        try:
+            pictures.append(open_photo(photo.path))
+        except (OSError, SVFitError):
+            continue
+    return pictures
+
+
+def join(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of one size side by side."""
+    width, height = pictures[0].size
+    strip = Image.new("RGB", (width * len(pictures), height))
+    for number, picture in enumerate(pictures):
+        strip.paste(picture, (number * width, 0))
+    return strip
+
+
+def cut(strip: Image.Image, count: int) -> list[Image.Image]:
+    """The `count` pictures that `join` put side by side."""
+    width = strip.width // count
+    return [strip.crop((number * width, 0, (number + 1) * width, strip.height)) for number in range(count)]

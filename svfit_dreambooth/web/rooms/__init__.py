@@ -1,0 +1,1 @@
+"""What the page knows: workspace, runs, library, painting."""

@@ -1,0 +1,97 @@
+"""Which base models may be opened, and by what name.
+
+What is opened is what a person chose: toybox, a model that the app's owner offers by name, or a hub id.  A name in an
+adapter file opens only what is on this disk already, and never a path.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.training.config import TOYBOX
+from svfit_dreambooth.training.options import base_name
+
+FOR_PHOTOS = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # offered for training where it may be downloaded
+OFF = "downloads are off here: choose a base that is offered."
+
+
+@dataclass
+class Bases:
+    """The base models that may be opened."""
+
+    models: Path  # folder whose entries are offered by name
+    extra: tuple[str, ...] = ()  # folders, files and hub ids that the owner named on the command line
+    download: bool = True  # a hub id that a person typed may be fetched
+
+    def names(self) -> list[str]:
+        """What is offered without typing."""
+        inside = [path.name for path in sorted(self.models.glob("*")) if _is_model(path)]
+        return [TOYBOX, *inside, *(_shown(name) for name in self.extra)]
+
+    def for_training(self) -> list[str]:
+        """The same, and one that knows more than toys, though it must be downloaded."""
+        names = self.names()
+        return names + [FOR_PHOTOS] * (self.download and FOR_PHOTOS not in names)
+
+    def resolve(self, name: str, *, typed: bool) -> tuple[str, dict[str, Any]]:
+        """What to open for `name`, and with which options of open_base_model.
+
+        `typed`: a person asked for it, rather than a file.  Raises SVFitError for what is not offered.
+        """
+        from svfit_dreambooth.bases.opening import HUB_ID
+
+        name = name.strip()
+        if name == TOYBOX:
+            return TOYBOX, {}
+        for extra in self.extra:
+            if name in (extra, _shown(extra)):
+                return extra, {}
+        models = [path for path in sorted(self.models.glob("*")) if _is_model(path)]
+        for called in (lambda path: path.name, base_name, lambda path: path.stem):
+            for path in models:
+                if name == called(path):
+                    return str(path), {}
+        repository, _, revision = name.partition("@")
+        if not HUB_ID.fullmatch(repository) or repository.startswith(".") or Path(repository).exists():
+            raise SVFitError(
+                f"{name!r} is no base model that is offered here: put its folder into {self.models}, start the page "
+                "with --base FOLDER, or give a hub id such as owner/name."
+            )
+        return repository, {"revision": revision or None, "local_files_only": not (typed and self.download)}
+
+    def offline(self, place: str) -> bool:
+        """Must whoever opens `place`, as `resolve` gave it, ask no network?  So with a hub id that only a visitor named."""
+        return not self.download and place != TOYBOX and place not in self.extra and not Path(place).exists()
+
+    def resolve_for_run(self, name: str) -> tuple[str, str | None]:
+        """What a run opens for the `name` that a person typed: place and revision.
+
+        Raises SVFitError for what is not offered, and for a hub id that is not on this disk where none is downloaded.
+        """
+        from svfit_dreambooth.bases.opening import is_cached
+
+        place, options = self.resolve(name, typed=True)
+        if options.get("local_files_only") and not is_cached(place, options["revision"]):
+            raise SVFitError(f"{name.strip()} is not on this disk, and {OFF}")
+        return place, options.get("revision")
+
+    def is_here(self, name: str) -> bool:
+        """May what a file calls `name` be opened without a download that nobody asked for?"""
+        from svfit_dreambooth.bases.opening import is_cached
+
+        try:
+            place, options = self.resolve(name, typed=False)
+        except SVFitError:
+            return False
+        return not options or is_cached(place, options["revision"])
+
+
+def _is_model(path: Path) -> bool:
+    return path.name[0] != "." and ((path / "model_index.json").is_file() or path.suffix == ".safetensors")
+
+
+def _shown(name: str) -> str:
+    """A base of the command line, as the page and the adapters trained on it call it."""
+    path = Path(name)
+    return base_name(path) if path.exists() else name

@@ -1,0 +1,70 @@
+"""The process of a training run: where it may run, how it is started, and what it printed."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+COMMAND = Path(__file__).resolve().parents[3] / "train_dreambooth_svfit.py"
+
+
+def launch(
+    folder: Path, device: str, locks: Sequence[int], *, resume: bool = False, offline: bool = False
+) -> subprocess.Popen[bytes]:
+    """Starts the training command on `job.yaml` in `folder`; it prints into `log.txt` there.
+
+    `locks`: file descriptors of locks that it holds until it is gone.  `offline`: it asks no hub.
+    """
+    command = [sys.executable, "-u", str(COMMAND), "--config", str(folder / "job.yaml")]
+    if resume:
+        command += ["--resume_from_checkpoint", "latest"]
+    environment = {"CUDA_VISIBLE_DEVICES": device} if device else {}
+    if offline:
+        environment["HF_HUB_OFFLINE"] = "1"
+    with open(folder / "log.txt", "ab") as log:
+        log.write(f"started {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
+        log.flush()
+        return subprocess.Popen(
+            command,
+            cwd=COMMAND.parent,
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a Ctrl-C for the server is none for the run
+            pass_fds=tuple(locks),
+        )
+
+
+def devices() -> list[str]:
+    """What runs are spread over: the numbers of several GPUs, or [""] for whatever there is."""
+    import torch
+
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(i) for i in range(count)]
+    return names[:count] if count > 1 else [""]
+
+
+def log_end(path: Path, size: int = 8000) -> str:
+    """The end of what a run printed, "" where it has not been started."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - size))
+            text = file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return ""
+    # a progress bar writes over its own line: only the last state of each is kept
+    return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))
+
+
+def complaint(log: str) -> str:
+    """The sentence with which the command gave up when it was last started, "" if there is none."""
+    for line in reversed(log.splitlines()):
+        if line.startswith("error: "):
+            return line.removeprefix("error: ")
+        if line.startswith("started "):
+            break
+    return ""

@@ -1,0 +1,1 @@
+"""The page's tabs: what is seen, and what its buttons do."""

@@ -1,0 +1,252 @@
+"""What a visitor lays out for the next run: photos, words, settings; and what it would take."""
+
+import dataclasses
+import html
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.files import write_atomically
+from svfit_dreambooth.training.config import TOYBOX, TrainConfig
+from svfit_dreambooth.web.rooms.app import App, number, plainly
+from svfit_dreambooth.web.rooms.bases import FOR_PHOTOS
+from svfit_dreambooth.web.rooms.laid_out import (
+    add_photos,
+    photo_files,
+    photo_remarks,
+    remove_photo,
+    rotate_photo,
+    thumbnail,
+)
+from svfit_dreambooth.web.rooms.progress import sum_up
+from svfit_dreambooth.web.rooms.workspace import Visitor
+
+SUBJECTS = Path(__file__).resolve().parents[3] / "toybox" / "subjects"
+BUNDLED = ".bundled"  # file beside the photos: the toy whose photos, untouched, they are
+FORM = "form.json"  # file in a visitor's folder: what REMEMBERED names, as it was last
+REMEMBERED = ("name", "word", "kind", "base", "preset")
+RESOLUTION = 512  # pixels at which bases train at least; an SDXL at 1024, which is known when it is open
+TOYBOX_RESOLUTION = 64
+NAMES = {field.name for field in dataclasses.fields(TrainConfig)}  # options that a run knows
+NUMBERS = (
+    "max_train_steps",
+    "learning_rate",
+    "resolution",
+    "train_batch_size",
+    "validation_steps",
+    "num_inference_steps",
+    "seed",
+)
+# what the form's advanced fields are called, in its order
+ADVANCED = (
+    "max_train_steps", "learning_rate", "rank", "resolution", "train_batch_size", "validation_steps",
+    "num_inference_steps", "seed", "mixed_precision", "train_text_encoder", "random_flip", "gradient_checkpointing", "with_prior_preservation",
+)  # fmt: skip
+
+
+class Draft:
+    """The handlers; the photos are in the visitor's folder, the rest is in the form."""
+
+    def __init__(self, app: App):
+        self.app = app
+
+    @plainly
+    def add(
+        self, files: list[str] | None, base: str, resolution: str, request: gr.Request
+    ) -> Iterator[tuple[Any, ...]]:
+        """How far it is; at the end the drop zone, emptied, then thumbnails, remarks and the selected photo."""
+        visitor, files, keep = self.app.visitor(request), files or [], gr.skip()
+        (visitor.photos / BUNDLED).unlink(missing_ok=True)
+        for i, file in enumerate(files, 1):
+            if len(files) > 1:
+                yield keep, keep, f"Looking at photo {i} of {len(files)} …", keep, keep
+            for sentence in add_photos(visitor.photos, [Path(file)]):
+                gr.Warning(html.escape(sentence), duration=12)
+            Path(file).unlink(missing_ok=True)  # tells of place and camera
+        yield (None, *self._shown(visitor, base, resolution))
+
+    @plainly
+    def take_bundled(self, subject: str | None, resolution: str, request: gr.Request) -> tuple[Any, ...]:
+        """The photos of a bundled toy, in place of what was there; then the words that suit it."""
+        visitor = self.app.visitor(request)
+        if subject not in bundled_subjects():
+            raise SVFitError("choose one of the toys.")
+        self._clear(visitor)
+        add_photos(visitor.photos, sorted((SUBJECTS / subject).glob("*.png")))
+        (visitor.photos / BUNDLED).write_text(subject, encoding="utf-8")
+        words = (subject, "sks", subject.partition("_")[0], TOYBOX)
+        self._remember(visitor, *words)
+        return (*self._shown(visitor, TOYBOX, resolution), *words)
+
+    @plainly
+    def rotate(self, selected: int | None, base: str, resolution: str, request: gr.Request) -> tuple[Any, ...]:
+        visitor = self.app.visitor(request)
+        rotate_photo(self._selected(visitor, selected))
+        (visitor.photos / BUNDLED).unlink(missing_ok=True)
+        thumbs, text, _, buttons = self._shown(visitor, base, resolution)
+        return thumbs, text, selected, buttons
+
+    @plainly
+    def remove(self, selected: int | None, base: str, resolution: str, request: gr.Request) -> tuple[Any, ...]:
+        visitor = self.app.visitor(request)
+        remove_photo(self._selected(visitor, selected))
+        (visitor.photos / BUNDLED).unlink(missing_ok=True)
+        return self._shown(visitor, base, resolution)
+
+    @plainly
+    def clear(self, request: gr.Request) -> tuple[Any, ...]:
+        visitor = self.app.visitor(request)
+        self._clear(visitor)
+        return self._shown(visitor)
+
+    @plainly
+    def show(self, request: gr.Request) -> tuple[Any, ...]:
+        """For a page that opens: thumbnails, remarks, and that none is selected; then what is remembered of the form."""
+        visitor = self.app.visitor(request)
+        form = self._remembered(visitor)
+        return (*self._shown(visitor, form.get("base", TOYBOX)), *(form.get(field, gr.skip()) for field in REMEMBERED))
+
+    @plainly
+    def remark(self, base: str, resolution: str, request: gr.Request) -> str:
+        """What is to be said of the photos, for that base at that resolution."""
+        return self._remarks(self.app.visitor(request), base, resolution)
+
+    @plainly
+    def remember(self, name: str, word: str, kind: str, base: str, preset: str, request: gr.Request) -> None:
+        """Keeps these for when the page is opened again."""
+        self._remember(self.app.visitor(request), name, word, kind, base, preset)
+
+    def _remember(self, visitor: Visitor, *values: str) -> None:
+        """The first of REMEMBERED; the others stay as they were."""
+        new = {field: str(value or "")[:200] for field, value in zip(REMEMBERED, values, strict=False)}
+        write_atomically(visitor.folder / FORM, json.dumps(self._remembered(visitor) | new))
+
+    @staticmethod
+    def _remembered(visitor: Visitor) -> dict[str, str]:
+        try:
+            form = json.loads((visitor.folder / FORM).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return form if isinstance(form, dict) else {}
+
+    @staticmethod
+    def select(event: gr.SelectData) -> tuple[Any, ...]:
+        """The number of the photo that was clicked, and what can be done with it."""
+        return event.index, gr.Button(interactive=True), gr.Button(interactive=True)
+
+    @staticmethod
+    def prompt_for(word: str, kind: str) -> str:
+        """The prompt of the photos."""
+        return " ".join(f"a photo of {word} {kind}".split())
+
+    def options(self, photos: Path, word: str, kind: str, base: str, preset: str | None, *advanced: Any) -> dict:
+        """The form as options of a run on the folder `photos`; what is left empty is left to the run.  Raises SVFitError for bad words."""
+        for text, what, example in ((word, "Its word", "sks"), (kind, "What it is", "dog")):
+            if not (text or "").strip():
+                raise SVFitError(f"“{what}” is empty: write a word, such as {example}.")
+            if len(text) > 60:
+                raise SVFitError(f"“{what}” has {len(text)} characters: one to three words are enough.")
+        place, revision = self.app.studio.bases.resolve_for_run(base or TOYBOX)
+        options: dict[str, Any] = {
+            "pretrained_model_name_or_path": place,
+            "revision": revision,
+            "instance_prompt": self.prompt_for(word, kind),
+            "class_prompt": " ".join(f"a photo of a {kind}".split()),
+            "preset": preset,
+        }
+        for name, value in zip(ADVANCED, advanced, strict=True):
+            options[name] = number(name, value) if name in NUMBERS else value
+        if not options["with_prior_preservation"]:
+            del options["class_prompt"]
+        subject = _bundled(photos)
+        if subject is not None and place == TOYBOX:
+            options["instance_data_dir"] = str(SUBJECTS / subject)  # so that the run's judge knows the toy
+        given = {n: value for n, value in options.items() if n in NAMES and value is not None and value != ""}
+        return {name: value for name, value in given.items() if value is not False}  # 0 is an answer, False is none
+
+    def estimate(self, visitor: Visitor, options: dict[str, Any]) -> list[str]:
+        """What a run would take, in plain lines: memory, and time as far as earlier runs tell."""
+        from svfit_dreambooth.training.estimate import estimate_memory
+        from svfit_dreambooth.training.plan import prepare
+
+        if not photo_files(visitor.photos):
+            raise SVFitError("there are no photos yet: add 3 to 10 of your subject.")
+        photos = {"instance_data_dir": str(visitor.photos), "adapter_name": "estimate", "dry_run": True}
+        offline = self.app.studio.bases.offline(options["pretrained_model_name_or_path"])
+        run = prepare(TrainConfig(**{**photos, **options}), local_files_only=offline)
+        return [*estimate_memory(run).lines(), self._time(visitor, options, run.config.max_train_steps)]
+
+    def _time(self, visitor: Visitor, options: dict[str, Any], steps: int) -> str:
+        alike = ("pretrained_model_name_or_path", "preset", "resolution", "train_batch_size", "train_text_encoder")
+        for job in self.app.jobs.listed(visitor):
+            state = sum_up(self.app.jobs.run_folder(job))
+            if not state.seconds_a_step or any(job.options.get(name) != options.get(name) for name in alike):
+                continue
+            if state.seconds is not None and state.status == "finished" and state.of == steps:
+                return f"time: about {duration(state.seconds)}, going by {job.name}"
+            seconds = steps * state.seconds_a_step
+            return f"time: about {duration(seconds)} for the steps alone, going by {job.name}"
+        return "time: told after the first steps, as no run like it has been made on this computer yet"
+
+    def _shown(self, visitor: Visitor, base: str = TOYBOX, resolution: str = "") -> tuple[Any, ...]:
+        paths = photo_files(visitor.photos)
+        thumbs = [(self.app.serve(thumbnail(path)), f"photo {i}") for i, path in enumerate(paths, 1)]
+        text = self._remarks(visitor, base, resolution)
+        return gr.Gallery(thumbs, visible=bool(paths)), text, None, gr.Row(visible=bool(paths))
+
+    def _remarks(self, visitor: Visitor, base: str, resolution: str) -> str:
+        lines = photo_remarks(visitor.photos, trained_at(base, resolution))
+        if lines and (base or TOYBOX) == TOYBOX and _bundled(visitor.photos) is None:
+            such = f", such as {FOR_PHOTOS}, a download of some GB that wants a GPU" * self.app.studio.bases.download
+            lines.append(
+                f"toybox is for trying out and knows only toys of 64 pixels: for photos choose another base{such}"
+            )
+        return "" if not lines else f"**{lines[0]}**" + "".join(f"\n- {html.escape(line)}" for line in lines[1:])
+
+    def _selected(self, visitor: Visitor, selected: int | None) -> Path:
+        paths = photo_files(visitor.photos)
+        if not isinstance(selected, int) or not 0 <= selected < len(paths):
+            raise SVFitError("select a photo first.")
+        return paths[selected]
+
+    def _clear(self, visitor: Visitor) -> None:
+        for path in photo_files(visitor.photos):
+            remove_photo(path)
+        (visitor.photos / BUNDLED).unlink(missing_ok=True)
+
+
+def trained_at(base: str, resolution: str) -> int:
+    """Pixels of a side at which the form, as far as it is filled in, would train."""
+    try:
+        asked = number("resolution", resolution)
+    except SVFitError:  # said when the run is to start
+        asked = None
+    return int(asked or 0) or (TOYBOX_RESOLUTION if (base or TOYBOX) == TOYBOX else RESOLUTION)
+
+
+def _bundled(photos: Path) -> str | None:
+    """The toy whose photos, untouched, are in the folder."""
+    try:
+        subject = (photos / BUNDLED).read_text(encoding="utf-8")
+    except OSError:
+        return None
+    return subject if subject in bundled_subjects() else None
+
+
+def bundled_subjects() -> list[str]:
+    """Names of the toys whose photos come with toybox."""
+    return sorted(path.name for path in SUBJECTS.glob("*") if re.fullmatch(r"\w+", path.name))
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -1,0 +1,124 @@
+"""The tab that paints: prompt, adapters with a strength each, pictures, and their settings taken up again."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.web.rooms import library
+from svfit_dreambooth.web.rooms.app import App, told
+from svfit_dreambooth.web.rooms.painting import FACTORS, IDLE, UNSELECTED, Painting
+from svfit_dreambooth.web.rooms.studio import AS_TRAINED, MAX_STEPS
+from svfit_dreambooth.web.tabs.reuse import ONCE
+
+PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+OPEN: dict[str, Any] = {"interactive": True}  # which Gradio cannot see where only a rendered event reads a field
+
+
+@dataclass
+class GenerateTab:
+    """What other tabs need of this one."""
+
+    adapters: gr.Dropdown
+    painting: Painting
+
+
+def build(app: App, page: gr.Blocks) -> GenerateTab:
+    painting = Painting(app)
+    offered, value = painting.at_the_start()
+    shown = gr.State([])  # names of the visitor's pictures in the gallery
+    selected = gr.State(None)  # name of one of them
+    filled = gr.State("")  # what was last written into the prompt for the person
+    taken_up = gr.State({})  # strengths of adapters that a picture's settings ask for
+    with gr.Row():
+        with gr.Column(scale=4, min_width=300):
+            prompt = gr.Textbox(
+                label="Prompt", lines=3, max_lines=8, placeholder="a photo of sks dog on the beach", elem_id="prompt",
+                info="Say the subject's own words; what else is in the picture is up to you. Ctrl+Enter paints.",
+            )  # fmt: skip
+            adapters = gr.Dropdown(
+                offered, value=value, multiselect=True, label="Adapters", elem_id="adapters", **OPEN,
+                info="The subjects that it knows. None: the base model alone.",
+            )  # fmt: skip
+
+            @gr.render(inputs=[adapters, taken_up], triggers=[page.load, adapters.change, taken_up.change])
+            def strengths(values: list[str] | None, wanted: dict[str, float], request: gr.Request) -> None:
+                visitor, rows = app.visitor(request), []
+                for value in values or []:
+                    try:
+                        file = app.adapter_file(visitor, value)
+                        words = library.entry(file.parent, file.stem).instance_prompt
+                        words = words.replace("](", "]\u200b(")  # a stranger's file puts no links into the page
+                    except SVFitError as error:
+                        raise told(error) from None
+                    rows.append(_strength(file.stem, words, wanted.get(value, 1), (value, str(wanted.get(value)))))
+                for trigger in (paint.click, prompt.submit):
+                    trigger(
+                        painting.generate,
+                        [*form, *rows],
+                        [status, gallery, shown, selected, details, seed, paint, stop, *actions],
+                        concurrency_limit=None,
+                        **PRIVATE,
+                    )
+
+            upload = gr.UploadButton("Use an adapter file once", size="sm", file_types=[".safetensors"])
+            with gr.Row():
+                count = gr.Slider(1, 12, 4, step=1, label="Pictures", min_width=130, elem_id="count", **OPEN)
+                steps = gr.Slider(1, MAX_STEPS, 25, step=1, label="Steps", min_width=130, elem_id="steps", **OPEN)
+            with gr.Row():
+                seed = gr.Number(0, label="Seed", precision=0, min_width=110, elem_id="seed", **OPEN)
+                new_seed = gr.Checkbox(True, label="A new seed each time", min_width=130, elem_id="new-seed", **OPEN)
+            mode = gr.Radio(list(FACTORS), value=ONCE, label="Compare", elem_id="mode", **OPEN)
+            with gr.Accordion("More settings", open=False):
+                base = gr.Dropdown(
+                    [AS_TRAINED], value=AS_TRAINED, label="Base model", allow_custom_value=True, elem_id="base", **OPEN,
+                    info="The model that paints. Type a hub id such as owner/name for another one: it is downloaded.",
+                )  # fmt: skip
+                negative = gr.Textbox(label="Negative prompt", placeholder="what should not be there", lines=1, **OPEN)
+                with gr.Row():
+                    guidance = gr.Textbox(label="Guidance", placeholder="as suits", max_lines=1, min_width=90, **OPEN)
+                    width = gr.Textbox(label="Width", placeholder="as suits", max_lines=1, min_width=90, **OPEN)
+                    height = gr.Textbox(label="Height", placeholder="as suits", max_lines=1, min_width=90, **OPEN)
+                relatives = gr.Checkbox(False, label="Allow adapters of a related base, such as a fine-tune", **OPEN)
+        with gr.Column(scale=6, min_width=300):
+            with gr.Row():
+                paint = gr.Button("Generate", variant="primary", elem_id="generate-button", scale=3, min_width=140)
+                stop = gr.Button("Stop", interactive=False, elem_id="stop-button", scale=1, min_width=80)
+            status = gr.HTML(IDLE, elem_id="generate-status")
+            gallery = gr.Gallery(
+                label="Pictures", show_label=False, elem_classes="pictures", elem_id="gallery", interactive=False,
+                object_fit="contain", height=460, columns=4, buttons=["download", "fullscreen"],
+            )  # fmt: skip
+            details = gr.HTML(UNSELECTED, elem_id="settings")
+            with gr.Row(elem_classes="actions"):
+                reuse = gr.Button("Reuse these settings", size="sm", interactive=False, elem_id="reuse")
+                download = gr.DownloadButton("Download PNG", size="sm", interactive=False, elem_id="download")
+                cover = gr.Button("Use as the adapter's picture", size="sm", interactive=False)
+                remove = gr.Button("Delete", size="sm", interactive=False)
+            with gr.Row(elem_classes="actions"):
+                history = gr.Button("Earlier pictures", size="sm", elem_id="history")
+                from_png = gr.UploadButton("Settings from a PNG file", size="sm", file_types=[".png"])
+    form = [prompt, negative, base, adapters, count, steps, guidance, seed, new_seed, width, height, mode, relatives]
+    actions = [reuse, download, cover, remove]
+
+    page.load(painting.open_page, None, [base, adapters, gallery, shown, prompt, filled, stop], **PRIVATE)
+    adapters.change(painting.fill_in, [adapters, prompt, filled], [prompt, filled], **PRIVATE)
+    upload.upload(painting.upload, [upload, adapters], adapters, **PRIVATE)
+    stop.click(painting.stop, None, [status, stop], queue=False, **PRIVATE)
+    gallery.select(painting.select, shown, [selected, details, *actions], **PRIVATE)
+    fields = [prompt, negative, base, adapters, steps, guidance, seed, new_seed, width, height, mode, count, taken_up]
+    reuse.click(painting.reuse, selected, fields, **PRIVATE)
+    from_png.upload(painting.reuse_file, from_png, fields, **PRIVATE)
+    remove.click(painting.delete, [selected, shown], [gallery, shown, selected, details, *actions], **PRIVATE)
+    cover.click(painting.cover, selected, None, **PRIVATE)
+    history.click(painting.history, None, [gallery, shown], **PRIVATE)
+    return GenerateTab(adapters, painting)
+
+
+def _strength(name: str, words: str, value: float, key: Any) -> gr.Slider:
+    """The slider of one adapter; a picture that asks for more than is usual gets it."""
+    return gr.Slider(
+        min(0, value), max(1.5, value), value, step=0.05, label=f"Strength of {name}", interactive=True,
+        info=f"answers to “{words}”" if words else None, elem_classes="strength", key=key,
+    )  # fmt: skip

@@ -1,0 +1,57 @@
+"""The settings in a picture, back in the form that paints."""
+
+import html
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from svfit_dreambooth.training.config import TOYBOX
+from svfit_dreambooth.web.rooms import library
+from svfit_dreambooth.web.rooms.app import App
+from svfit_dreambooth.web.rooms.studio import AS_TRAINED
+from svfit_dreambooth.web.rooms.workspace import Visitor
+
+ONCE = "just paint"  # what the form says where nothing is to be compared
+
+
+def take_up(app: App, visitor: Visitor, settings: dict[str, Any]) -> tuple[Any, ...]:
+    """The form for `settings`; then the adapters' strengths, which the sliders take when they appear.
+
+    What is not at hand any more, adapters or base, is named in a warning.
+    """
+    choices, bases = app.adapter_choices(visitor), app.studio.bases
+    offered = {Path(value).name: value for _, value in choices[::-1]}
+    found = {offered[name]: strength for name, strength in settings["adapters"].items() if name in offered}
+    missing = [f"the adapter {name}" for name in settings["adapters"] if name not in offered]
+    own, base = _own_base(app, visitor, found), settings["base_model"]
+    shown = AS_TRAINED
+    if base != own and bases.is_here(base):
+        shown = base
+    elif base != own:
+        missing.append(f"the base {base}")
+    if missing:
+        gr.Warning(html.escape(f"not here any more: {', '.join(missing)}. The rest was filled in."))
+    return (
+        settings["prompt"],
+        settings["negative_prompt"],
+        gr.Dropdown([AS_TRAINED, *bases.names()], value=shown),
+        gr.Dropdown(choices, value=list(found)),
+        settings["num_inference_steps"],
+        f"{settings['guidance_scale']:g}",
+        settings["seed"],
+        False,  # no new seed
+        str(settings["width"]),
+        str(settings["height"]),
+        ONCE,
+        1,  # one picture: the seed is this one's
+        found,
+    )
+
+
+def _own_base(app: App, visitor: Visitor, choices: dict[str, float]) -> str:
+    """What AS_TRAINED stands for, with these adapters."""
+    for choice in choices:
+        file = app.adapter_file(visitor, choice)
+        return library.entry(file.parent, file.stem).base_model
+    return TOYBOX

@@ -1,0 +1,205 @@
+"""What the page shows of runs, and what its buttons do with them."""
+
+import html
+from typing import Any
+
+import gradio as gr
+
+from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.web.rooms.app import App, plainly
+from svfit_dreambooth.web.rooms.jobs import Job
+from svfit_dreambooth.web.rooms.progress import Progress, sum_up
+from svfit_dreambooth.web.rooms.workspace import Visitor
+from svfit_dreambooth.web.tabs.cards import curve
+from svfit_dreambooth.web.tabs.draft import Draft, duration
+
+NONE = (
+    '<div class="empty"><b>No runs yet.</b><br>Add photos, say what they show, and press Start training. '
+    "You may close the page meanwhile: the run goes on.</div>"
+)
+WORDS = {
+    "queued": "waiting",
+    "running": "running",
+    "stopping": "stopping, what it learnt is being saved",
+    "finished": "finished",
+    "stopped": "stopped",
+    "failed": "failed",
+    "cut off": "cut off",
+}
+OVER = ("finished", "stopped", "failed", "cut off")
+
+
+class Runs:
+    """The handlers; all that is known stands in the folders of the runs."""
+
+    def __init__(self, app: App, draft: Draft):
+        self.app = app
+        self.draft = draft
+
+    @plainly
+    def submit(self, request: gr.Request, name: str, *form: Any) -> tuple[Any, ...]:
+        """Puts a run into the queue; then the list with it selected, and the panel."""
+        visitor = self.app.visitor(request)
+        job = self.app.jobs.submit(visitor, name, self.draft.options(visitor.photos, *form))
+        return self._panel(visitor, job.id, None)
+
+    @plainly
+    def estimate(self, request: gr.Request, *form: Any) -> str:
+        """What the run would take."""
+        visitor = self.app.visitor(request)
+        lines = self.draft.estimate(visitor, self.draft.options(visitor.photos, *form))
+        return "\n".join(f"- {html.escape(line)}" for line in lines)
+
+    @plainly
+    def open_page(self, request: gr.Request) -> tuple[Any, ...]:
+        """The list with the newest run selected, and the panel."""
+        return self._panel(self.app.visitor(request), None, None)
+
+    @plainly
+    def tick(self, id: str | None, seen: Any, request: gr.Request) -> tuple[Any, ...]:
+        """The same while time passes; nothing where nothing has changed."""
+        return self._panel(self.app.visitor(request), id, seen)
+
+    @plainly
+    def stop(self, id: str | None, request: gr.Request) -> tuple[Any, ...]:
+        visitor = self.app.visitor(request)
+        self.app.jobs.stop(self.app.jobs.find(visitor, id or ""))
+        return self._panel(visitor, id, None)
+
+    @plainly
+    def resume(self, id: str | None, request: gr.Request) -> tuple[Any, ...]:
+        visitor = self.app.visitor(request)
+        self.app.jobs.resume(self.app.jobs.find(visitor, id or ""))
+        return self._panel(visitor, id, None)
+
+    @plainly
+    def remove(self, id: str | None, request: gr.Request) -> tuple[Any, ...]:
+        """The panel without it; then its id, and the row that offers to bring it back."""
+        visitor = self.app.visitor(request)
+        job = self.app.jobs.find(visitor, id or "")
+        left = "; its adapter is still in the library" if self.app.jobs.result(job) else ""
+        self.app.jobs.remove(job)
+        said = f"The run of {html.escape(job.name)} was removed{left}."
+        return *self._panel(visitor, None, None), job.id, gr.Row(visible=True), said
+
+    @plainly
+    def undo(self, removed: str | None, request: gr.Request) -> tuple[Any, ...]:
+        """The panel with the run that was removed last, which is back."""
+        visitor = self.app.visitor(request)
+        self.app.jobs.restore(visitor, removed or "")
+        return *self._panel(visitor, removed, None), None, gr.Row(visible=False)
+
+    @plainly
+    def try_it(self, id: str | None, request: gr.Request) -> tuple[Any, Any]:
+        """The painting tab, with the run's adapter chosen."""
+        visitor = self.app.visitor(request)
+        job = self.app.jobs.find(visitor, id or "")
+        result = self.app.jobs.result(job)
+        if result is None:
+            raise SVFitError("the adapter of this run is not in the library any more: import its file.")
+        choices = self.app.adapter_choices(visitor)
+        return gr.Tabs(selected="generate"), gr.Dropdown(choices, value=[f"library/{result.stem}"])
+
+    def _panel(self, visitor: Visitor, id: str | None, seen: Any) -> tuple[Any, ...]:
+        """List, what was seen, status, curve, pictures, log, and the buttons stop, resume, try it, download, remove.
+
+        `seen` is what the page showed last; where nothing is new, nothing is sent.
+        """
+        jobs = self.app.jobs
+        listed = jobs.listed(visitor)
+        states = {job.id: jobs.state(job) for job in listed}
+        job = next((job for job in listed if job.id == id), listed[0] if listed else None)
+        choices = [(f"{job.name} · {WORDS.get(states[job.id], states[job.id])}", job.id) for job in listed]
+        progress = sum_up(jobs.run_folder(job)) if job else Progress()
+        state = states[job.id] if job else ""
+        ahead = jobs.ahead(job) if job and state == "queued" else 0
+        now = [
+            choices,
+            [job.id if job else None, state, progress.step, ahead, progress.seconds_a_step],
+            [str(path) for _, path in progress.pictures[-1:]] + [str(progress.sheet), len(progress.figures)],
+            job.library_sha256 if job else None,
+        ]
+        same = [old == new for old, new in zip(seen, now, strict=True)] if seen else [False] * len(now)
+        if all(same):
+            return (gr.skip(),) * 11
+        if job is None:
+            off = gr.Button(interactive=False)
+            nothing = gr.DownloadButton(value=None, interactive=False)
+            return (gr.Dropdown([], value=None), now, NONE, "", "", "", off, off, off, nothing, off)
+        over = state in OVER
+        result = jobs.result(job) if over else None
+        return (
+            gr.skip() if same[0] and job.id == id else gr.Dropdown(choices, value=job.id),
+            now,
+            gr.skip() if same[1] else self._status(job, state, progress, ahead),
+            gr.skip()
+            if same[1]
+            else curve(progress.losses, progress.fixed_losses, progress.of, progress.kept_step if over else None),
+            gr.skip() if same[1] and same[2] else self._pictures(progress, over),
+            gr.skip() if same[1] else f'<pre class="log">{html.escape(jobs.log(job))}</pre>',
+            gr.Button(interactive=state in ("queued", "running")),
+            gr.Button(interactive=state in ("stopped", "failed", "cut off")),
+            gr.Button(interactive=result is not None),
+            gr.DownloadButton(value=self.app.serve(result) if result else None, interactive=result is not None),
+            gr.Button(interactive=over or state == "queued"),
+        )
+
+    def _status(self, job: Job, state: str, progress: Progress, ahead: int) -> str:
+        share = progress.step / progress.of if progress.of else 0.0
+        left, right = f"<b>{html.escape(job.name)}</b> · {WORDS.get(state, html.escape(state))}", ""
+        if state == "queued":
+            right = f"{ahead} run{'s' * (ahead != 1)} before it" if ahead else "starts in a moment"
+        elif progress.of:
+            right = f"step {progress.step} of {progress.of}"
+            kept = progress.kept_step if state in OVER else None
+            if kept is not None and kept != progress.step:
+                right += f" · kept: step {kept}, the best measured"
+            if state == "running" and progress.step == progress.of:
+                right += " · measuring and painting the result"
+            elif state == "running" and progress.seconds_left is not None:
+                right += f" · about {duration(progress.seconds_left)} left"
+        elif state == "running":
+            right = "preparing photos and base model"
+        notes = []
+        if state in ("failed", "cut off", "stopped"):
+            why = progress.message or self.app.jobs.complaint(job)
+            if state == "cut off":
+                why = "it ended without a word: the computer went down, or the memory was full. Resume goes on."
+            if why:
+                notes.append(why)
+        notes += progress.remarks[-2:]
+        warned = "".join(f'<div class="warn">{html.escape(note)}</div>' for note in notes)
+        return (
+            f'<div class="status" role="status"><div class="head"><span>{left}</span><span>{right}</span></div>'
+            f'<div class="bar"><i style="width:{share:.1%}"></i></div>{warned}</div>'
+        )
+
+    def _pictures(self, progress: Progress, over: bool) -> str:
+        """The newest validation pictures while it runs; at the end the photos, the base's answers, the adapter's."""
+        parts = []
+        if over and progress.sheet is not None:
+            parts.append("<p class='note'>Photos, what the base paints for them, and what the adapter paints:</p>")
+            parts.append(_image(self.app.url(progress.sheet), "photos, the base's pictures, the adapter's pictures"))
+        elif progress.pictures:
+            step, path = progress.pictures[-1]
+            parts.append(f"<p class='note'>Painted at step {step}:</p>{_image(self.app.url(path), f'step {step}')}")
+        if over and progress.figures:
+            parts.append(_figures(progress.figures))
+        return f'<div class="sheet">{"".join(parts)}</div>'
+
+
+def _image(url: str, what: str) -> str:
+    return f'<img src="{html.escape(url)}" alt="{html.escape(what)}">'
+
+
+def _figures(figures: dict[str, dict[str, float | None]]) -> str:
+    """Likeness, obedience and drift of the base and of the adapter."""
+    heads = {"subject": "like the subject", "prompt": "follows the prompt", "drift": "drift of other pictures"}
+    rows = ""
+    for who, row in figures.items():
+        cells = "".join(
+            f"<td>{row[name]:.3f}</td>" if isinstance(row.get(name), int | float) else "<td>–</td>" for name in heads
+        )
+        rows += f"<tr><td>{html.escape(str(who))}</td>{cells}</tr>"
+    titles = "".join(f"<th>{title}</th>" for title in heads.values())
+    return f'<table class="figures"><tr><th></th>{titles}</tr>{rows}</table>'

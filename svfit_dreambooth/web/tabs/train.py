@@ -1,0 +1,158 @@
+"""The tab that trains: photos, words, settings, and the runs as they go."""
+
+from typing import Any
+
+import gradio as gr
+
+from svfit_dreambooth.training.config import TOYBOX
+from svfit_dreambooth.training.presets import DEFAULT, preset_names
+from svfit_dreambooth.web.rooms.app import App
+from svfit_dreambooth.web.tabs.draft import ADVANCED, Draft, bundled_subjects
+from svfit_dreambooth.web.tabs.generate import PRIVATE, GenerateTab
+from svfit_dreambooth.web.tabs.runs import NONE, Runs
+
+PRESETS = {
+    "fast": "a first look",
+    "balanced": "for most subjects",
+    "faithful": "closer to the photos, slower",
+    "style": "a manner of drawing instead of a thing",
+}
+EVERY = 1.5  # seconds between looks at a run
+LIVE: dict[str, Any] = {**PRIVATE, "queue": False}
+
+
+def build(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: GenerateTab) -> None:
+    draft = Draft(app)
+    runs = Runs(app, draft)
+    selected, seen, removed = gr.State(None), gr.State(None), gr.State(None)
+    with gr.Row():
+        with gr.Column(scale=5, min_width=300):
+            drop = gr.File(
+                label="Photos: 3 to 10 of one subject", file_count="multiple", file_types=["image"],
+                height=170, elem_id="photos",
+            )  # fmt: skip
+            thumbs = gr.Gallery(
+                visible=False, show_label=False, elem_classes="photos", elem_id="thumbs", interactive=False,
+                allow_preview=False, object_fit="cover", columns=6, height="auto", buttons=[],
+            )  # fmt: skip
+            remarks = gr.Markdown(elem_classes="note", elem_id="photo-remarks")
+            with gr.Row(elem_classes="actions", visible=False) as photo_actions:
+                rotate = gr.Button("Rotate", size="sm", interactive=False)
+                remove = gr.Button("Remove", size="sm", interactive=False)
+                clear = gr.Button("Remove all", size="sm")
+            gr.HTML("<div class='note'>No photos at hand? Take those of a toy:</div>")
+            with gr.Row(elem_classes="toys"):
+                toy = gr.Dropdown(
+                    bundled_subjects(), value="dog_patch", show_label=False, container=False, label="Toy", min_width=120
+                )
+                take = gr.Button("Take its photos", size="md", min_width=130, elem_id="take-toy")
+            with gr.Group():
+                name = gr.Textbox(
+                    label="Name", placeholder="my-dog", info="What the adapter and its file are called.", elem_id="name"
+                )
+                with gr.Row():
+                    word = gr.Textbox(
+                        "sks", label="Its word", min_width=120, elem_id="word",
+                        info="A rare word to call it by.",
+                    )  # fmt: skip
+                    kind = gr.Textbox(
+                        label="What it is", placeholder="dog", min_width=120, elem_id="kind",
+                        info="A plain word: dog, mug.",
+                    )  # fmt: skip
+                shown_prompt = gr.Markdown(value=_say_prompt("sks", ""), elem_classes=["note", "inset"])
+            base = gr.Dropdown(
+                [TOYBOX], value=TOYBOX, label="Base model", allow_custom_value=True, elem_id="train-base",
+                info="The model that learns. Type a hub id such as owner/name for another one: it is downloaded.",
+            )  # fmt: skip
+            preset = gr.Radio(
+                [(f"{name}: {PRESETS[name]}" if name in PRESETS else name, name) for name in preset_names()],
+                value=DEFAULT, label="Preset",
+                elem_id="preset",
+            )  # fmt: skip
+            advanced = _advanced()
+            with gr.Row():
+                estimate = gr.Button("What will it take?", size="md", min_width=170, scale=1)
+                start = gr.Button(
+                    "Start training", variant="primary", size="md", min_width=170, scale=2, elem_id="start-training"
+                )
+            estimated = gr.Markdown(elem_classes="note", elem_id="estimate")
+        with gr.Column(scale=6, min_width=300):
+            listed = gr.Dropdown([], label="Runs", interactive=True, elem_id="runs")
+            status = gr.HTML(NONE, elem_id="run-status")
+            with gr.Row(elem_classes="actions"):
+                stop = gr.Button("Stop and keep", size="sm", interactive=False, elem_id="stop-run")
+                resume = gr.Button("Resume", size="sm", interactive=False, elem_id="resume-run")
+                try_it = gr.Button("Try it", size="sm", interactive=False, elem_id="try-run")
+                download = gr.DownloadButton("Download", size="sm", interactive=False, elem_id="download-run")
+                forget = gr.Button("Remove", size="sm", interactive=False, elem_id="remove-run")
+            with gr.Row(visible=False, elem_classes="undo") as undo_row:
+                said = gr.Markdown(elem_classes="note")
+                undo = gr.Button("Undo", size="sm", elem_id="undo-remove-run", min_width=80, scale=0)
+            curve = gr.HTML(elem_id="curve")
+            sheet = gr.HTML(elem_id="sheet")
+            with gr.Accordion("Log", open=False):
+                log = gr.HTML()
+    panel = [listed, seen, status, curve, sheet, log, stop, resume, try_it, download, forget]
+    shown = [thumbs, remarks, selected, photo_actions]
+    words = [word, kind, base, preset, *advanced]
+
+    remembered, trained_at = [name, word, kind, base, preset], [base, advanced[ADVANCED.index("resolution")]]
+    page.load(draft.show, None, [*shown, *remembered], **PRIVATE)
+    page.load(lambda: gr.Dropdown(app.studio.bases.for_training()), None, base, **PRIVATE)
+    page.load(runs.open_page, None, panel, **PRIVATE)
+    drop.upload(draft.add, [drop, *trained_at], [drop, *shown], **PRIVATE)
+    thumbs.select(draft.select, None, [selected, rotate, remove], **PRIVATE)
+    rotate.click(draft.rotate, [selected, *trained_at], shown, **PRIVATE)
+    remove.click(draft.remove, [selected, *trained_at], shown, **PRIVATE)
+    clear.click(draft.clear, None, shown, **PRIVATE)
+    take.click(draft.take_bundled, [toy, trained_at[1]], [*shown, *remembered[:-1]], **PRIVATE)
+    for changed in (trained_at[0].change, trained_at[1].blur):
+        changed(draft.remark, trained_at, remarks, **LIVE)
+    for leave in (name.blur, word.blur, kind.blur, base.input, base.blur, preset.input):
+        leave(draft.remember, remembered, None, **LIVE)
+    for field in (word, kind):
+        field.change(_say_prompt, [word, kind], shown_prompt, **LIVE)
+    estimate.click(runs.estimate, words, estimated, **{**PRIVATE, "show_progress": "minimal"})
+    start.click(runs.submit, [name, *words], panel, **PRIVATE)
+    for button, act in ((stop, runs.stop), (resume, runs.resume)):
+        button.click(act, listed, panel, **PRIVATE)
+    forget.click(runs.remove, listed, [*panel, removed, undo_row, said], **PRIVATE)
+    undo.click(runs.undo, removed, [*panel, removed, undo_row], **PRIVATE)
+    try_it.click(runs.try_it, listed, [tabs, generate_tab.adapters], **PRIVATE)
+    listed.input(runs.tick, [listed, gr.State(None)], panel, **LIVE)
+    gr.Timer(EVERY).tick(runs.tick, [listed, seen], panel, **LIVE)
+
+
+def _advanced() -> list[Any]:
+    """The fields that most people leave alone, in the order of ADVANCED."""
+    with gr.Accordion("Advanced", open=False, elem_id="advanced"):
+        with gr.Row():
+            steps = _field("Steps", "the preset's", elem_id="train-steps")
+            rate = _field("Learning rate", "the preset's")
+            rank = _field("Rank", "full", info="Values a layer.")
+        with gr.Row():
+            resolution = _field("Resolution", "the base's", info="Pixels.")
+            batch = _field("Batch", "the preset's", info="Pictures a step.")
+            seed = _field("Seed", "0", info="Fixes all chance.")
+        with gr.Row():
+            every = _field("Pictures on the way", "as suits", info="Steps between them.", elem_id="train-every")
+            painting = _field("Their steps", "25", info="Denoising steps.", elem_id="train-painting")
+        precision = gr.Radio(["no", "fp16", "bf16"], value="no", label="Mixed precision", info="fp16 or bf16 halve the memory on a GPU.")  # fmt: skip
+        text = gr.Checkbox(False, label="Teach the text encoder too")
+        flip = gr.Checkbox(False, label="Mirror photos at random; not for writing or faces")
+        checkpointing = gr.Checkbox(False, label="Less memory, slower (gradient checkpointing)")
+        prior = gr.Checkbox(
+            False, label="Keep others of its kind apart (prior preservation): about twice as long",
+        )  # fmt: skip
+    return [steps, rate, rank, resolution, batch, every, painting, seed, precision, text, flip, checkpointing, prior]
+
+
+def _field(label: str, placeholder: str, **more: Any) -> gr.Textbox:
+    """A number that may be left empty."""
+    return gr.Textbox(label=label, placeholder=placeholder, max_lines=1, min_width=110, **more)
+
+
+def _say_prompt(word: str, kind: str) -> str:
+    """What the words come to, for reading."""
+    plain = "".join(letter for letter in Draft.prompt_for(word or "…", kind or "…") if letter not in "`\n")
+    return f"Your photos will be called `{plain}`, and so will your prompts."
