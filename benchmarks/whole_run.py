@@ -28,7 +28,7 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
-from PIL import Image
+from PIL import Image, ImageOps
 from random_base import random_base
 from training_step import resident
 
@@ -83,10 +83,7 @@ def diffusers_lora(base: Path, options: argparse.Namespace, output: Path) -> lis
 
 def load(path: Path, resolution: int) -> torch.Tensor:
     """The photo's middle square, (3, resolution, resolution) in [-1, 1]."""
-    image = Image.open(path).convert("RGB")
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side)).resize((resolution, resolution))
+    image = ImageOps.fit(Image.open(path).convert("RGB"), (resolution, resolution))
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return pixels.view(resolution, resolution, 3).permute(2, 0, 1).float() / 127.5 - 1
 

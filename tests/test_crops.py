@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from pictures import picture
 from PIL import Image
-from test_photos import picture
 
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.photos.crops import crop_boxes, crop_photo, training_size

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import safe_open
 
 from svfit_dreambooth.adapter.checks import SUFFIX
@@ -68,12 +68,8 @@ def base_metadata(base: BaseModel) -> dict[str, str]:
 
 def thumbnail_url(picture: Image.Image, side: int = THUMBNAIL_SIDE) -> str:
     """A small square JPEG of the middle of `picture` as a data URL, at most `side` pixels wide, never enlarged."""
-    picture = picture.convert("RGB")
-    edge = min(picture.size)
-    left, top = (picture.width - edge) // 2, (picture.height - edge) // 2
-    picture = picture.crop((left, top, left + edge, top + edge))
-    if edge > side:
-        picture = picture.resize((side, side), Image.Resampling.LANCZOS)
+    edge = min(side, *picture.size)
+    picture = ImageOps.fit(picture.convert("RGB"), (edge, edge), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=85, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,8 +1,8 @@
-"""Sheets of labelled pictures, and the curves of a run."""
+"""Sheets of labelled pictures."""
 
 from collections.abc import Sequence
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 CELL = 192  # pixels of a picture on a sheet
 
@@ -20,12 +20,9 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], captions: S
         draw.text((margin, top), label, fill="black", font=font)
         top += line
         for column, picture in enumerate(pictures):
-            side = min(picture.size)
-            left, upper = (picture.width - side) // 2, (picture.height - side) // 2
-            square = picture.crop((left, upper, left + side, upper + side))
             # small pictures keep their pixels' edges, large ones are smoothed
-            kernel = Image.Resampling.NEAREST if side < CELL else Image.Resampling.LANCZOS
-            sheet.paste(square.resize((CELL, CELL), kernel), (margin + column * (CELL + margin), top))
+            kernel = Image.Resampling.NEAREST if min(picture.size) < CELL else Image.Resampling.LANCZOS
+            sheet.paste(ImageOps.fit(picture, (CELL, CELL), kernel), (margin + column * (CELL + margin), top))
         top += CELL + margin
     for column, caption in enumerate(captions):
         while caption and draw.textlength(caption, font=small) > CELL:

@@ -6,7 +6,8 @@ from PIL import Image
 
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import save_png
-from svfit_dreambooth.photos.reading import MASK, Photo, open_mask, open_photo, photo_report
+from svfit_dreambooth.photos.masks import masked_stem
+from svfit_dreambooth.photos.reading import Photo, open_mask, open_photo, photo_report
 
 MAX_PHOTOS = 100
 MAX_PHOTO_BYTES = 50 * 2**20
@@ -32,7 +33,7 @@ def add_photos(folder: Path, uploads: list[Path]) -> list[str]:
         if upload.stat().st_size > MAX_PHOTO_BYTES:
             remarks.append(f"{shown} is larger than {MAX_PHOTO_BYTES >> 20} MB: scale it down.")
             continue
-        if upload.stem.endswith(MASK):
+        if masked_stem(upload) is not None:
             remarks.append(f"{shown} is a mask: make what is not the subject transparent in the photo itself instead.")
             continue
         try:
@@ -54,7 +55,7 @@ def add_photos(folder: Path, uploads: list[Path]) -> list[str]:
 
 def _as_photo(path: Path, photo: Image.Image) -> Photo:
     """What a run will make of the opened `photo`: one with an alpha channel is its own mask."""
-    return Photo(path, None, photo.size, path if photo.mode == "RGBA" else None)
+    return Photo(path, (), photo.size, path if photo.mode == "RGBA" else None)
 
 
 def photo_files(folder: Path) -> list[Path]:
