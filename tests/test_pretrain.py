@@ -59,7 +59,7 @@ def test_batches_of_an_epoch_show_everything_once():
     assert sorted(seen) == list(range(20))
 
 
-def _fit(folder: Path, *limits: int) -> torch.Tensor:
+def _fit(folder: Path, *limits: int, muon_rate: float | None = None) -> torch.Tensor:
     torch.manual_seed(0)
     modules = nn.ModuleDict({"line": nn.Linear(3, 1)})
 
@@ -70,7 +70,8 @@ def _fit(folder: Path, *limits: int) -> torch.Tensor:
     for limit in limits:
         # An interruption leaves the schedule as it was: only the number of steps of the loop is cut.
         budget = _Cut(max_steps=20, cut=limit)
-        fit(modules, compute_loss, folder / "line.pt", budget, {"line": 1e-2}, Accelerator(cpu=True))
+        accelerator = Accelerator(cpu=True)
+        fit(modules, compute_loss, folder / "line.pt", budget, {"line": 1e-2}, accelerator, muon_rate)
     return modules["line"].weight.detach().clone()
 
 
@@ -83,9 +84,10 @@ class _Cut(Budget):
         return 1.0 if step >= self.cut else super().fraction(seconds, step)
 
 
-def test_resumed_equals_uninterrupted(tmp_path):
-    whole = _fit(tmp_path / "whole", 20)
-    parts = _fit(tmp_path / "parts", 7, 20)
+@pytest.mark.parametrize("muon_rate", [None, 1e-2])
+def test_resumed_equals_uninterrupted(tmp_path, muon_rate):
+    whole = _fit(tmp_path / "whole", 20, muon_rate=muon_rate)
+    parts = _fit(tmp_path / "parts", 7, 20, muon_rate=muon_rate)
     assert torch.equal(whole, parts)
 
 

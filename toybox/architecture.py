@@ -66,7 +66,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer, sizes: Sizes = FULL) -> CLIPTex
 
 
 def build_unet(sizes: Sizes = FULL) -> UNet2DConditionModel:
-    """An untrained UNet with self- and cross-attention everywhere but at its full resolution, where it costs most."""
+    """An untrained UNet with self- and cross-attention in every stage but the deepest, as Stable Diffusion 1.x."""
     attending = len(sizes.unet_channels) - 1
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
@@ -74,8 +74,8 @@ def build_unet(sizes: Sizes = FULL) -> UNet2DConditionModel:
         out_channels=LATENT_CHANNELS,
         block_out_channels=sizes.unet_channels,
         layers_per_block=1,
-        down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * attending),
-        up_block_types=(*("CrossAttnUpBlock2D",) * attending, "UpBlock2D"),
+        down_block_types=(*("CrossAttnDownBlock2D",) * attending, "DownBlock2D"),
+        up_block_types=("UpBlock2D", *("CrossAttnUpBlock2D",) * attending),
         cross_attention_dim=sizes.text_width,
         attention_head_dim=sizes.unet_heads,
         norm_num_groups=16,

@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
+
+from toybox.muon import Muon
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ def fit(
     budget: Budget,
     learning_rates: dict[str, float],
     accelerator: Accelerator,
+    muon_rate: float | None = None,
     ema_decay: float = 0.998,
     log_every: int = 50,
     save_minutes: float = 3.0,
@@ -57,23 +60,30 @@ def fit(
     """Minimise `compute_loss(step)` until the budget is spent, then leave the averaged weights in `modules`.
 
     `checkpoint` is read if it exists, so that a run that was stopped goes on where it was, and replaced as a whole
-    every `save_minutes` and when the run is interrupted. `learning_rates` has a peak rate for each of `modules`.
+    every `save_minutes` and when the run is interrupted. `learning_rates` has AdamW's peak rate for each of `modules`;
+    with a `muon_rate` Muon takes over their inner matrices, those neither of a first nor of a last layer.
     `sample(step)` is called with the averaged weights in place every `sample_every` steps. Returns the number of
     steps made in all. Several processes (started by `accelerate launch` or `torchrun`) share each step: `compute_loss`
     then gets a number of its own in each of them, and the gradients are averaged.
     """
     modules.to(accelerator.device).train()
+    parameters = [parameter for name in learning_rates for parameter in modules[name].parameters()]
+    matrices = inner_matrices(modules, learning_rates) if muon_rate else []
+    inner = {id(parameter) for parameter in matrices}
     groups: list[dict[str, Any]] = [
-        {"params": list(modules[name].parameters()), "peak": rate} for name, rate in learning_rates.items()
+        {"params": [each for each in modules[name].parameters() if id(each) not in inner], "peak": rate}
+        for name, rate in learning_rates.items()
     ]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01)
-    parameters = [parameter for group in groups for parameter in group["params"]]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01)]
+    if muon_rate:
+        optimizers.append(Muon([{"params": matrices, "peak": muon_rate}], lr=muon_rate))  # type: ignore[list-item]
     average = [parameter.detach().clone() for parameter in parameters]
     step, seconds = 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         modules.load_state_dict(state["modules"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, memory in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(memory)
         average = [value.to(accelerator.device) for value in state["average"]]
         step, seconds = state["step"], state["seconds"]
     started, saved, recent = time.monotonic() - seconds, time.monotonic(), []
@@ -84,7 +94,7 @@ def fit(
         save_atomically(
             {
                 "modules": modules.state_dict(),
-                "optimizer": optimizer.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                 "average": average,
                 "step": step,
                 "seconds": time.monotonic() - started,
@@ -94,15 +104,16 @@ def fit(
 
     try:
         while (fraction := agree(budget.fraction(time.monotonic() - started, step), accelerator)) < 1:
-            for group in optimizer.param_groups:
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = group["peak"] * rate_factor(fraction)
             with accelerator.autocast():
                 loss = compute_loss(step * accelerator.num_processes + accelerator.process_index)
             loss.backward()
             average_gradients(parameters, accelerator)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             step += 1
             decay = min(ema_decay, (1 + step) / (10 + step))
             with torch.no_grad():
@@ -128,6 +139,16 @@ def fit(
     copy_into(parameters, average)
     modules.eval()
     return step
+
+
+def inner_matrices(modules: nn.ModuleDict, names: Iterable[str]) -> list[nn.Parameter]:
+    """The weights of linear layers and convolutions of the named modules, but for their first and last ones."""
+    return [
+        layer.weight
+        for name in names
+        for path, layer in modules[name].named_modules()
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and path not in ("conv_in", "conv_out")
+    ]
 
 
 def agree(fraction: float, accelerator: Accelerator) -> float:

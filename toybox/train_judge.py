@@ -135,12 +135,12 @@ def export_judge(judge: Judge, folder: Path) -> None:
 
 def train_judge(args: argparse.Namespace) -> None:
     """The stage `judge` of `toybox.pretrain`: render, train, fix the threshold on other data, export."""
-    from toybox.pretrain import MINUTES, open_pipeline
+    from toybox.pretrain import MINUTES, open_pipeline, precision
 
     data = args.work_dir / "rivals"
     render_dataset(data, args.num_pictures // 8 * 4, args.seed + 7, sample=rival_scenes)
     pipeline = open_pipeline(args)
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    accelerator = Accelerator(mixed_precision=precision(args))
     torch.manual_seed(args.seed)
     width = 256 if args.size == "full" else 32
     network = JudgeNetwork(len(pipeline.tokenizer), pipeline.tokenizer.model_max_length, width)
