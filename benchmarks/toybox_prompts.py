@@ -1,4 +1,7 @@
-"""Does toybox draw what it is asked for? 300 prompts, a third of them of combinations it has never seen.
+"""Does toybox draw what it is asked for, and as the world looks?
+
+300 prompts, a third of them of combinations it has never seen; and the Frechet distance between its pictures and the
+world's own of the same words, less that between two sets of the world's.
 
 `python benchmarks/toybox_prompts.py --output results.json --contact_sheet sheet.png`
 """
@@ -8,11 +11,13 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -73,15 +78,36 @@ def score(judge: Judge, images: Sequence[Image.Image], wanted: Sequence[tuple[st
     }
 
 
+def true_pictures(wanted: Sequence[tuple[str, str, str]], seed: int = 0) -> list[Image.Image]:
+    """The world's own pictures of the same words."""
+    rng = np.random.default_rng(seed)
+    return [
+        render(sample_scene(rng, sample_individual(rng, kind, colour), setting, "photo"))
+        for kind, colour, setting in wanted
+    ]
+
+
+def frechet_distance(one: Tensor, other: Tensor) -> float:
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two sets of features, (n, d) each (Heusel et al., 2017)."""
+    one, other = one.double(), other.double()
+    first, second = one.mT.cov(), other.mT.cov()  # (d, d)
+    values, vectors = torch.linalg.eigh(first)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.mT  # (d, d)
+    middle = torch.linalg.eigvalsh(root @ second @ root).clamp(min=0).sqrt().sum()
+    return ((one.mean(0) - other.mean(0)).square().sum() + first.trace() + second.trace() - 2 * middle).item()
+
+
+def excess_distance(judge: Judge, images: Sequence[Image.Image], wanted: Sequence[tuple[str, str, str]]) -> float:
+    """The Frechet distance of `images` to true pictures, in the judge's features, less that of other true ones."""
+    true, others = (judge.image_features(true_pictures(wanted, seed)) for seed in (1, 2))
+    return frechet_distance(judge.image_features(images), true) - frechet_distance(others, true)
+
+
 def beside_the_world(
     images: Sequence[Image.Image], wanted: Sequence[tuple[str, str, str]], columns: int
 ) -> Image.Image:
     """Rows of the model's pictures, each above a row of the world's own pictures of the same words."""
-    rng = np.random.default_rng(0)
-    true = [
-        render(sample_scene(rng, sample_individual(rng, kind, colour), setting, "photo"))
-        for kind, colour, setting in wanted
-    ]
+    true = true_pictures(wanted)
     rows: list[Image.Image] = []
     for start in range(0, len(images), columns):
         rows += [*images[start : start + columns], *true[start : start + columns]]
@@ -118,12 +144,15 @@ def main() -> None:
     wanted = draw_combinations(args.num_prompts)
     prompts = [canonical_caption(*combination) for combination in wanted]
     pipeline, judge = load_pipeline(args.model), load_judge()
-    results = {}
+    results: dict[str, Any] = {}
     for guidance_scale in args.guidance_scale:
         images = generate(pipeline, prompts, args.num_inference_steps, guidance_scale)
         results[str(guidance_scale)] = score(judge, images, wanted)
         print(f"guidance {guidance_scale}, {args.num_inference_steps} steps")
         print_table(results[str(guidance_scale)])
+        distance = excess_distance(judge, images, wanted)
+        results[str(guidance_scale)]["frechet"] = distance
+        print(f"Frechet distance to the world's pictures, beyond that of its own: {distance:.4f}")
     if args.contact_sheet:
         beside_the_world(images[:24], wanted[:24], columns=12).save(args.contact_sheet)
     if args.output:
