@@ -300,9 +300,9 @@ def test_single_files_that_are_something_else(tmp_path):
         open_base_model(str(tmp_path / "unet" / "diffusion_pytorch_model.safetensors"))
     save_single_file(pipeline, path)
     tiny_sdxl_pipeline().save_config(tmp_path / "xl")
-    with pytest.raises(SVFitError, match="for StableDiffusionPipeline, but --base_config .* StableDiffusionXLPipeline"):
+    with pytest.raises(SVFitError, match="for StableDiffusionPipeline, but base_config .* StableDiffusionXLPipeline"):
         open_base_model(str(path), base_config=str(tmp_path / "xl"))
-    with pytest.raises(SVFitError, match="--base_config names a folder with them"):
+    with pytest.raises(SVFitError, match="base_config names a folder with them"):
         open_base_model(str(path), local_files_only=True)
 
 

@@ -272,10 +272,10 @@ def test_wide_targets_train_and_load(config):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"budget": 0}, "--budget is 0: it is a number of singular values, 1 or more"),
-        ({"budget": 9, "rank": 3}, "leave --rank out"),
-        ({"budget": 9, "energy": 0.9}, "leave --energy out"),
-        ({"budget": 9, "init_adapter": "a.safetensors"}, "leave --init_adapter out"),
+        ({"budget": 0}, "budget is 0: it must be 1 or more"),
+        ({"budget": 9, "rank": 3}, "leave rank out"),
+        ({"budget": 9, "energy": 0.9}, "leave energy out"),
+        ({"budget": 9, "init_adapter": "a.safetensors"}, "leave init_adapter out"),
     ],
 )
 def test_options_that_contradict_a_budget(options, match):

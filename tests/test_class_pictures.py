@@ -208,9 +208,9 @@ def test_what_is_missing_is_said_before_anything_slow(config, tmp_path):
     assert run.config.class_data_dir == str(tmp_path / "out" / "class_pictures")
     assert any("class pictures: 0 of 3" in line and "the base paints" in line for line in run.report())
     assert usable_class_pictures(tmp_path / "class") == []
-    with pytest.raises(SVFitError, match="--class_prompt is missing"):
+    with pytest.raises(SVFitError, match="class_prompt is missing"):
         prepare(TrainConfig(**{**config, "class_prompt": None}))
     with pytest.raises(SVFitError, match="is the folder of the photos"):
         prepare(TrainConfig(**{**config, "class_data_dir": config["instance_data_dir"]}))
-    with pytest.raises(SVFitError, match="--prior_loss_weight is 0"):
+    with pytest.raises(SVFitError, match="prior_loss_weight is 0"):
         TrainConfig(prior_loss_weight=0)

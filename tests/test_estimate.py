@@ -1,9 +1,11 @@
 """The memory estimate against what the real network keeps."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from svfit_dreambooth.method.targets import apply_svfit
+from svfit_dreambooth.method.targets import apply_svfit, remove_svfit
 from svfit_dreambooth.training import plan as preparation
 from svfit_dreambooth.training.estimate import _activations, _counting, estimate_memory
 from svfit_dreambooth.training.slim import slim, unslim
@@ -16,8 +18,7 @@ def run(tiny_run):
 
 @pytest.mark.parametrize("changes", [{}, {"rank": "4"}, {"train_batch_size": 1}, {"gradient_checkpointing": True}])
 def test_activations_are_those_of_the_real_network(run, changes):
-    for name, value in changes.items():
-        setattr(run.config, name, value)
+    run = replace(run, config=replace(run.config, **changes))
     unet = run.base.pipeline.unet.train()
     apply_svfit(unet, rank=run.config.rank_value)
     slim(unet)
@@ -25,8 +26,6 @@ def test_activations_are_those_of_the_real_network(run, changes):
     with _counting(unet, run.config.gradient_checkpointing) as count:
         unet(torch.randn(batch, 4, 16, 16), torch.zeros(batch), torch.randn(batch, 77, 24))
     real = count()
-    from svfit_dreambooth.method.targets import remove_svfit
-
     remove_svfit(unet)
     unslim(unet)
     assert _activations(run, run.config) == pytest.approx(real, rel=0.02)
@@ -34,15 +33,13 @@ def test_activations_are_those_of_the_real_network(run, changes):
 
 def test_the_estimate_grows_with_what_costs_memory(run):
     def total(**changes):
-        for name, value in changes.items():
-            setattr(run.config, name, value)
-        return estimate_memory(run)
+        return estimate_memory(replace(run, config=replace(run.config, **changes)))
 
     plain = total()
     assert plain.networks >= 4 * sum(p.numel() for p in run.base.pipeline.unet.parameters()) and plain.fits
     checkpointed = total(gradient_checkpointing=True)
     assert checkpointed.activations < plain.activations and checkpointed.bases == plain.bases
-    half = total(gradient_checkpointing=False, mixed_precision="bf16")
+    half = total(mixed_precision="bf16")
     assert half.networks < plain.networks and half.bases * 2 == plain.bases and half.activations < plain.activations
 
 
@@ -50,7 +47,7 @@ def test_what_does_not_fit_comes_with_a_suggestion(run):
     needed = estimate_memory(run).total
     run.free_memory = needed - 1
     tight = estimate_memory(run)
-    assert not tight.fits and tight.lines()[1] == "this will hardly fit: use --gradient_checkpointing."
+    assert not tight.fits and tight.lines()[1] == "this will hardly fit: use gradient_checkpointing."
     run.free_memory = 1000
     assert "use a machine with more memory" in estimate_memory(run).lines()[1]
 
@@ -61,17 +58,14 @@ def test_without_looks_autoencoder_and_text_encoder_leave_a_gpu_alone(tiny_run, 
     waiting = 4 * sum(p.numel() for module in (pipeline.vae, pipeline.text_encoder) for p in module.parameters())
 
     def with_looks_less_without():
-        run.config.validation_steps = 2
-        looks = estimate_memory(run).networks
-        run.config.validation_steps = 0
-        return looks - estimate_memory(run).networks
+        blind = replace(run, config=replace(run.config, validation_steps=0))
+        return estimate_memory(run).networks - estimate_memory(blind).networks
 
     assert with_looks_less_without() == 0  # on the CPU there is no other place
     monkeypatch.setattr("svfit_dreambooth.training.estimate.default_device", lambda: torch.device("cuda"))
     assert with_looks_less_without() == waiting
-    run.config.validation_steps = 2
     run.free_memory = estimate_memory(run).total - 1
-    assert estimate_memory(run).lines()[1] == "this will hardly fit: use --validation_steps 0."
+    assert estimate_memory(run).lines()[1] == "this will hardly fit: use validation_steps 0."
 
 
 def test_what_is_free_on_a_mac_is_shared_with_other_programs(monkeypatch):

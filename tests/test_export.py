@@ -202,8 +202,8 @@ def test_values_that_are_zero_take_no_place(base, tmp_path):
     ("options", "sentence"),
     [
         ({"rank": 3, "error": 0.1}, "give one of them"),
-        ({"rank": 0}, "--rank 0 keeps nothing"),
-        ({"error": 1.5}, "--error 1.5 is no share"),
+        ({"rank": 0}, "rank 0 keeps nothing"),
+        ({"error": 1.5}, "error 1.5 is no share"),
         ({"dtype": torch.bfloat16}, "not as torch.bfloat16"),
     ],
 )

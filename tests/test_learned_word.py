@@ -105,7 +105,7 @@ def test_a_base_checkpoint_loads_beneath_a_word(encoder):
 
 @pytest.mark.parametrize("word", ["", "  ", "sks dog", "sks,", "a.b"])
 def test_what_is_no_word_is_refused(word):
-    with pytest.raises(SVFitError, match="--learned_word .* is not one word"):
+    with pytest.raises(SVFitError, match="learned_word .* is not one word"):
         word_pieces(TOKENIZER, word)
 
 
@@ -291,7 +291,7 @@ def test_a_run_learns_its_word_and_goes_on_from_it(tiny_base, photo_folder, tmp_
     more = {**options, "output_dir": str(tmp_path / "more"), "init_adapter": str(result.adapter_path)}
     second = train(TrainConfig(**{**more, "learned_word_lr": 1e-9, "learning_rate": 1e-9}))
     assert second.loss_before == pytest.approx(result.loss_after, rel=1e-3)
-    with pytest.raises(SVFitError, match="learned a word: add --learned_word sks"):
+    with pytest.raises(SVFitError, match="learned a word: add learned_word sks"):
         train(TrainConfig(**{**more, "learned_word": None}))
     with pytest.raises(SVFitError, match="'sky' does not occur in the prompt 'a photo of sks dog'"):
         train(TrainConfig(**{**options, "learned_word": "sky"}))

@@ -163,7 +163,7 @@ def test_a_signal_ends_the_run_after_the_step_and_it_can_go_on(config, number, t
 
     before = signal.getsignal(number)
     result = train(TrainConfig(**config), on_step=interrupt)
-    assert result.stopped and 3 <= result.steps <= 4 and "--resume_from_checkpoint latest" in result.summary()
+    assert result.stopped and 3 <= result.steps <= 4 and "resume_from_checkpoint latest" in result.summary()
     assert signal.getsignal(number) == before
     assert events(config, "end")[0]["status"] == "stopped"
     resumed = train(TrainConfig(**config, resume_from_checkpoint="latest"))
@@ -345,7 +345,7 @@ def test_running_out_of_memory_is_a_sentence(config, monkeypatch):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 999 bytes")
 
     monkeypatch.setattr(Denoiser, "loss", loss)
-    with pytest.raises(SVFitError, match="out of memory: go on with --resume_from_checkpoint latest") as error:
+    with pytest.raises(SVFitError, match="out of memory: go on with resume_from_checkpoint latest") as error:
         train(TrainConfig(**config))
     assert "\n" not in str(error.value)
 
@@ -428,7 +428,7 @@ def test_trackers_get_the_losses(config):
 
 
 def test_an_unknown_tracker_is_a_sentence(config):
-    with pytest.raises(SVFitError, match="--report_to nonsense"):
+    with pytest.raises(SVFitError, match="report_to nonsense"):
         train(TrainConfig(**config, report_to="nonsense"))
 
 
@@ -436,7 +436,7 @@ def test_a_lora_is_written_beside_the_adapter(config):
     result = train(TrainConfig(**config, also="kohya"))
     lora = load_file(Path(config["output_dir"]) / "my-dog-kohya.safetensors")
     assert any(name.startswith("lora_unet_") for name in lora) and "LoRA: " in result.summary()
-    with pytest.raises(SVFitError, match="--also is 'zip'"):
+    with pytest.raises(SVFitError, match="also is 'zip'"):
         TrainConfig(also="zip")
 
 

@@ -92,7 +92,7 @@ def test_refusals_leave_nothing_behind(tiny_base, path, tmp_path, monkeypatch):
     with pytest.raises(SVFitError, match="not as torch.bfloat16"):
         export_merged(path, base, tmp_path / "model", dtype=torch.bfloat16)
     base.pipeline.unet.conv_in.weight.data[0] = 1e6
-    with pytest.raises(SVFitError, match=r"unet.conv_in.weight does not fit into float16: export with --dtype float32"):
+    with pytest.raises(SVFitError, match=r"unet.conv_in.weight does not fit into float16: export with dtype float32"):
         export_merged(path, base, tmp_path / "model")
     base = open_base_model(str(tiny_base))
     open_again = merged_room.open_base_model

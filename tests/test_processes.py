@@ -66,7 +66,7 @@ STOPPING = """
 import os, sys
 from svfit_dreambooth import train
 from svfit_dreambooth.method import basis
-from svfit_dreambooth.training.config import parse_config
+from svfit_dreambooth.commands.arguments import parse_config
 
 decomposed, decompose = [], basis.decompose
 basis.decompose = lambda *args, **options: decomposed.append(1) or decompose(*args, **options)

@@ -173,7 +173,7 @@ def test_a_run_that_lacked_memory_goes_on_without_looks_and_with_checkpointed_gr
 def test_as_many_processes_go_on_as_there_were(config, whole):
     path, run = list_checkpoints(whole.adapter_path.parent / "checkpoints")[0], prepare(TrainConfig(**config))
     assert load_checkpoint(path, run_identity(run)).step == 9
-    with pytest.raises(SVFitError, match="was made with --num_processes 1, not 2"):
+    with pytest.raises(SVFitError, match="was made with num_processes 1, not 2"):
         load_checkpoint(path, run_identity(run, 2))
     assert training_record(run, 2, 12, 12, None, None)["batch_size"] == 2 * 2 * 2
 
@@ -213,9 +213,9 @@ def test_a_checkpoint_from_elsewhere_moves_an_earlier_run_aside(config, whole, t
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"learning_rate": 0.01}, "was made with --learning_rate 0.05, not 0.01"),
-        ({"rank": "4"}, "was made with --rank full, not 4"),
-        ({"max_train_steps": 20}, "was made with --max_train_steps 12, not 20"),
+        ({"learning_rate": 0.01}, "was made with learning_rate 0.05, not 0.01"),
+        ({"rank": "4"}, "was made with rank full, not 4"),
+        ({"max_train_steps": 20}, "was made with max_train_steps 12, not 20"),
         ({"resume_from_checkpoint": "/no/such/file"}, "/no/such/file is no file"),
     ],
 )

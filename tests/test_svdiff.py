@@ -86,7 +86,7 @@ def test_an_uncanonical_base_gets_the_closest_and_is_told_what_is_lost(tmp_path)
 def test_norms_are_refused_or_left_out_when_asked(tmp_path):
     base = BaseModel("tiny", canonical_pipeline())
     svdiff_file(base.pipeline.unet, tmp_path / "spectral_shifts.safetensors", everything=True)
-    with pytest.raises(SVFitError, match=r"do not fit an adapter \(\d+ GroupNorm, \d+ LayerNorm\).*--partial"):
+    with pytest.raises(SVFitError, match=r"do not fit an adapter \(\d+ GroupNorm, \d+ LayerNorm\).*partial"):
         import_svdiff(tmp_path, base)
     result = import_svdiff(tmp_path, base, partial=True)
     assert len(result.adapter.shifts) == len(matrix_layers(base.pipeline.unet))

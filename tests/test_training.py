@@ -10,9 +10,9 @@ import torch
 from conftest import tiny_pipeline
 
 from svfit_dreambooth import TrainConfig, load_adapter, read_adapter, train
+from svfit_dreambooth.commands.arguments import parse_config
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.targets import svfit_layers
-from svfit_dreambooth.training.config import parse_config
 from svfit_dreambooth.training.estimate import estimate_memory
 from svfit_dreambooth.training.objective import Denoiser
 from svfit_dreambooth.training.plan import _check_writable, prepare
@@ -177,12 +177,12 @@ def test_init_adapter_with_more_values_than_the_run_keeps(config, tmp_path):
     longest = max(read_adapter(first.adapter_path).ranks.values())
     options = {**config, "output_dir": str(tmp_path / "second"), "init_adapter": str(first.adapter_path)}
     assert prepare(TrainConfig(**options, energy=0.5)) and prepare(TrainConfig(**options, rank=longest))
-    with pytest.raises(SVFitError, match=f"--rank 2 keeps fewer .* than the {longest} .* leave --rank out, or use"):
+    with pytest.raises(SVFitError, match=f"rank 2 keeps fewer .* than the {longest} .* leave rank out, or use"):
         prepare(TrainConfig(**options, rank=2))
-    with pytest.raises(SVFitError, match=r"--energy 0.4 may keep fewer .* leave it out"):
+    with pytest.raises(SVFitError, match=r"energy 0.4 may keep fewer .* leave it out"):
         prepare(TrainConfig(**options, energy=0.4))
     plain = train(TrainConfig(**{**config, "output_dir": str(tmp_path / "plain")}))
-    with pytest.raises(SVFitError, match="not made with an --energy up to that"):
+    with pytest.raises(SVFitError, match="not made with an energy up to that"):
         prepare(TrainConfig(**{**options, "init_adapter": str(plain.adapter_path)}, energy=0.99))
 
 
@@ -228,7 +228,7 @@ def test_captions_take_the_place_of_the_prompt(config, photo_folder, tmp_path):
     options = {**config, "instance_data_dir": str(folder), "instance_prompt": None}
     assert train(TrainConfig(**options)).steps == 6
     next(folder.glob("*.txt")).unlink()
-    with pytest.raises(SVFitError, match="--instance_prompt is missing"):
+    with pytest.raises(SVFitError, match="instance_prompt is missing"):
         train(TrainConfig(**options))
 
 
@@ -236,15 +236,15 @@ def test_captions_take_the_place_of_the_prompt(config, photo_folder, tmp_path):
     ("changes", "sentence"),
     [
         ({"instance_data_dir": "/no/such/folder"}, "There is no folder '/no/such/folder'"),
-        ({"instance_data_dir": None}, "--instance_data_dir is missing"),
-        ({"instance_prompt": None}, "--instance_prompt is missing"),
-        ({"resolution": 17}, "--resolution 17 is not a multiple of 2.*use 16"),
-        ({"lr_scheduler": "zigzag"}, "--lr_scheduler is 'zigzag', but must be one of: linear"),
-        ({"lr_scheduler": "piecewise_constant"}, "--lr_scheduler is 'piecewise_constant', but must be one of"),
+        ({"instance_data_dir": None}, "instance_data_dir is missing"),
+        ({"instance_prompt": None}, "instance_prompt is missing"),
+        ({"resolution": 17}, "resolution 17 is not a multiple of 2.*use 16"),
+        ({"lr_scheduler": "zigzag"}, "lr_scheduler is 'zigzag', but must be linear, cosine"),
+        ({"lr_scheduler": "piecewise_constant"}, "lr_scheduler is 'piecewise_constant', but must be linear"),
         ({"pretrained_model_name_or_path": "/no/model"}, "/no/model is no base model"),
         ({"pretrained_model_name_or_path": "model.ckpt"}, "model.ckpt is no base model"),
         ({"target_modules": ["to_z"]}, "'to_z' matches no linear layer"),
-        ({"init_adapter": "/no/adapter"}, "--init_adapter /no/adapter does not exist"),
+        ({"init_adapter": "/no/adapter"}, "init_adapter /no/adapter does not exist"),
         ({"adapter_name": "../escape"}, "'../escape' is no file name"),
         ({"dino_path": "/no/dino", "validation_steps": 2}, "the weights /no/dino cannot be opened as a AutoModel"),
         ({"clip_path": "/no/clip", "validation_steps": None}, "the weights /no/clip cannot be opened as a CLIPModel"),
@@ -294,7 +294,7 @@ def test_a_folder_of_text_files_and_an_empty_one(config, tmp_path):
 
 def test_an_output_that_cannot_be_written(config, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(SVFitError, match="--output_dir .* cannot be written"):
+    with pytest.raises(SVFitError, match="output_dir .* cannot be written"):
         train(TrainConfig(**{**config, "output_dir": str(tmp_path / "file" / "run")}))
 
 

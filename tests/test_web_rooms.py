@@ -428,7 +428,7 @@ def test_what_no_run_could_use_is_refused_before_it_waits(workspace, visitor, ph
     server = Jobs(workspace)
     with pytest.raises(SVFitError, match="no photos yet"):
         server.submit(visitor, "dog", {"instance_prompt": "a photo of sks dog"})
-    with pytest.raises(SVFitError, match="--rank is 'many'"):
+    with pytest.raises(SVFitError, match="rank is 'many'"):
         submit(server, visitor, photo_folder, rank="many")
     assert server.listed(visitor) == [] and not list(workspace.jobs.glob("[0-9]*"))
 

@@ -94,7 +94,7 @@ def check_base_model(name: str, base_config: str | None = None) -> None:
         if path.suffix != ".safetensors":
             raise SVFitError(f"{name} is not a .safetensors checkpoint: convert it, pickled files are never opened.")
         if base_config is not None and _folder_kind(base_config) is None:
-            raise SVFitError(f"--base_config {base_config} is not a folder with a readable model_index.json.")
+            raise SVFitError(f"base_config {base_config} is not a folder with a readable model_index.json.")
     elif not HUB_ID.fullmatch(name) or name.startswith("."):
         raise SVFitError(
             f"{name} is no base model: there is no such folder or file, and a hub id reads owner/name; "
@@ -127,7 +127,7 @@ def open_base_model(
             family, prediction_type = _read_single_file(path)
             if base_config is not None and _folder_kind(base_config) != family.__name__:
                 raise SVFitError(
-                    f"{name} is a checkpoint for {family.__name__}, but --base_config {base_config} describes a "
+                    f"{name} is a checkpoint for {family.__name__}, but base_config {base_config} describes a "
                     f"{_folder_kind(base_config)}: give the configs of its own family."
                 )
             location["local_files_only"] = local_files_only or base_config is not None
@@ -153,7 +153,7 @@ def open_base_model(
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = ""
         if path.is_file() and base_config is None:
-            hint = "; its configs were looked for on the hub, --base_config names a folder with them"
+            hint = "; its configs were looked for on the hub, base_config names a folder with them"
         raise SVFitError(f"the base model {name} cannot be opened: {reason}{hint}") from error
     if pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels:
         raise SVFitError(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from svfit_dreambooth.commands.base import add_base, open_base
+from svfit_dreambooth.commands.wording import with_dashes
 from svfit_dreambooth.errors import SVFitError
 
 SHOWN = {  # header field -> how it is called
@@ -130,7 +131,7 @@ def _plot(options: argparse.Namespace, adapter: Any) -> Any:
     try:
         spectrum = (layer, _singular_values(options, adapter, layer))
     except SVFitError as error:
-        print(f"singular values are not drawn: {error}")
+        print(f"singular values are not drawn: {with_dashes(str(error), vars(options), error.parameters)}")
         spectrum = None
     picture = read_thumbnail(adapter.metadata)
     bundled = sorted(TOYBOX_SUBJECTS.glob("*/*.png"))

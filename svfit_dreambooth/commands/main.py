@@ -4,7 +4,9 @@ Heavy imports happen inside the commands, so that --help answers at once.
 """
 
 import argparse
+import io
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +16,7 @@ from svfit_dreambooth.commands.evaluate import add_evaluate
 from svfit_dreambooth.commands.files import add_file_commands
 from svfit_dreambooth.commands.inspect import add_inspect
 from svfit_dreambooth.commands.push import add_push
+from svfit_dreambooth.commands.wording import with_dashes
 from svfit_dreambooth.errors import SVFitError
 
 
@@ -27,34 +30,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _plainly(_dispatch, sys.argv[1:] if arguments is None else arguments)
 
 
-def _plainly(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
-    """Runs `command`; what a person did wrong is one sentence on standard error and exit code 2."""
+def _plainly(command: Callable[[Sequence[str], set[str]], None], arguments: Sequence[str]) -> int:
+    """Runs `command`, which adds the names of its options to a set; returns the exit code.
+
+    What a person did wrong is one sentence on standard error and exit code 2.
+    """
+    names: set[str] = set()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that knows ASCII alone gets escapes, not a traceback
+            stream.reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler()
-    handler.setFormatter(_Formatter())
+    handler.setFormatter(_Formatter(names))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("svfit_dreambooth").setLevel(logging.INFO)
     try:
-        command(arguments)
+        command(arguments, names)
+        sys.stdout.flush()
     except SVFitError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {with_dashes(str(error), names, error.parameters)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped.", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # who read has read enough, as in `... | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     return 0
 
 
 class _Formatter(logging.Formatter):
-    """Plain lines; only warnings and worse say what they are."""
+    """Plain lines; only warnings and worse say what they are.  Options are named as flags."""
+
+    def __init__(self, names: set[str]) -> None:
+        super().__init__()
+        self.names = names
 
     def format(self, record: logging.LogRecord) -> str:
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        return prefix + super().format(record)
+        return prefix + with_dashes(super().format(record), self.names)
 
 
-def _train(arguments: Sequence[str]) -> None:
-    from svfit_dreambooth.training.config import config_to_yaml, parse_config
+def _train(arguments: Sequence[str], names: set[str]) -> None:
+    from svfit_dreambooth.commands.arguments import OPTION_NAMES, parse_config
+    from svfit_dreambooth.training.config import config_to_yaml
 
+    names.update(OPTION_NAMES)
     config = parse_config(arguments, prog="train_dreambooth_svfit.py")
     if config.dry_run:
         from svfit_dreambooth.training.estimate import estimate_memory
@@ -62,7 +82,7 @@ def _train(arguments: Sequence[str]) -> None:
 
         run = prepare(config)
         print(config_to_yaml(run.config))
-        print("\n".join([*run.report(), *estimate_memory(run).lines()]))
+        print(with_dashes("\n".join([*run.report(), *estimate_memory(run).lines()]), names))
         return
     from accelerate import PartialState
 
@@ -70,12 +90,12 @@ def _train(arguments: Sequence[str]) -> None:
 
     result = train(config)
     if PartialState().is_main_process:  # of several that share the run, one speaks
-        print(result.summary())
+        print(with_dashes(result.summary(), names))
 
 
-def _dispatch(arguments: Sequence[str]) -> None:
-    parser = _parser()
-    options = parser.parse_args(arguments)
+def _dispatch(arguments: Sequence[str], names: set[str]) -> None:
+    options = _parser().parse_args(arguments)
+    names.update(vars(options))
     options.run(options)
 
 

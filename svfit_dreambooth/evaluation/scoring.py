@@ -78,7 +78,7 @@ def evaluate_adapters(
     measured, for photos that cannot be used, and where an earlier evaluation is.
     """
     if features.any is None:
-        raise SVFitError("nothing can be measured: name a DINO and a CLIP model with --dino_path and --clip_path.")
+        raise SVFitError("nothing can be measured: name a DINO and a CLIP model with dino_path and clip_path.")
     if (output_dir / "scores.json").exists():
         raise SVFitError(f"{output_dir} holds the scores of an earlier evaluation: name another folder.")
     candidates = [dataclasses.replace(candidate, path=find_adapter(candidate.path)) for candidate in candidates]
@@ -161,7 +161,7 @@ def _questions(candidate: Candidate, model: BaseModel, templates: Sequence[str] 
     adapter = read_adapter(candidate.path)
     if words is None:
         if not adapter.instance_prompt:
-            raise SVFitError(f'{candidate.path} does not name its subject: add --subject_words, such as "sks dog".')
+            raise SVFitError(f'{candidate.path} does not name its subject: add subject_words, such as "sks dog".')
         words = subject_words(adapter.instance_prompt)
     class_words = candidate.class_words or subject_words(adapter.class_prompt or words.split()[-1])
     if templates is None and model.name == TOYBOX and photos.parent == TOYBOX_SUBJECTS.resolve():

@@ -120,7 +120,7 @@ def word_pieces(tokenizer: Any, word: str) -> Pieces:
     pieces = tuple(tokenizer(word, add_special_tokens=False).input_ids)
     inner = tokenizer.convert_ids_to_tokens(list(pieces))
     if len(word.split()) != 1 or not pieces or any(token.endswith(WORD_END) for token in inner[:-1]):
-        raise SVFitError(f'--learned_word {word!r} is not one word: name the subject\'s rare word, such as "sks".')
+        raise SVFitError(f'learned_word {word!r} is not one word: name the subject\'s rare word, such as "sks".')
     if not inner[-1].endswith(WORD_END):
         raise SVFitError(f"the tokenizer of this base does not mark where words end, so {word!r} cannot be learned.")
     return pieces
@@ -134,7 +134,7 @@ def check_word(pipeline: Any, word: str, captions: Sequence[str]) -> None:
         for caption in captions:
             ids = tokenizer(caption, truncation=True, max_length=tokenizer.model_max_length).input_ids
             if not find_word(torch.tensor(ids), pieces, ends).any():
-                raise SVFitError(f"--learned_word {word!r} does not occur in the prompt {caption!r}: use it there.")
+                raise SVFitError(f"learned_word {word!r} does not occur in the prompt {caption!r}: use it there.")
 
 
 def tokenizer_of(pipeline: Any, component: str) -> Any:

@@ -27,7 +27,7 @@ from svfit_dreambooth.painting.loading import load_adapter, loaded_adapters, mer
 from svfit_dreambooth.sharing.hub import find_adapter
 from svfit_dreambooth.training.config import TOYBOX
 
-NAME_THE_BASE = "name the base yourself with --pretrained_model_name_or_path"
+NAME_THE_BASE = "name the base yourself with pretrained_model_name_or_path"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -107,7 +107,7 @@ def open_named_base(name: str, path: Path, **options: Any) -> BaseModel:
         )
     check_base_model(repository)
     _check_options(name, options)
-    given = [f"--{option} {options[option]}" for option in ("revision", "variant") if options.get(option)]
+    given = [f"{option} {options[option]}" for option in ("revision", "variant") if options.get(option)]
     options |= {"revision": options.get("revision") or revision or None, "local_files_only": True}
     try:
         return open_base_model(repository, **options)
@@ -124,7 +124,8 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
     for option in ("base_config", *(("revision", "variant") if name == TOYBOX else ())):
         if options.get(option) is not None:
             raise SVFitError(
-                f"--{option} {options[option]} does not apply to the base {name}: leave it out, or {NAME_THE_BASE}."
+                f"{option} {options[option]} does not apply to the base {name}: leave it out, or {NAME_THE_BASE}.",
+                option,
             )
 
 
@@ -162,9 +163,9 @@ def generate(
     height, width = height or model.resolution, width or model.resolution
     for name, size in (("height", height), ("width", width)):
         if size < 1 or size % max(factor, 8):
-            raise SVFitError(f"--{name} {size} does not work: it must be a multiple of {max(factor, 8)}.")
+            raise SVFitError(f"{name} {size} does not work: it must be a multiple of {max(factor, 8)}.", name)
     if num_images < 1 or num_inference_steps < 1:
-        raise SVFitError("--num_images and --num_inference_steps must be 1 or more.")
+        raise SVFitError("num_images and num_inference_steps must be 1 or more.")
     guidance_scale = model.guidance_scale if guidance_scale is None else guidance_scale
     pictures: list[Picture] = []
     with merge_adapters(pipeline):

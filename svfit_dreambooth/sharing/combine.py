@@ -57,7 +57,7 @@ def combine_adapters(
     if recorded is None and open_base is None:
         raise SVFitError(
             f"{_title(first)} and the others adapt different layers or words, so only the weights of the base can tell "
-            "whether it is theirs: name it with --pretrained_model_name_or_path."
+            "whether it is theirs: name it with pretrained_model_name_or_path."
         )
     shifts = add_shifts([(adapter.shifts, factor) for (adapter, _), factor in zip(adapters, factors, strict=True)])
     parts = [_part(adapter, factor) for (adapter, _), factor in zip(adapters, factors, strict=True)]

@@ -83,7 +83,7 @@ def export_lora(
         words = ", ".join(word.word for word in adapter.learned_words)
         raise SVFitError(
             f"{adapter_path} has learned the word {words}, for which a LoRA has no place: export a merged model, or "
-            "add --without_words and lose that part of the likeness."
+            "add without_words and lose that part of the likeness."
         )
     path = _output_file(Path(output), Path(adapter_path), layout)
     shifts = {name: scale * shift for name, shift in adapter.shifts.items()}
@@ -120,7 +120,9 @@ def _output_file(output: Path, adapter_path: Path, layout: Layout) -> Path:
     if output.is_dir() or output.suffix != ".safetensors":
         output = output / FILE_NAME.get(layout, f"{adapter_path.stem}.safetensors")
     if output.exists() and output.samefile(adapter_path):
-        raise SVFitError(f"{output} is the adapter itself, which an export must not replace: choose another --output.")
+        raise SVFitError(
+            f"{output} is the adapter itself, which an export must not replace: choose another output.", "output"
+        )
     return output
 
 
@@ -194,7 +196,8 @@ def _compare(path: Path, plan: LoraPlan, layers: dict[str, SVFitLayer], sdxl: in
         if not off <= allowed * norm:
             raise SVFitError(
                 f"the LoRA came out wrong and was not kept: the change of {name} is off by {off / norm:.2e} where "
-                f"{allowed:.2e} was planned; --dtype float32 may help."
+                f"{allowed:.2e} was planned; dtype float32 may help.",
+                "dtype",
             )
         squares, total, worst = squares + off**2, total + norm**2, max(worst, off / norm)
     return (squares / total) ** 0.5, worst

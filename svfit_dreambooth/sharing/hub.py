@@ -107,8 +107,9 @@ def push_adapter(
             is_private = api.model_info(upload.repository).private
             if private and not is_private:
                 raise SVFitError(
-                    f"{upload.repository} exists already and everybody can see it: give --public if they may see this "
-                    "adapter too, or name another repository."
+                    f"{upload.repository} exists already and everybody can see it: give public if they may see this "
+                    "adapter too, or name another repository.",
+                    "public",
                 )
             upload.private = bool(is_private)
             upload.card = write_card(upload.repository)

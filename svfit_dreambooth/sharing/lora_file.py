@@ -49,7 +49,7 @@ def pack_layer(
     tensors = {key: value.to(dtype).contiguous() for key, value in tensors.items()}
     for key, value in tensors.items():
         if not torch.isfinite(value).all():
-            raise SVFitError(f"{key} does not fit into {str(dtype)[6:]}: export with --dtype float32.")
+            raise SVFitError(f"{key} does not fit into {str(dtype)[6:]}: export with dtype float32.", "dtype")
     if layout == "kohya":
         tensors[f"{stem}.alpha"] = torch.tensor(float(alpha))
     return tensors

@@ -73,11 +73,13 @@ def plan_lora(
     no other, are never stored.  Raises SVFitError for values that make no sense and for shifts that are all zero.
     """
     if rank is not None and error is not None:
-        raise SVFitError("--rank and --error both choose what a LoRA keeps: give one of them.")
+        raise SVFitError("rank and error both choose what a LoRA keeps: give one of them.", "rank", "error")
     if rank is not None and rank < 1:
-        raise SVFitError(f"--rank {rank} keeps nothing: give a number of 1 or more.")
+        raise SVFitError(f"rank {rank} keeps nothing: give a number of 1 or more.", "rank")
     if error is not None and not 0 <= error < 1:
-        raise SVFitError(f"--error {error:g} is no share of the change: give a number from 0 to below 1, such as 0.01.")
+        raise SVFitError(
+            f"error {error:g} is no share of the change: give a number from 0 to below 1, such as 0.01.", "error"
+        )
     if dtype not in BYTES:
         raise SVFitError(f"a LoRA is saved as torch.float16 or torch.float32, not as {dtype}.")
     kept, errors = {}, {}

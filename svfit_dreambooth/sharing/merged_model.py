@@ -133,7 +133,7 @@ def _put_words(base: BaseModel, adapter: Adapter, scale: float) -> None:
             if len(pieces) > 1:
                 raise SVFitError(
                     f"the adapter has learned the word {word.word!r}, which is {len(pieces)} tokens that other words "
-                    "share, so it has no place in a model: add --without_words and lose that part of the likeness."
+                    "share, so it has no place in a model: add without_words and lose that part of the likeness."
                 )
             weight = pipeline_components(base.pipeline)[component].get_input_embeddings().weight  # type: ignore[operator]
             weight[pieces[0]] += (scale * delta[0]).to(weight)
@@ -172,7 +172,8 @@ def _check_finite(base: BaseModel, dtype: torch.dtype) -> None:
         for name, tensor in part.state_dict().items() if isinstance(part, torch.nn.Module) else ():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise SVFitError(
-                    f"{component}.{name} does not fit into {TYPE_NAME[dtype]}: export with --dtype float32."
+                    f"{component}.{name} does not fit into {TYPE_NAME[dtype]}: export with dtype float32.",
+                    "dtype",
                 )
 
 

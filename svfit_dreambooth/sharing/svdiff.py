@@ -86,7 +86,8 @@ def import_svdiff(
     if unfit and not partial:
         raise SVFitError(
             f"{len(unfit)} of {len(unfit) + len(shifts)} tensors in {path} do not fit an adapter ({_kinds(unfit)}), "
-            "and without them its pictures would differ: add --partial to take over the other layers alone."
+            "and without them its pictures would differ: add partial to take over the other layers alone.",
+            "partial",
         )
     if not shifts:
         raise SVFitError(f"nothing in {path} fits an adapter: it changes no linear layer and no convolution.")

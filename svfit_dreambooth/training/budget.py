@@ -65,7 +65,7 @@ def choose_positions(run: Run, examples: Examples, device: torch.device, dtype: 
     """
     budget = run.config.budget
     if budget is None:
-        raise SVFitError("there is no budget to share out: set --budget.")
+        raise SVFitError("there is no budget to share out: set budget.", "budget")
     return allocate(score_values(run, examples, device, dtype), budget)
 
 
@@ -100,7 +100,7 @@ def score_values(run: Run, examples: Examples, device: torch.device, dtype: torc
         gradient = torch.zeros_like(shift) if shift.grad is None else shift.grad  # None: SDXL skips a last layer
         scores[name] = (rate * gradient.abs()).float().cpu()
         if not torch.isfinite(scores[name]).all():
-            raise SVFitError(f"the gradients of {name} are not finite: use --mixed_precision bf16 or no.")
+            raise SVFitError(f"the gradients of {name} are not finite: use mixed_precision bf16 or no.")
     return scores
 
 

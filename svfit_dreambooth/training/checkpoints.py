@@ -143,7 +143,7 @@ def _step(checkpoint: Path) -> int:
 
 
 def find_checkpoint(asked: str, output_dir: Path) -> Path | None:
-    """The checkpoint that `--resume_from_checkpoint` means: "latest" of `output_dir` (None if it has none), or a file.
+    """The checkpoint that `resume_from_checkpoint` means: "latest" of `output_dir` (None if it has none), or a file.
 
     Raises SVFitError for a path that is no checkpoint.
     """
@@ -153,7 +153,7 @@ def find_checkpoint(asked: str, output_dir: Path) -> Path | None:
     path = Path(asked)
     if not path.is_file():
         raise SVFitError(
-            f'--resume_from_checkpoint {asked} is no file: give a file of <output_dir>/checkpoints, or "latest".'
+            f'resume_from_checkpoint {asked} is no file: give a file of <output_dir>/checkpoints, or "latest".'
         )
     return path
 
@@ -178,11 +178,11 @@ def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> TrainState:
             if name in ("photos", "class_pictures", "base"):
                 raise SVFitError(
                     f"the checkpoint {path} belongs to other {name.replace('_', ' ')}: start anew in another "
-                    "--output_dir."
+                    "output_dir."
                 )
             raise SVFitError(
                 f"the checkpoint {path} was made with --{name} {there}, not {here}: use the same options, or start "
-                "anew; --init_adapter goes on from a finished adapter with other options."
+                "anew; init_adapter goes on from a finished adapter with other options."
             )
     groups: dict[str, dict[str, Tensor]] = {"value": {}, "optimizer": {}, "best": {}}
     for name, tensor in tensors.items():

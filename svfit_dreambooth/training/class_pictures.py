@@ -63,7 +63,7 @@ def check_class_pictures(folder: Path, class_prompt: str, base: BaseModel) -> No
     elif note["base_sha256"] != _hash(base):
         other = f"by another base named {base.name}"
     if other:
-        raise SVFitError(f"--class_data_dir {folder} holds pictures painted {other}: name another folder for this run.")
+        raise SVFitError(f"class_data_dir {folder} holds pictures painted {other}: name another folder for this run.")
 
 
 def paint_class_pictures(
@@ -120,7 +120,7 @@ def paint_class_pictures(
             if failures == PATIENCE:
                 raise SVFitError(
                     f"{PATIENCE} pictures of {class_prompt!r} in a row came out blacked out or in one colour: change "
-                    "--class_prompt, or put pictures of your own into --class_data_dir."
+                    "class_prompt, or put pictures of your own into class_data_dir."
                 )
     return usable_class_pictures(folder)[:count]
 
@@ -165,4 +165,4 @@ def _read_note(folder: Path) -> dict[str, Any]:
             return note
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    raise SVFitError(f"{path} cannot be read: delete it, or name another --class_data_dir.")
+    raise SVFitError(f"{path} cannot be read: delete it, or name another class_data_dir.")

@@ -67,17 +67,17 @@ def estimate_memory(run: Run) -> Estimate:
     words = []
     no_looks = {"validation_steps": 0 if default_device().type != "cpu" else run.config.validation_steps}
     changes: list[tuple[dict[str, Any], str]] = [
-        (no_looks, "--validation_steps 0"),
-        ({"gradient_checkpointing": True}, "--gradient_checkpointing"),
-        ({"mixed_precision": "bf16"}, "--mixed_precision bf16"),
-        ({"train_batch_size": 1}, "--train_batch_size 1"),
-        ({"resolution": (run.config.resolution or 0) * 3 // 4 // 64 * 64 or run.config.resolution}, "--resolution"),
+        (no_looks, "validation_steps 0"),
+        ({"gradient_checkpointing": True}, "gradient_checkpointing"),
+        ({"mixed_precision": "bf16"}, "mixed_precision bf16"),
+        ({"train_batch_size": 1}, "train_batch_size 1"),
+        ({"resolution": (run.config.resolution or 0) * 3 // 4 // 64 * 64 or run.config.resolution}, "resolution"),
     ]
     for change, word in changes:
         if all(getattr(run.config, name) == value for name, value in change.items()):
             continue
         tried |= change
-        words.append(word if word != "--resolution" else f"{word} {change['resolution']}")
+        words.append(word if word != "resolution" else f"{word} {change['resolution']}")
         if _estimate(run, dataclasses.replace(run.config, **tried)).fits:
             estimate.suggestion = "use " + " ".join(words) + "."
             return estimate

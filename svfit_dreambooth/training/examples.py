@@ -16,7 +16,7 @@ from svfit_dreambooth.photos.reading import Photo, open_mask, open_photo
 from svfit_dreambooth.training.class_pictures import paint_class_pictures
 from svfit_dreambooth.training.plan import Run
 
-WEIGHT_DTYPE = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --mixed_precision
+WEIGHT_DTYPE = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by mixed_precision
 
 
 @dataclass

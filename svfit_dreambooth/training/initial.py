@@ -1,4 +1,4 @@
-"""The adapter that a run starts from, `--init_adapter`: whether it can go on with the base and options of the run."""
+"""The adapter that a run starts from, `init_adapter`: whether it can go on with the base and options of the run."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,21 +22,23 @@ def read_initial(config: TrainConfig) -> Adapter | None:
     if path is None:
         return None
     if not Path(path).exists():
-        raise SVFitError(f"--init_adapter {path} does not exist.")
+        raise SVFitError(f"init_adapter {path} does not exist.")
     initial = read_adapter(path)
     if config.energy is not None:
         recorded = initial.training.get("energy")  # more energy never keeps fewer; other ranks only the base tells
         if not isinstance(recorded, int | float) or recorded > config.energy:
             raise SVFitError(
-                f"--energy {config.energy} may keep fewer singular values than --init_adapter {path} has, as it was "
-                "not made with an --energy up to that: leave it out."
+                f"energy {config.energy} may keep fewer singular values than init_adapter {path} has, as it was "
+                "not made with an energy up to that: leave it out.",
+                "energy",
             )
     elif config.rank_value != "full":
         longest = max((len(shift) for shift in initial.shifts.values()), default=0)
         if longest > config.rank_value:
             raise SVFitError(
-                f"--rank {config.rank} keeps fewer singular values than the {longest} of a layer that --init_adapter "
-                f"{path} has: leave --rank out, or use {longest} or more."
+                f"rank {config.rank} keeps fewer singular values than the {longest} of a layer that init_adapter "
+                f"{path} has: leave rank out, or use {longest} or more.",
+                "rank",
             )
     return initial
 
@@ -55,15 +57,15 @@ def check_initial(
     path, word = config.init_adapter, config.learned_word
     for learned in initial.learned_words:
         if learned.word != word:
-            raise SVFitError(f"--init_adapter {path} learned a word: add --learned_word {learned.word}.")
+            raise SVFitError(f"init_adapter {path} learned a word: add learned_word {learned.word}.")
     missing = sorted(set(initial.shifts) - set(weights))
     if missing:
         raise SVFitError(
-            f"--init_adapter {path} adapts {missing[0]}, which this run does not train: "
-            "use the same --target_modules and --train_text_encoder as its run."
+            f"init_adapter {path} adapts {missing[0]}, which this run does not train: "
+            "use the same target_modules and train_text_encoder as its run."
         )
     names = {*initial.shifts, *initial.word_deltas()}
     all_weights = {**weights, **word_rows(base.pipeline, word)}
     own = {name: weight for name, weight in all_weights.items() if name in names}
     if same_base(initial.base_fingerprint, own, hashes) == "different":
-        raise SVFitError(f"--init_adapter {path} was trained on another base model, {initial.base_model}.")
+        raise SVFitError(f"init_adapter {path} was trained on another base model, {initial.base_model}.")

@@ -32,13 +32,9 @@ def lock_run(folder: str | Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
-        raise SVFitError(
-            f"another run is writing into {folder}: wait for it, or choose another --output_dir."
-        ) from None
+        raise SVFitError(f"another run is writing into {folder}: wait for it, or choose another output_dir.") from None
     except OSError as error:
-        raise SVFitError(
-            f"--output_dir {folder} cannot be written ({error.strerror}): choose another folder."
-        ) from error
+        raise SVFitError(f"output_dir {folder} cannot be written ({error.strerror}): choose another folder.") from error
     try:
         yield
     finally:

@@ -184,7 +184,7 @@ class Loop:
         if self.skipped == MAX_SKIPPED:  # no value has changed since, so there is nothing to return to
             raise SVFitError(
                 f"the gradients of {MAX_SKIPPED} steps in a row, up to step {self.step + 1}, are not finite: "
-                "lower --learning_rate, or use --mixed_precision no."
+                "lower learning_rate, or use mixed_precision no."
             )
         self.step += 1
         self.between_steps = True
@@ -207,7 +207,7 @@ class Loop:
         if rollbacks > MAX_ROLLBACKS:
             raise SVFitError(
                 f"{reason}, also after {MAX_ROLLBACKS} returns to step {self.step} with half the learning rate each: "
-                "lower --learning_rate, or use --mixed_precision no."
+                "lower learning_rate, or use mixed_precision no."
             )
         self.rate_factor, self.rollbacks = factor, rollbacks
         rate = self.config.learning_rate * factor

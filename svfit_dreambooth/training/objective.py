@@ -173,7 +173,7 @@ def weighted_mean(squares: Tensor, weight: Tensor) -> Tensor:
     """sum(weight * squares) / sum(weight) of every example, (batch,), of (batch, channels, h, w) and (batch, 1, h, w).
 
     So a small subject counts as much as a large one.  Where all weights are 0, as in a window beside the subject
-    with --unmasked_weight 0, it is 0.
+    with unmasked_weight 0, it is 0.
     """
     weight = weight.expand_as(squares)
     total = weight.flatten(1).sum(1)

@@ -12,7 +12,6 @@ from typing import Any
 
 import psutil
 import torch
-from diffusers.optimization import SchedulerType
 from torch import Tensor, nn
 
 from svfit_dreambooth.adapter.file import Adapter
@@ -38,7 +37,7 @@ from svfit_dreambooth.training.class_pictures import (
 )
 from svfit_dreambooth.training.config import TOYBOX, TrainConfig
 from svfit_dreambooth.training.initial import check_initial, read_initial
-from svfit_dreambooth.training.presets import apply_preset
+from svfit_dreambooth.training.presets import with_preset
 
 logger = logging.getLogger(__name__)
 
@@ -125,21 +124,17 @@ def prepare(config: TrainConfig, *, local_files_only: bool = False) -> Run:
     an unknown schedule, a base model that is none, a resolution that does not fit the base, targets that match nothing,
     an output that cannot be written.
     """
-    config = dataclasses.replace(config)
-    schedules = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]  # it wants rules
-    if config.lr_scheduler not in schedules:
-        raise SVFitError(f"--lr_scheduler is {config.lr_scheduler!r}, but must be one of: {', '.join(schedules)}.")
     check_base_model(config.pretrained_model_name_or_path, config.base_config)
-    _choose_subject(config)
+    config = _with_subject(config)
     photos = find_photos(str(config.instance_data_dir))
     if config.instance_prompt is None and any(photo.caption is None for photo in photos):
-        raise SVFitError('--instance_prompt is missing: say what the photos show, such as "a photo of sks dog".')
-    _choose_class(config)
+        raise SVFitError('instance_prompt is missing: say what the photos show, such as "a photo of sks dog".')
+    config = _with_class(config)
     initial = read_initial(config)
     adapter_name = config.adapter_name or _file_name(Path(str(config.instance_data_dir)).resolve().name)
     if adapter_name != _file_name(adapter_name):
-        raise SVFitError(f"--adapter_name {adapter_name!r} is no file name: use letters, digits, '-', '_' and '.'.")
-    config.adapter_name = adapter_name
+        raise SVFitError(f"adapter_name {adapter_name!r} is no file name: use letters, digits, '-', '_' and '.'.")
+    config = dataclasses.replace(config, adapter_name=adapter_name)
     _check_output(config)
     if not config.dry_run:
         _check_writable(config.output_dir)
@@ -148,24 +143,29 @@ def prepare(config: TrainConfig, *, local_files_only: bool = False) -> Run:
     free = available_memory()
     base = open_run_base(config, local_files_only=local_files_only)
     noise_scheduler(base.pipeline)  # raises for bases that are trained otherwise
-    apply_preset(config, base.architecture)
-    if config.validation_steps is None:
-        asked = config.dino_path is not None or config.clip_path is not None  # or they would be given for nothing
-        quick = base.name == TOYBOX or torch.cuda.is_available() or torch.backends.mps.is_available()
-        config.validation_steps = max(1, config.max_train_steps // 4) if asked or quick else 0
+    config = with_preset(config, base.architecture)
+    quick = base.name == TOYBOX or torch.cuda.is_available() or torch.backends.mps.is_available()
+    asked = config.dino_path is not None or config.clip_path is not None  # or they would be given for nothing
+    looks = max(1, config.max_train_steps // 4) if asked or quick else 0
     factor = base.pipeline.vae_scale_factor
-    config.resolution = config.resolution or base.resolution
+    config = dataclasses.replace(
+        config,
+        validation_steps=looks if config.validation_steps is None else config.validation_steps,
+        resolution=config.resolution or base.resolution,
+        guidance_scale=base.guidance_scale if config.guidance_scale is None else config.guidance_scale,
+    )
+    assert config.resolution is not None
     if config.resolution % factor:
         raise SVFitError(
-            f"--resolution {config.resolution} is not a multiple of {factor}, the factor by which this base's "
-            f"autoencoder shrinks pictures: use {max(1, round(config.resolution / factor)) * factor}."
+            f"resolution {config.resolution} is not a multiple of {factor}, the factor by which this base's "
+            f"autoencoder shrinks pictures: use {max(1, round(config.resolution / factor)) * factor}.",
+            "resolution",
         )
     if config.learned_word is not None:
         captions = dict.fromkeys(photo.caption or str(config.instance_prompt) for photo in photos)
         check_word(base.pipeline, config.learned_word, list(captions))
     if config.with_prior_preservation:
         check_class_pictures(Path(str(config.class_data_dir)), str(config.class_prompt), base)
-    config.guidance_scale = base.guidance_scale if config.guidance_scale is None else config.guidance_scale
     found = {"unet": find_projections(base.pipeline.unet, config.target_modules)}
     if config.train_text_encoder:
         for component, module in pipeline_components(base.pipeline).items():
@@ -213,42 +213,45 @@ def _text_projections(base: BaseModel, component: str, module: Any) -> Projectio
     return found
 
 
-def _choose_subject(config: TrainConfig) -> None:
+def _with_subject(config: TrainConfig) -> TrainConfig:
     """Without photos, a bundled subject of toybox stands in, with its prompt."""
     if config.instance_data_dir is not None:
-        return
+        return config
     if config.pretrained_model_name_or_path != TOYBOX:
-        raise SVFitError("--instance_data_dir is missing: name the folder that holds the photos of your subject.")
-    config.instance_data_dir = str(TOYBOX_SUBJECTS / TOYBOX_SUBJECT)
+        raise SVFitError("instance_data_dir is missing: name the folder that holds the photos of your subject.")
     kind = TOYBOX_SUBJECT.partition("_")[0]
-    if config.instance_prompt is None:
-        config.instance_prompt = f"a photo of sks {kind}"
-    if config.with_prior_preservation and config.class_prompt is None:
-        config.class_prompt = f"a photo of a {kind}"
+    class_prompt = f"a photo of a {kind}" if config.with_prior_preservation else None
+    return dataclasses.replace(
+        config,
+        instance_data_dir=str(TOYBOX_SUBJECTS / TOYBOX_SUBJECT),
+        instance_prompt=config.instance_prompt or f"a photo of sks {kind}",
+        class_prompt=config.class_prompt or class_prompt,
+    )
 
 
-def _choose_class(config: TrainConfig) -> None:
+def _with_class(config: TrainConfig) -> TrainConfig:
     """What the class is and where its pictures are."""
     if not config.with_prior_preservation:
         if config.class_data_dir is not None:
-            logger.warning("--class_data_dir is not used without --with_prior_preservation.")
-        return
+            logger.warning("class_data_dir is not used without with_prior_preservation.")
+        return config
     if config.class_prompt is None:
-        raise SVFitError('--class_prompt is missing: say what the class pictures show, such as "a photo of a dog".')
-    config.class_data_dir = config.class_data_dir or str(Path(config.output_dir) / "class_pictures")
-    if Path(config.class_data_dir).resolve() == Path(str(config.instance_data_dir)).resolve():
-        raise SVFitError(f"--class_data_dir {config.class_data_dir} is the folder of the photos: name another.")
+        raise SVFitError('class_prompt is missing: say what the class pictures show, such as "a photo of a dog".')
+    folder = config.class_data_dir or str(Path(config.output_dir) / "class_pictures")
+    if Path(folder).resolve() == Path(str(config.instance_data_dir)).resolve():
+        raise SVFitError(f"class_data_dir {folder} is the folder of the photos: name another.")
+    return dataclasses.replace(config, class_data_dir=folder)
 
 
 def _check_output(config: TrainConfig) -> None:
     """Raises SVFitError where the run would write among the photos, or over its own base."""
     folder = Path(config.output_dir).resolve()
     if folder == Path(str(config.instance_data_dir)).resolve():
-        raise SVFitError(f"--output_dir {config.output_dir} is the folder of the photos: name another.")
+        raise SVFitError(f"output_dir {config.output_dir} is the folder of the photos: name another.")
     if folder / f"{config.adapter_name}.safetensors" == Path(config.pretrained_model_name_or_path).resolve():
         raise SVFitError(
             f"the adapter would replace its base model, {config.pretrained_model_name_or_path}: "
-            "give another --adapter_name or --output_dir."
+            "give another adapter_name or output_dir."
         )
 
 
@@ -261,6 +264,4 @@ def _check_writable(folder: str) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()  # a name of its own: several processes of a run ask at once
     except OSError as error:
-        raise SVFitError(
-            f"--output_dir {folder} cannot be written ({error.strerror}): choose another folder."
-        ) from error
+        raise SVFitError(f"output_dir {folder} cannot be written ({error.strerror}): choose another folder.") from error

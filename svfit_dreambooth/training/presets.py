@@ -3,10 +3,9 @@
 A preset fills the options that were left open (None in TrainConfig); whatever is given otherwise stands.
 """
 
-from copy import copy
+from dataclasses import replace
 from typing import Any
 
-from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.training.config import TOYBOX, TrainConfig
 
 # balanced: the default.  fast: a first look.  faithful: more likeness, at the price of more change elsewhere.
@@ -41,14 +40,7 @@ def preset_names() -> list[str]:
     return list(PRESETS[TOYBOX])
 
 
-def apply_preset(config: TrainConfig, architecture: str) -> None:
-    """Fills the open options of `config` with its preset for bases of `architecture` (`BaseModel.architecture`).
-
-    Raises SVFitError for a preset that does not exist.
-    """
-    family = PRESETS.get(architecture, PRESETS["stable-diffusion"])
-    if config.preset not in family:
-        raise SVFitError(f"--preset is {config.preset!r}, but must be one of: {', '.join(family)}.")
-    for name, value in family[config.preset].items():
-        if getattr(config, name) is None:
-            setattr(config, name, copy(value))
+def with_preset(config: TrainConfig, architecture: str) -> TrainConfig:
+    """`config` with its open options filled by its preset for bases of `architecture` (`BaseModel.architecture`)."""
+    recipe = PRESETS.get(architecture, PRESETS["stable-diffusion"])[config.preset]
+    return replace(config, **{name: value for name, value in recipe.items() if getattr(config, name) is None})

@@ -25,7 +25,7 @@ from svfit_dreambooth.training.showcase import Showing, show_result
 
 logger = logging.getLogger(__name__)
 
-ALSO_ERROR = 0.1  # of the LoRA that --also writes: smaller ones lose much, the change is spread over all directions
+ALSO_ERROR = 0.1  # of the LoRA that `also` writes: smaller ones lose much, the change is spread over all directions
 
 
 @dataclass
@@ -54,9 +54,9 @@ class TrainResult:
         if self.loss_before is not None and self.loss_after is not None:
             lines.append(f"loss on fixed noise: {self.loss_before:.4f} before, {self.loss_after:.4f} after")
         if self.kept_step != self.steps:
-            lines.append(f"kept: step {self.kept_step}, the best of those measured (--keep last for the last)")
+            lines.append(f"kept: step {self.kept_step}, the best of those measured (keep last for the last)")
         if self.stopped:
-            lines.append("to go on: the same command with --resume_from_checkpoint latest")
+            lines.append("to go on: the same command with resume_from_checkpoint latest")
         if self.showing is not None:
             lines.append(self.showing.summary())
         lines += self.extras

@@ -82,9 +82,10 @@ def train(config: TrainConfig, on_step: Callable[[Step], bool | None] | None = N
         if not is_out_of_memory(error):
             raise
         raise SVFitError(
-            "out of memory: go on with --resume_from_checkpoint latest and --validation_steps 0 or "
-            "--gradient_checkpointing, or start anew with --mixed_precision bf16, a smaller --train_batch_size (with "
-            "--gradient_accumulation_steps for the same result) or a smaller --resolution."
+            "out of memory: go on with resume_from_checkpoint latest and validation_steps 0 or "
+            "gradient_checkpointing, or start anew with mixed_precision bf16, a smaller train_batch_size (with "
+            "gradient_accumulation_steps for the same result) or a smaller resolution.",
+            "resolution",
         ) from error
     finally:
         accelerator.free_memory()
@@ -223,7 +224,7 @@ def _accelerator(config: TrainConfig) -> Accelerator:
             ],
         )
     except ValueError as error:
-        raise SVFitError(f"--mixed_precision {config.mixed_precision} and --report_to {config.report_to} do not work "
+        raise SVFitError(f"mixed_precision {config.mixed_precision} and report_to {config.report_to} do not work "
                          f"on this machine ({error}): use bf16 or no, and a tracker that is installed.") from error  # fmt: skip
 
 

@@ -1,0 +1,17 @@
+"""The library names parameters, `learning_rate`; here they become the flags of a command, `--learning_rate`."""
+
+import re
+from collections.abc import Iterable
+
+
+def with_dashes(text: str, names: Iterable[str], marked: Iterable[str] = ()) -> str:
+    """`text` with two dashes before every option of `names` that it speaks of.
+
+    A name of several words, joined by "_", is no ordinary word and is found wherever it stands alone; one of a single
+    word only if it is `marked` as a parameter (see SVFitError).  Quoted words and parts of paths stay what they are.
+    """
+    meant = [name for name in names if "_" in name or name in set(marked)]
+    if not meant:
+        return text
+    longest_first = "|".join(re.escape(name) for name in sorted(meant, key=len, reverse=True))
+    return re.sub(rf"(?<![\w./\\'\"=-])({longest_first})(?![\w/\\'\"-]|\.\w)", r"--\1", text)
