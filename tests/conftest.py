@@ -27,6 +27,8 @@ from svfit_dreambooth.training.config import TrainConfig
 from svfit_dreambooth.training.plan import prepare
 from toybox.tokenizer import build_tokenizer
 
+pytest_plugins = ["web_stand_ins"]  # fixtures of the page's tests
+
 torch.set_num_threads(1)  # the models are too small for more, and test runs share the machine
 
 

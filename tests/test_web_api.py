@@ -14,9 +14,9 @@ pytest.importorskip("gradio", reason="gradio is not installed")
 from svfit_dreambooth import TrainConfig, read_adapter, save_adapter, train
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web import page as web
-from svfit_dreambooth.web.rooms.painting import STRENGTHS, Painting
 from svfit_dreambooth.web.rooms.studio import AS_TRAINED, STRIP
 from svfit_dreambooth.web.rooms.workspace import Workspace
+from svfit_dreambooth.web.tabs.painting import STRENGTHS, Painting
 
 SIZE = {"num_inference_steps": 2, "width": 16, "height": 16}
 
@@ -304,12 +304,12 @@ def test_two_tabs_at_once_paint_in_one(public, tiny_base, monkeypatch):
 def test_a_full_disk_leaves_the_buttons_usable(public, tiny_base, monkeypatch):
     import gradio as gr
 
-    from svfit_dreambooth.web.rooms import painting as web_painting
+    from svfit_dreambooth.web.rooms import pictures
 
-    def keep_picture(*arguments):
+    def keep(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(web_painting, "keep_picture", keep_picture)
+    monkeypatch.setattr(pictures, "keep", keep)
     form, told = ["a dog", "", tiny_base.name, [], 1, 1, "", 5, False, "16", "16", "just paint", False], []
     painting = Painting(public)
     with pytest.raises(gr.Error, match="No space left on device"):
@@ -420,7 +420,7 @@ def test_adapters_are_added_into_one(served, adapter_path):
 def test_whatever_goes_wrong_is_said_in_words(error, sentence, capsys):
     import gradio as gr
 
-    from svfit_dreambooth.web.rooms.app import plainly
+    from svfit_dreambooth.web.tabs.mistakes import plainly
 
     def handler():
         raise error

@@ -10,13 +10,13 @@ import gradio as gr
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.training.config import TOYBOX
 from svfit_dreambooth.web.rooms import library, pictures
-from svfit_dreambooth.web.rooms.app import App, plainly
+from svfit_dreambooth.web.rooms.app import App
 from svfit_dreambooth.web.rooms.laid_out import add_photos
-from svfit_dreambooth.web.rooms.painting import keep_picture
 from svfit_dreambooth.web.rooms.progress import sum_up
 from svfit_dreambooth.web.rooms.studio import AS_TRAINED, Order, Told
 from svfit_dreambooth.web.rooms.workspace import library_of
 from svfit_dreambooth.web.tabs.draft import ADVANCED, Draft
+from svfit_dreambooth.web.tabs.mistakes import plainly
 
 
 class Endpoints:
@@ -52,7 +52,7 @@ class Endpoints:
 
         def tell(event: Told) -> None:
             if event.kind == "picture":
-                path = keep_picture(visitor, order, event.picture)
+                path = pictures.keep(visitor.pictures, order, event.picture)
                 made.append((self.app.serve(path), pictures.caption(event.picture.settings)))
 
         self.app.studio.paint(order, tell, threading.Event())
@@ -128,7 +128,7 @@ class Endpoints:
         return self.app.jobs.state(job)
 
 
-def build(app: App) -> None:
+def build_endpoints(app: App) -> None:
     """The endpoints, on fields that are not shown: clients learn names, types and defaults from them."""
     ends = Endpoints(app)
     with gr.Group(visible=False):

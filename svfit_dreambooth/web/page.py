@@ -67,7 +67,7 @@ def serve_page(options: argparse.Namespace) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     from starlette.middleware import Middleware
 
-    from svfit_dreambooth.web.rooms.app import RememberBrowser
+    from svfit_dreambooth.web.door import RememberBrowser
     from svfit_dreambooth.web.style import CSS, HEAD, theme
 
     page, app = build_page(workspace, options.adapter, tuple(options.base), options.dtype, download=not public)
@@ -108,15 +108,15 @@ def build_page(
     """The page and what is behind it.  `adapters` are put into the library and chosen; `download`: hub ids may be fetched."""
     import gradio as gr
 
-    from svfit_dreambooth.web import api as web_api
+    from svfit_dreambooth.web.api import build_endpoints
     from svfit_dreambooth.web.rooms.app import App
     from svfit_dreambooth.web.rooms.bases import Bases
     from svfit_dreambooth.web.rooms.jobs import Jobs
     from svfit_dreambooth.web.rooms.studio import Studio
     from svfit_dreambooth.web.rooms.workspace import library_of
-    from svfit_dreambooth.web.tabs import generate as web_generate
-    from svfit_dreambooth.web.tabs import library as web_library
-    from svfit_dreambooth.web.tabs import train as web_train
+    from svfit_dreambooth.web.tabs.generate import build_generate
+    from svfit_dreambooth.web.tabs.library import build_library
+    from svfit_dreambooth.web.tabs.train import build_train
 
     own = library_of(workspace, "")
     chosen = [_from_command_line(own, path) for path in adapters]
@@ -130,12 +130,12 @@ def build_page(
         )
         with gr.Tabs() as tabs:
             with gr.Tab("Generate", id="generate"):
-                generate_tab = web_generate.build(app, page)
+                generate_tab = build_generate(app, page)
             with gr.Tab("Train", id="train"):
-                web_train.build(app, page, tabs, generate_tab)
+                build_train(app, page, tabs, generate_tab)
             with gr.Tab("Adapters", id="adapters") as tab:
-                web_library.build(app, tabs, tab, generate_tab)
-        web_api.build(app)
+                build_library(app, tabs, tab, generate_tab)
+        build_endpoints(app)
     return page, app
 
 

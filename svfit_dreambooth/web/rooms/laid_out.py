@@ -1,14 +1,18 @@
 """The photos that a visitor lays out for the next run: what may come in, how they are turned, what is said of them."""
 
+import re
 from pathlib import Path
 
 from PIL import Image
 
+import toybox
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import save_png
 from svfit_dreambooth.photos.masks import masked_stem
 from svfit_dreambooth.photos.reading import Photo, open_mask, open_photo, photo_report
 
+SUBJECTS = Path(toybox.__file__).parent / "subjects"  # the photos that come with toybox
+BUNDLED = ".bundled"  # file beside the photos: the toy whose photos, untouched, they are
 MAX_PHOTOS = 100
 MAX_PHOTO_BYTES = 50 * 2**20
 MAX_SHORT_SIDE = 1536  # pixels: larger photos are scaled down to this, more than any base trains at
@@ -72,6 +76,38 @@ def rotate_photo(path: Path) -> None:
 def remove_photo(path: Path) -> None:
     path.unlink()
     _thumbnail_of(path).unlink(missing_ok=True)
+
+
+def remove_photos(folder: Path) -> None:
+    for path in photo_files(folder):
+        remove_photo(path)
+    touched(folder)
+
+
+def bundled_subjects() -> list[str]:
+    """Names of the toys whose photos come with toybox."""
+    return sorted(path.name for path in SUBJECTS.glob("*") if re.fullmatch(r"\w+", path.name))
+
+
+def take_bundled(folder: Path, subject: str) -> None:
+    """The photos of a toy, in place of what was there."""
+    remove_photos(folder)
+    add_photos(folder, sorted((SUBJECTS / subject).glob("*.png")))
+    (folder / BUNDLED).write_text(subject, encoding="utf-8")
+
+
+def bundled(folder: Path) -> str | None:
+    """The toy whose photos, untouched, are in the folder."""
+    try:
+        subject = (folder / BUNDLED).read_text(encoding="utf-8")
+    except OSError:
+        return None
+    return subject if subject in bundled_subjects() else None
+
+
+def touched(folder: Path) -> None:
+    """Notes that the photos are not, or not only, those of a toy."""
+    (folder / BUNDLED).unlink(missing_ok=True)
 
 
 def thumbnail(path: Path) -> Path:

@@ -7,6 +7,7 @@ from typing import Any
 from PIL import Image
 
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.web.rooms.studio import Order
 
 EARLIER = 60  # that are shown of those painted before
 MAX_TEXT = 100_000  # characters of settings in a file
@@ -23,6 +24,14 @@ def find(folder: Path, name: Any) -> Path:
     if not isinstance(name, str) or name not in {path.name for path in folder.glob("*.png")}:
         raise SVFitError("that picture is not there any more: select another one.")
     return folder / name
+
+
+def keep(folder: Path, order: Order, picture: Any) -> Path:
+    """Writes a picture that was painted to `order` beside the others."""
+    from svfit_dreambooth.painting.generate import free_path, save_picture
+
+    stem = "-".join(path.stem for path, _ in order.adapters)[:80] or "base"
+    return save_picture(picture, free_path(folder, stem))
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from svfit_dreambooth.errors import SVFitError
 MAX_ADAPTER_BYTES = 64 * 2**20  # Stable Diffusion XL at full rank in float32 needs 2 MB
 SERVED_SECONDS = 7 * 24 * 3600  # for which the web server hands out what nobody asks for again
 MAX_NAME = 60  # characters of a name that a person gives
+COOKIE = "svfit_visitor"  # in which a browser keeps its word
 WORD = re.compile(r"[0-9a-f]{32}")
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import html
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,21 +12,26 @@ import gradio as gr
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import write_atomically
 from svfit_dreambooth.training.config import TOYBOX, TrainConfig
-from svfit_dreambooth.web.rooms.app import App, number, plainly
+from svfit_dreambooth.web.rooms.app import App
 from svfit_dreambooth.web.rooms.bases import FOR_PHOTOS
 from svfit_dreambooth.web.rooms.laid_out import (
+    SUBJECTS,
     add_photos,
+    bundled,
+    bundled_subjects,
     photo_files,
     photo_remarks,
     remove_photo,
+    remove_photos,
     rotate_photo,
+    take_bundled,
     thumbnail,
+    touched,
 )
 from svfit_dreambooth.web.rooms.progress import sum_up
 from svfit_dreambooth.web.rooms.workspace import Visitor
+from svfit_dreambooth.web.tabs.mistakes import number, plainly
 
-SUBJECTS = Path(__file__).resolve().parents[3] / "toybox" / "subjects"
-BUNDLED = ".bundled"  # file beside the photos: the toy whose photos, untouched, they are
 FORM = "form.json"  # file in a visitor's folder: what REMEMBERED names, as it was last
 REMEMBERED = ("name", "word", "kind", "base", "preset")
 RESOLUTION = 512  # pixels at which bases train at least; an SDXL at 1024, which is known when it is open
@@ -61,7 +65,7 @@ class Draft:
     ) -> Iterator[tuple[Any, ...]]:
         """How far it is; at the end the drop zone, emptied, then thumbnails, remarks and the selected photo."""
         visitor, files, keep = self.app.visitor(request), files or [], gr.skip()
-        (visitor.photos / BUNDLED).unlink(missing_ok=True)
+        touched(visitor.photos)
         for i, file in enumerate(files, 1):
             if len(files) > 1:
                 yield keep, keep, f"Looking at photo {i} of {len(files)} …", keep, keep
@@ -75,10 +79,8 @@ class Draft:
         """The photos of a bundled toy, in place of what was there; then the words that suit it."""
         visitor = self.app.visitor(request)
         if subject not in bundled_subjects():
-            raise SVFitError("choose one of the toys.")
-        self._clear(visitor)
-        add_photos(visitor.photos, sorted((SUBJECTS / subject).glob("*.png")))
-        (visitor.photos / BUNDLED).write_text(subject, encoding="utf-8")
+            raise SVFitError(f"there is no toy called {subject!r}: choose one of those offered.")
+        take_bundled(visitor.photos, subject)
         words = (subject, "sks", subject.partition("_")[0], TOYBOX)
         self._remember(visitor, *words)
         return (*self._shown(visitor, TOYBOX, resolution), *words)
@@ -87,7 +89,7 @@ class Draft:
     def rotate(self, selected: int | None, base: str, resolution: str, request: gr.Request) -> tuple[Any, ...]:
         visitor = self.app.visitor(request)
         rotate_photo(self._selected(visitor, selected))
-        (visitor.photos / BUNDLED).unlink(missing_ok=True)
+        touched(visitor.photos)
         thumbs, text, _, buttons = self._shown(visitor, base, resolution)
         return thumbs, text, selected, buttons
 
@@ -95,13 +97,13 @@ class Draft:
     def remove(self, selected: int | None, base: str, resolution: str, request: gr.Request) -> tuple[Any, ...]:
         visitor = self.app.visitor(request)
         remove_photo(self._selected(visitor, selected))
-        (visitor.photos / BUNDLED).unlink(missing_ok=True)
+        touched(visitor.photos)
         return self._shown(visitor, base, resolution)
 
     @plainly
     def clear(self, request: gr.Request) -> tuple[Any, ...]:
         visitor = self.app.visitor(request)
-        self._clear(visitor)
+        remove_photos(visitor.photos)
         return self._shown(visitor)
 
     @plainly
@@ -163,7 +165,7 @@ class Draft:
             options[name] = number(name, value) if name in NUMBERS else value
         if not options["with_prior_preservation"]:
             del options["class_prompt"]
-        subject = _bundled(photos)
+        subject = bundled(photos)
         if subject is not None and place == TOYBOX:
             options["instance_data_dir"] = str(SUBJECTS / subject)  # so that the run's judge knows the toy
         given = {n: value for n, value in options.items() if n in NAMES and value is not None and value != ""}
@@ -201,7 +203,7 @@ class Draft:
 
     def _remarks(self, visitor: Visitor, base: str, resolution: str) -> str:
         lines = photo_remarks(visitor.photos, trained_at(base, resolution))
-        if lines and (base or TOYBOX) == TOYBOX and _bundled(visitor.photos) is None:
+        if lines and (base or TOYBOX) == TOYBOX and bundled(visitor.photos) is None:
             such = f", such as {FOR_PHOTOS}, a download of some GB that wants a GPU" * self.app.studio.bases.download
             lines.append(
                 f"toybox is for trying out and knows only toys of 64 pixels: for photos choose another base{such}"
@@ -214,11 +216,6 @@ class Draft:
             raise SVFitError("select a photo first.")
         return paths[selected]
 
-    def _clear(self, visitor: Visitor) -> None:
-        for path in photo_files(visitor.photos):
-            remove_photo(path)
-        (visitor.photos / BUNDLED).unlink(missing_ok=True)
-
 
 def trained_at(base: str, resolution: str) -> int:
     """Pixels of a side at which the form, as far as it is filled in, would train."""
@@ -227,20 +224,6 @@ def trained_at(base: str, resolution: str) -> int:
     except SVFitError:  # said when the run is to start
         asked = None
     return int(asked or 0) or (TOYBOX_RESOLUTION if (base or TOYBOX) == TOYBOX else RESOLUTION)
-
-
-def _bundled(photos: Path) -> str | None:
-    """The toy whose photos, untouched, are in the folder."""
-    try:
-        subject = (photos / BUNDLED).read_text(encoding="utf-8")
-    except OSError:
-        return None
-    return subject if subject in bundled_subjects() else None
-
-
-def bundled_subjects() -> list[str]:
-    """Names of the toys whose photos come with toybox."""
-    return sorted(path.name for path in SUBJECTS.glob("*") if re.fullmatch(r"\w+", path.name))
 
 
 def duration(seconds: float) -> str:

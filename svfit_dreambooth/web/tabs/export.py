@@ -7,9 +7,10 @@ import gradio as gr
 
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web.rooms import library
-from svfit_dreambooth.web.rooms.app import App, plainly, whole
+from svfit_dreambooth.web.rooms.app import App
 from svfit_dreambooth.web.rooms.workspace import place_to_serve
 from svfit_dreambooth.web.tabs.generate import PRIVATE
+from svfit_dreambooth.web.tabs.mistakes import plainly, whole
 
 LAYOUTS = {"for A1111, Forge, ComfyUI (kohya)": "kohya", "for diffusers": "diffusers"}
 
@@ -64,7 +65,7 @@ class LoraMaker:
         return _lines(said), gr.DownloadButton(value=str(output), interactive=True)
 
 
-def build(app: App) -> gr.Dropdown:
+def build_export(app: App) -> gr.Dropdown:
     """The section; returns the dropdown of adapters, which the tab keeps full."""
     maker = LoraMaker(app)
     with gr.Accordion("Make a LoRA of one, for other programs", open=False, elem_id="lora"):

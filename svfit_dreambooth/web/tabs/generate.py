@@ -7,9 +7,10 @@ import gradio as gr
 
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web.rooms import library
-from svfit_dreambooth.web.rooms.app import App, told
-from svfit_dreambooth.web.rooms.painting import FACTORS, IDLE, UNSELECTED, Painting
+from svfit_dreambooth.web.rooms.app import App
 from svfit_dreambooth.web.rooms.studio import AS_TRAINED, MAX_STEPS
+from svfit_dreambooth.web.tabs.mistakes import told
+from svfit_dreambooth.web.tabs.painting import FACTORS, IDLE, UNSELECTED, Painting
 from svfit_dreambooth.web.tabs.reuse import ONCE
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
@@ -24,7 +25,7 @@ class GenerateTab:
     painting: Painting
 
 
-def build(app: App, page: gr.Blocks) -> GenerateTab:
+def build_generate(app: App, page: gr.Blocks) -> GenerateTab:
     painting = Painting(app)
     offered, value = painting.at_the_start()
     shown = gr.State([])  # names of the visitor's pictures in the gallery

@@ -9,11 +9,12 @@ import gradio as gr
 
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web.rooms import library
-from svfit_dreambooth.web.rooms.app import App, plainly
+from svfit_dreambooth.web.rooms.app import App
 from svfit_dreambooth.web.rooms.workspace import file_name
-from svfit_dreambooth.web.tabs import export as web_export
 from svfit_dreambooth.web.tabs.cards import card
+from svfit_dreambooth.web.tabs.export import build_export
 from svfit_dreambooth.web.tabs.generate import OPEN, PRIVATE, GenerateTab
+from svfit_dreambooth.web.tabs.mistakes import plainly
 
 EMPTY = (
     '<div class="empty"><b>No adapters yet.</b><br>Train one from your photos, or import a file that somebody '
@@ -103,7 +104,7 @@ class Shelf:
         return gr.Dropdown(library.names(self.app.visitor(request).library))
 
 
-def build(app: App, tabs: gr.Tabs, tab: gr.Tab, generate_tab: GenerateTab) -> None:
+def build_library(app: App, tabs: gr.Tabs, tab: gr.Tab, generate_tab: GenerateTab) -> None:
     shelf = Shelf(app)
     changed, deleted, seen = gr.State(0), gr.State(None), gr.State(None)
     with gr.Row():
@@ -147,7 +148,7 @@ def build(app: App, tabs: gr.Tabs, tab: gr.Tab, generate_tab: GenerateTab) -> No
             sum_name = gr.Textbox(label="Name of the sum", placeholder="dog-and-mug")
         add = gr.Button("Add them", size="sm")
     add.click(shelf.combine, [parts, factors, sum_name, changed], changed, **PRIVATE)
-    for dropdown in (parts, web_export.build(app)):
+    for dropdown in (parts, build_export(app)):
         for trigger in (tab.select, changed.change):
             trigger(shelf.card_names, None, dropdown, **PRIVATE)
 

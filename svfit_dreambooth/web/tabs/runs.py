@@ -6,12 +6,13 @@ from typing import Any
 import gradio as gr
 
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.web.rooms.app import App, plainly
+from svfit_dreambooth.web.rooms.app import App
 from svfit_dreambooth.web.rooms.jobs import Job
 from svfit_dreambooth.web.rooms.progress import Progress, sum_up
 from svfit_dreambooth.web.rooms.workspace import Visitor
 from svfit_dreambooth.web.tabs.cards import curve
 from svfit_dreambooth.web.tabs.draft import Draft, duration
+from svfit_dreambooth.web.tabs.mistakes import plainly
 
 NONE = (
     '<div class="empty"><b>No runs yet.</b><br>Add photos, say what they show, and press Start training. '

@@ -7,7 +7,8 @@ import gradio as gr
 from svfit_dreambooth.training.config import TOYBOX
 from svfit_dreambooth.training.presets import DEFAULT, preset_names
 from svfit_dreambooth.web.rooms.app import App
-from svfit_dreambooth.web.tabs.draft import ADVANCED, Draft, bundled_subjects
+from svfit_dreambooth.web.rooms.laid_out import bundled_subjects
+from svfit_dreambooth.web.tabs.draft import ADVANCED, Draft
 from svfit_dreambooth.web.tabs.generate import PRIVATE, GenerateTab
 from svfit_dreambooth.web.tabs.runs import NONE, Runs
 
@@ -21,7 +22,7 @@ EVERY = 1.5  # seconds between looks at a run
 LIVE: dict[str, Any] = {**PRIVATE, "queue": False}
 
 
-def build(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: GenerateTab) -> None:
+def build_train(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: GenerateTab) -> None:
     draft = Draft(app)
     runs = Runs(app, draft)
     selected, seen, removed = gr.State(None), gr.State(None), gr.State(None)

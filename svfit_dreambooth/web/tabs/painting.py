@@ -12,9 +12,10 @@ import gradio as gr
 
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web.rooms import library, pictures
-from svfit_dreambooth.web.rooms.app import App, number, plainly, whole
+from svfit_dreambooth.web.rooms.app import App
 from svfit_dreambooth.web.rooms.studio import AS_TRAINED, STRIP, Order, Told, check
 from svfit_dreambooth.web.rooms.workspace import Visitor, library_of
+from svfit_dreambooth.web.tabs.mistakes import number, plainly, whole
 from svfit_dreambooth.web.tabs.reuse import ONCE, take_up
 
 COMPARED, STRENGTHS = "beside the base model", "strengths 0 to 1.5"
@@ -98,7 +99,7 @@ class Painting:
                     continue
                 gallery, names = keep, keep
                 if event.kind == "picture":
-                    path = keep_picture(visitor, order, event.picture)
+                    path = pictures.keep(visitor.pictures, order, event.picture)
                     text = pictures.caption(event.picture.settings, event.factor if mode != ONCE else 1.0)
                     if event.picture.filtered:
                         text = "blacked out by the content filter · " + text
@@ -229,14 +230,6 @@ class Painting:
                 if path.is_file():
                     items.append((self.app.serve(path), ""))
         return items
-
-
-def keep_picture(visitor: Visitor, order: Order, picture: Any) -> Path:
-    """Writes a picture beside the visitor's others."""
-    from svfit_dreambooth.painting.generate import free_path, save_picture
-
-    stem = "-".join(path.stem for path, _ in order.adapters)[:80] or "base"
-    return save_picture(picture, free_path(visitor.pictures, stem))
 
 
 def _work(app: App, order: Order, news: "queue.Queue[Any]", cancelled: threading.Event) -> None:

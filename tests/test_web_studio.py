@@ -1,0 +1,102 @@
+"""The open base that paints: adapters exchanged on it, turns, room for runs."""
+
+import dataclasses
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from web_stand_ins import paint, until
+
+from svfit_dreambooth import read_adapter, save_adapter
+from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.web.rooms import studio as room
+from svfit_dreambooth.web.rooms.bases import Bases
+from svfit_dreambooth.web.rooms.studio import AS_TRAINED, Order, Studio, working_dtype
+
+SIZE = {"num_inference_steps": 2, "width": 16, "height": 16}
+
+
+def pixels(picture):
+    return np.asarray(picture.image, dtype=int)
+
+
+def test_adapters_are_exchanged_on_an_open_base(workspace, tiny_base, dog_adapter, tmp_path):
+    studio = Studio(Bases(workspace.models, (str(tiny_base),)))
+    other = shutil.copy(dog_adapter, tmp_path / "mug.safetensors")
+    order = {"prompt": "a photo of sks dog", "base": tiny_base.name, "seed": 3, **SIZE}
+    told, (bare,) = paint(studio, Order(**order))
+    assert [event.kind for event in told] == ["opening", "loading", "step", "step", "picture"]
+    told, (weak, full) = paint(studio, Order(**order, adapters=[(dog_adapter, 1.0)], factors=(0.0, 1.0)))
+    assert "opening" not in [event.kind for event in told]
+    assert np.array_equal(pixels(bare), pixels(weak)) and not np.array_equal(pixels(bare), pixels(full))
+    _, (both,) = paint(studio, Order(**order, adapters=[(Path(other), 1.0), (dog_adapter, -1.0)]))
+    assert both.settings["adapters"] == {"dog": -1.0, "mug": 1.0} or both.settings["adapters"] == {
+        "mug": 1.0,
+        "dog": -1.0,
+    }
+    assert np.abs(pixels(both) - pixels(bare)).max() <= 1
+    _, (again,) = paint(studio, Order(**order, adapters=[(dog_adapter, 1.0)]))
+    assert np.array_equal(pixels(again), pixels(full)) and again.settings["adapters"] == {"dog": 1.0}
+
+
+def test_painting_stops_within_a_step(workspace, tiny_base):
+    studio, cancelled = Studio(Bases(workspace.models, (str(tiny_base),))), threading.Event()
+
+    def stop(event):
+        if event.kind == "step" and (event.number, event.step) == (1, 1):
+            cancelled.set()
+
+    order = Order("a dog", tiny_base.name, num_images=3, **SIZE)
+    told, painted = paint(studio, order, cancelled, stop)
+    assert len(painted) == 1 and (told[-1].kind, told[-1].number, told[-1].step) == ("step", 1, 1)
+
+
+def test_a_related_base_is_allowed_only_while_it_is_asked_for(workspace, tiny_base, tiny_base_v, dog_adapter):
+    studio = Studio(Bases(workspace.models, (str(tiny_base), str(tiny_base_v))))
+    order = Order("a dog", tiny_base_v.name, [(dog_adapter, 1.0)], **SIZE)
+    _, lenient = paint(studio, dataclasses.replace(order, allow_other_base=True))
+    with pytest.raises(SVFitError, match="base"):
+        paint(studio, order)
+    _, again = paint(studio, dataclasses.replace(order, allow_other_base=True))
+    assert np.array_equal(pixels(lenient[0]), pixels(again[0]))
+    own = dataclasses.replace(order, base=tiny_base.name)
+    for allowed in (True, False, False):
+        assert len(paint(studio, dataclasses.replace(own, allow_other_base=allowed))[1]) == 1
+
+
+def test_a_base_on_a_gpu_makes_room_for_runs_and_after_a_while(workspace, tiny_base, monkeypatch):
+    studio, order = Studio(Bases(workspace.models, (str(tiny_base),))), Order("a dog", tiny_base.name, **SIZE)
+    paint(studio, order)
+    studio.make_room()
+    assert studio._model is not None  # on the CPU it stays
+    monkeypatch.setattr(room, "on_gpu", lambda model: model is not None)
+    weights = studio._model.pipeline.unet.conv_in
+    studio.make_room()
+    assert studio._model is None and weights.weight.device.type == "meta"
+
+    def ask(event):
+        if event.kind == "step":
+            studio.make_room()
+
+    told, painted = paint(studio, order, on_told=ask)
+    assert told[0].kind == "opening" and len(painted) == 1 and studio._model is None
+    monkeypatch.setattr(room, "IDLE", 0.05)
+    paint(studio, order)
+    until(lambda: studio._model is None)
+    until(lambda: not studio._lock.locked())
+    assert (working_dtype("cuda"), working_dtype("cpu")) == ("float16", "float32")
+
+
+def test_a_name_in_a_file_opens_nothing_new(workspace, tiny_base, dog_adapter, tmp_path):
+    adapter = read_adapter(dog_adapter)
+    for name, sentence in (("someone/model", "not downloaded unasked"), ("tiny-kl", "not offered here")):
+        adapter.base_model = name
+        path = save_adapter(adapter, tmp_path / "stranger.safetensors")
+        with pytest.raises(SVFitError, match=sentence):
+            paint(Studio(Bases(workspace.models)), Order("a dog", AS_TRAINED, [(path, 1.0)], **SIZE))
+    (workspace.models).mkdir(parents=True)
+    (workspace.models / "tiny-kl").symlink_to(tiny_base)
+    _, painted = paint(Studio(Bases(workspace.models)), Order("a dog", AS_TRAINED, [(path, 1.0)], **SIZE))
+    assert len(painted) == 1
