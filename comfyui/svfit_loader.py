@@ -14,6 +14,7 @@ import torch
 
 from svfit_dreambooth.adapter.file import read_adapter
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.method.arithmetic import exact_delta
 from svfit_dreambooth.method.basis import model_basis, same_base
 
 # How ComfyUI's maps call the parts of a model; the text encoder of a pipeline with one is "lora_te", with two "lora_te1"
@@ -66,10 +67,11 @@ class SVFitLoader:
                 "allow another base for a fine-tune of the same family."
             )
         patches = {"unet": {}, "text_encoder": {}}
-        for name, (U, Vh) in model_basis(weights, content.ranks).items():
-            delta = (U * content.shifts[name]) @ Vh  # (out, in)
+        moved = {name: shift.nonzero().flatten() for name, shift in content.shifts.items() if shift.any()}
+        for name, (U, Vh) in model_basis({name: weights[name] for name in moved}, moved).items():
+            change = exact_delta(U, content.shifts[name][moved[name]], Vh).view(weights[name].shape)
             half = weights[name].dtype != torch.float32
-            patches[_part(name)][keys[name]] = ("diff", (delta.half() if half else delta,))
+            patches[_part(name)][keys[name]] = ("diff", (change.half() if half else change,))
         model, clip = model.clone(), clip.clone()
         model.add_patches(patches["unet"], strength_model)
         clip.add_patches(patches["text_encoder"], strength_clip)

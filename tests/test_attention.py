@@ -13,7 +13,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.layer import SVFitLinear
 from svfit_dreambooth.method.targets import (
-    add_shifts,
     apply_svfit,
     find_projections,
     get_shifts,
@@ -181,13 +180,11 @@ def test_layers_merged_before_one_fails_are_unmerged(unet, monkeypatch):
     assert torch.equal(run(unet), expected)
 
 
-def test_set_and_add_shifts(unet):
+def test_set_shifts(unet):
     apply_svfit(unet)
     shifts = randomize(unet)
     expected = run(unet)
-    double = add_shifts([(shifts, 0.5), (shifts, 1.5)])
-    assert all(torch.allclose(double[name], 2 * shifts[name]) for name in shifts)
-    set_shifts(unet, double)
+    set_shifts(unet, {name: 2 * shift for name, shift in shifts.items()})
     assert not torch.allclose(run(unet), expected, atol=1e-4)
     with merged(unet):
         set_shifts(unet, shifts)  # merged layers follow
@@ -195,11 +192,6 @@ def test_set_and_add_shifts(unet):
     assert torch.equal(run(unet), expected)
     set_shifts(unet, {})
     assert all((layer.shift == 0).all() for layer in svfit_layers(unet).values())
-
-
-def test_adding_shifts_of_different_lengths_and_layers():
-    total = add_shifts([({"a": torch.ones(3)}, 1.0), ({"a": torch.ones(5), "b": torch.ones(2)}, 2.0)])
-    assert total["a"].tolist() == [3, 3, 3, 2, 2] and total["b"].tolist() == [2, 2]
 
 
 def test_wrong_shifts_are_refused(unet):

@@ -134,6 +134,21 @@ def test_the_patched_weights_are_those_of_load_adapter(node, tmp_path, decoded, 
     assert torch.allclose(again.patched(key_of(name)), before[0].weights[key_of(name)].float(), atol=1e-5)
 
 
+def test_an_adapter_of_few_scattered_values(node, tmp_path):
+    pipeline = tiny_pipeline()
+    layers = projections(pipeline)
+    adapter = read_adapter(write_adapter(layers, tmp_path))
+    for number, shift in enumerate(adapter.shifts.values()):  # one layer is left alone, the others move in one place
+        shift.copy_(torch.where(torch.arange(len(shift)) == number % len(shift), float(number), 0.0))
+    path = save_adapter(adapter, tmp_path / "dog.safetensors", torch.float32)
+    model, clip = node.SVFitLoader().load(*loaded(layers, True), "dog.safetensors", 1.0, 1.0)
+    load_adapter(pipeline, path)
+    for part, holder in (("unet", model), ("text_encoder", clip)):
+        for name, layer in svfit_layers(getattr(pipeline, part)).items():
+            expected = layer.weight + layer.delta()
+            assert (holder.patched(key_of(f"{part}.{name}")) - expected).abs().max() < 1e-5
+
+
 def test_another_model_is_refused(node, tmp_path):
     layers = projections(tiny_pipeline())
     write_adapter(layers, tmp_path)

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.method.arithmetic import delta, exact_delta, kept_precise, merged_weight, shift_dtype
 
 Rank = int | Literal["full"]
 
@@ -163,7 +164,7 @@ class SVFitLayer(nn.Module):
 
     def delta(self) -> Tensor:
         """U diag(shift) Vh in the shape of the weight: what the adapter adds to it."""
-        return ((self.U * self.shift.to(self.U.dtype)) @ self.Vh).view(self.weight.shape)
+        return delta(self.U, self.shift, self.Vh).view(self.weight.shape)
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -174,9 +175,7 @@ class SVFitLayer(nn.Module):
             raise SVFitError(
                 f"a shift of shape {tuple(self.shift.shape)}, one per sample, has no single merged weight."
             )
-        exact = torch.promote_types(self.weight.dtype, self.shift.dtype)
-        delta = (self.U.to(exact) * self.shift) @ self.Vh.to(exact)  # (out, in)
-        total = (self.weight.to(exact) + delta.view(self.weight.shape)).to(self.weight.dtype)
+        total = merged_weight(self.weight, exact_delta(self.U, self.shift, self.Vh))
         self.unmerged_weight = self.weight.detach().clone()  # the last that may run out of memory
         self.weight.copy_(total)
 
@@ -201,16 +200,8 @@ class SVFitLayer(nn.Module):
         return f"{super().extra_repr()}, rank={self.rank}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SVFitLayer:
-        # Module.half() and Module.to(dtype) pass every parameter through `fn`; a float16 shift would already
-        # have lost its small digits, so it is rebuilt from the values held before.
-        shift, grad = self.shift.data, None if self.shift.grad is None else self.shift.grad.data
-        super()._apply(fn, recurse)
-        dtype = shift_dtype(self.weight.dtype)
-        if self.shift.dtype != dtype:
-            source = self.shift.data if shift.is_meta else shift
-            self.shift.data = source.to(self.shift.device, dtype)
-            if grad is not None:
-                self.shift.grad = grad.to(self.shift.device, dtype)
+        with kept_precise(lambda: {"shift": self.shift}, lambda: shift_dtype(self.weight.dtype)):
+            super()._apply(fn, recurse)
         if self.unmerged_weight is not None:
             self.unmerged_weight = fn(self.unmerged_weight)
         return self
@@ -304,8 +295,3 @@ class SVFitConv2d(SVFitLayer, nn.Conv2d):
 def _conv_options(conv: nn.Conv2d) -> dict[str, Any]:
     names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
     return {name: getattr(conv, name) for name in names} | {"bias": conv.bias is not None, "device": "meta"}
-
-
-def shift_dtype(weight_dtype: torch.dtype) -> torch.dtype:
-    """The type of a shift beside weights of `weight_dtype`: float32, near 1 half precision could not hold a step."""
-    return torch.float64 if weight_dtype == torch.float64 else torch.float32

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.method.arithmetic import padded
 from svfit_dreambooth.method.layer import Rank, SVFitConv2d, SVFitLayer, SVFitLinear, as_matrix, decompose
 
 UNET_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -204,7 +205,7 @@ def set_shifts(model: nn.Module, shifts: Mapping[str, Tensor]) -> None:
     for name, layer in layers.items():
         own, given = layer.shift, shifts.get(name)
         rank = own.shape[-1]
-        shift = own.new_zeros(rank) if given is None else _padded(given, rank)  # (r,) or (batch, 1, r)
+        shift = own.new_zeros(rank) if given is None else padded(given, rank)  # (r,) or (batch, 1, r)
         merged = layer.unmerged_weight is not None
         if merged:
             if own.shape == shift.shape and torch.equal(own, shift.to(own)):
@@ -216,20 +217,6 @@ def set_shifts(model: nn.Module, shifts: Mapping[str, Tensor]) -> None:
             own.data = shift.to(own, copy=True)
         if merged:
             layer.merge()
-
-
-def add_shifts(weighted: Sequence[tuple[Mapping[str, Tensor], float]]) -> dict[str, Tensor]:
-    """sum_i scale_i * shift_i over several sets of shifts of one base; missing layers and values count as zero."""
-    total: dict[str, Tensor] = {}
-    for shifts, scale in weighted:
-        for name, shift in shifts.items():
-            own = total.get(name)
-            if own is None:
-                total[name] = shift * scale
-            else:
-                longest = max(len(own), len(shift))
-                total[name] = torch.add(_padded(own, longest), _padded(shift, longest), alpha=scale)
-    return total
 
 
 def merge_shifts(model: nn.Module) -> None:
@@ -249,12 +236,6 @@ def merged(model: nn.Module) -> Iterator[None]:
         for name, layer in svfit_layers(model).items():
             if not before.get(name, False):
                 layer.unmerge()
-
-
-def _padded(shift: Tensor, rank: int) -> Tensor:
-    """`shift` (..., r) with zeros up to (..., rank), a copy only where it is shorter."""
-    missing = rank - shift.shape[-1]
-    return nn.functional.pad(shift, (0, missing)) if missing else shift
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -26,6 +26,7 @@ from svfit_dreambooth.adapter.file import Adapter
 from svfit_dreambooth.adapter.words import LearnedWord, word_key
 from svfit_dreambooth.bases.opening import text_encoders
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.method.arithmetic import kept_precise
 
 Pieces = tuple[int, ...]  # token ids of a word
 WORD_END = "</w>"  # CLIP marks the last piece of a word
@@ -76,14 +77,8 @@ class WordEmbedding(nn.Embedding):
         return embedded
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WordEmbedding:
-        # As in SVFitLayer: a delta in float16 would already have lost its small digits.
-        before = {delta: (delta.data, delta.grad) for delta in self.deltas().values()}
-        super()._apply(fn, recurse)
-        for delta, (value, grad) in before.items():
-            if delta.dtype != torch.float32:
-                source = delta.data if value.is_meta else value
-                delta.data = source.to(delta.device, torch.float32)
-                delta.grad = None if grad is None else grad.to(delta.device, torch.float32)
+        with kept_precise(lambda: {name: getattr(self, name) for name in self.words.values()}, lambda: torch.float32):
+            super()._apply(fn, recurse)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

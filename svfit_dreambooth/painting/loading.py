@@ -18,10 +18,10 @@ from svfit_dreambooth.adapter.file import Adapter, read_adapter
 from svfit_dreambooth.adapter.words import word_key
 from svfit_dreambooth.bases.opening import pipeline_components
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.method.arithmetic import add_shifts
 from svfit_dreambooth.method.basis import model_basis, same_base, weight_hashes
 from svfit_dreambooth.method.layer import SVFitLayer, as_matrix
 from svfit_dreambooth.method.targets import (
-    add_shifts,
     check_plain,
     matrix_layers,
     merged,

@@ -17,8 +17,16 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.method.arithmetic import (
+    delta,
+    exact_delta,
+    kept_precise,
+    merged_weight,
+    shift_dtype,
+    sum_of_shifts,
+)
 from svfit_dreambooth.method.basis import canonical_weight, warn_of_ambiguity
-from svfit_dreambooth.method.layer import decompose, merged_is_cheaper, shift_dtype
+from svfit_dreambooth.method.layer import decompose, merged_is_cheaper
 
 
 class SVFitPeftLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
@@ -76,18 +84,10 @@ class SVFitPeftLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def total_shift(self, adapter_names: list[str]) -> Tensor | None:
         """sum_i scale_i * shift_i, (r,), the shorter ones padded with zeros; None if the layer has none of them."""
-        total = None
-        for name in adapter_names:
-            if name not in self.svfit_shift:
-                continue
-            shift, scale = self.svfit_shift[name], self.svfit_scale[name]
-            shift = shift if scale == 1.0 else shift * scale
-            if total is not None:
-                longest = max(len(total), len(shift))
-                total, shift = (F.pad(vector, (0, longest - len(vector))) for vector in (total, shift))
-                shift = total + shift
-            total = shift
-        return total
+        present = [name for name in adapter_names if name in self.svfit_shift]
+        return (
+            sum_of_shifts([(self.svfit_shift[name], self.svfit_scale[name]) for name in present]) if present else None
+        )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in) -> (..., out)"""
@@ -104,7 +104,7 @@ class SVFitPeftLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             tokens, self.in_features, self.out_features, rank, training
         ):
             W = self.base_matrix()
-            return F.linear(x, W + ((U * shift.to(U.dtype)) @ Vh).to(W.dtype), self.base_layer.bias)
+            return F.linear(x, W + delta(U, shift, Vh).to(W.dtype), self.base_layer.bias)
         coefficients = F.linear(x, Vh) * shift  # (..., r)
         return self.base_layer(x, *args, **kwargs) + F.linear(coefficients.to(x.dtype), U)
 
@@ -113,16 +113,14 @@ class SVFitPeftLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         shift = self.total_shift(adapter_names)
         if shift is None:
             return None
-        exact = torch.promote_types(self.U.dtype, shift.dtype)
-        rank = len(shift)
-        return (self.U[:, :rank].to(exact) * shift) @ self.Vh[:rank].to(exact)
+        return exact_delta(self.U[:, : len(shift)], shift, self.Vh[: len(shift)])
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """What one adapter adds to the base's weight, in that weight's own orientation."""
-        delta = self.delta([adapter_name])
-        if delta is None:
+        change = self.delta([adapter_name])
+        if change is None:
             raise SVFitError(f"{self.name} has no adapter named {adapter_name!r}.")
-        return delta.T if isinstance(self.base_layer, Conv1D) else delta
+        return change.T if isinstance(self.base_layer, Conv1D) else change
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
@@ -131,11 +129,10 @@ class SVFitPeftLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Writes W + delta into the base layer; W itself is kept, as (W + D) - D is not W."""
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.svfit_shift]
-        delta = self.delta(self.merged_adapters + names)
-        if not names or delta is None:
+        change = self.delta(self.merged_adapters + names)
+        if not names or change is None:
             return
-        W = self.base_matrix()
-        merged = (W.to(delta.dtype) + delta).to(W.dtype)
+        merged = merged_weight(self.base_matrix(), change)
         if safe_merge and not torch.isfinite(merged).all():
             raise SVFitError(
                 f"merging {', '.join(names)} into {self.name} gives NaN or infinity: the adapter is broken."
@@ -175,16 +172,8 @@ class SVFitPeftLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             shift.data = shift.data.to(device or weight.device, shift_dtype(weight.dtype))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SVFitPeftLinear:
-        # as in SVFitLinear: near 1, a half-precision shift could not hold a step of 1e-3
-        before = {name: (p.data, None if p.grad is None else p.grad.data) for name, p in self.svfit_shift.items()}
-        super()._apply(fn, recurse)
-        dtype = shift_dtype(self.base_layer.weight.dtype)
-        for name, (data, grad) in before.items():
-            shift = self.svfit_shift[name]
-            if shift.dtype != dtype:
-                shift.data = (shift.data if data.is_meta else data).to(shift.device, dtype)
-                if grad is not None:
-                    shift.grad = grad.to(shift.device, dtype)
+        with kept_precise(lambda: dict(self.svfit_shift), lambda: shift_dtype(self.base_layer.weight.dtype)):
+            super()._apply(fn, recurse)
         if self.kept_weight is not None:
             self.kept_weight = fn(self.kept_weight)
         return self

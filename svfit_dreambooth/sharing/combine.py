@@ -8,8 +8,8 @@ from svfit_dreambooth.adapter.file import Adapter
 from svfit_dreambooth.adapter.words import LearnedWord, word_key
 from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.method.arithmetic import add_shifts
 from svfit_dreambooth.method.basis import fingerprint, same_base, samples_agree
-from svfit_dreambooth.method.targets import add_shifts
 from svfit_dreambooth.painting.loading import adapted_weights
 
 Method = Literal["add", "average", "interpolate"]

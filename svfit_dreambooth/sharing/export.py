@@ -22,6 +22,7 @@ from svfit_dreambooth.adapter.file import Adapter, read_adapter
 from svfit_dreambooth.bases.opening import BaseModel, pipeline_components
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import size_text
+from svfit_dreambooth.method.arithmetic import exact_delta
 from svfit_dreambooth.method.layer import SVFitLayer
 from svfit_dreambooth.method.targets import svfit_layers
 from svfit_dreambooth.painting.loading import adapted_weights, load_adapter, loaded_adapters, unload_adapter
@@ -189,8 +190,7 @@ def _compare(path: Path, plan: LoraPlan, layers: dict[str, SVFitLayer], sdxl: in
     squares = total = worst = 0.0
     for name, change in lora_changes(path, plan.shapes, plan.layout, sdxl):
         layer = layers[name]
-        U, shift, Vh = (tensor.detach().cpu().float() for tensor in (layer.U, layer.shift, layer.Vh))
-        exact = (U * shift) @ Vh  # (out, in)
+        exact = exact_delta(*(tensor.detach().cpu() for tensor in (layer.U, layer.shift, layer.Vh)))  # (out, in)
         norm, off = exact.double().norm().item(), (change - exact).double().norm().item()
         allowed = plan.errors[name] + ROUNDING[plan.dtype]
         if not off <= allowed * norm:

@@ -17,6 +17,7 @@ from svfit_dreambooth.adapter.file import Adapter, read_adapter
 from svfit_dreambooth.bases.opening import BaseModel, open_base_model, pipeline_components
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import size_text
+from svfit_dreambooth.method.arithmetic import exact_delta, merged_weight
 from svfit_dreambooth.method.targets import matrix_layers, svfit_layers
 from svfit_dreambooth.method.word import tokenizer_of, word_pieces
 from svfit_dreambooth.painting.loading import load_adapter, loaded_adapters, unload_adapter
@@ -118,9 +119,8 @@ def _merged_weights(base: BaseModel) -> dict[str, Tensor]:
     merged = {}
     for component, model in pipeline_components(base.pipeline).items():
         for path, layer in svfit_layers(model).items():
-            exact = torch.promote_types(layer.weight.dtype, torch.float32)
-            delta = (layer.U.to(exact) * layer.shift.detach()) @ layer.Vh.to(exact)  # (out, in)
-            merged[f"{component}.{path}"] = (layer.weight.detach().to(exact) + delta.view(layer.weight.shape)).cpu()
+            change = exact_delta(layer.U, layer.shift.detach(), layer.Vh)  # (out, in)
+            merged[f"{component}.{path}"] = merged_weight(layer.weight.detach().to(change.dtype), change).cpu()
     return merged
 
 
