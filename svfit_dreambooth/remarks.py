@@ -15,6 +15,8 @@ REMARKS = {
     "diffusers.models.modeling_utils": "should be kept in float32: []",
     # toybox's AutoencoderTiny, which the pipeline takes as well
     "diffusers.pipelines.pipeline_utils": "Expected types for vae",
+    # a long prompt is read in parts
+    "transformers.tokenization_utils_base": "Token indices sequence length is longer than",
     # training needs no content filter, as it shows no picture
     "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion": "You have disabled the safety checker",
 }

@@ -12,7 +12,8 @@ from test_denoising import CPU, Constant, denoiser
 from svfit_dreambooth import TrainConfig, read_adapter, train
 from svfit_dreambooth.bases.opening import open_base_model
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.painting.generate import Picture, generate
+from svfit_dreambooth.painting.generate import generate
+from svfit_dreambooth.painting.picture import Picture
 from svfit_dreambooth.training import class_pictures
 from svfit_dreambooth.training.class_pictures import NOTE, paint_class_pictures, usable_class_pictures
 from svfit_dreambooth.training.examples import encode_examples

@@ -5,7 +5,7 @@ from PIL import Image
 from web_stand_ins import paint
 
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.painting.generate import free_path, save_picture
+from svfit_dreambooth.painting.picture import free_path, save_picture
 from svfit_dreambooth.web.rooms import pictures
 from svfit_dreambooth.web.rooms.bases import Bases
 from svfit_dreambooth.web.rooms.studio import Order, Studio

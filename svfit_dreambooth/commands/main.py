@@ -114,6 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--adapter", action="append", default=[], metavar="PATH[:WEIGHT]", help="may be repeated")
     generate.add_argument("--prompt", action="append", required=True, help="may be repeated")
     generate.add_argument("--negative_prompt")
+    generate.add_argument(
+        "--prompt_weights", action="store_true", help='let words weigh: "a ball++", "a (red ball)1.3 on grass--"'
+    )
     generate.add_argument("--output_dir", type=Path, required=True, help="folder for the PNG files")
     add_base(generate)
     generate.add_argument("--num_images", type=int, default=4, help="pictures of each prompt (default: 4)")
@@ -138,14 +141,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from svfit_dreambooth.painting.generate import (
-        DTYPES,
-        free_path,
-        generate,
-        open_for_adapters,
-        save_picture,
-        split_strength,
-    )
+    from svfit_dreambooth.painting.generate import DTYPES, generate, open_for_adapters, split_strength
+    from svfit_dreambooth.painting.picture import free_path, save_picture
 
     adapters = [split_strength(text) for text in options.adapter]
     model = open_for_adapters(
@@ -170,6 +167,7 @@ def _generate(options: argparse.Namespace) -> None:
         num_inference_steps=options.num_inference_steps,
         guidance_scale=options.guidance_scale,
         negative_prompt=options.negative_prompt,
+        prompt_weights=options.prompt_weights,
         height=options.height,
         width=options.width,
         on_picture=save,

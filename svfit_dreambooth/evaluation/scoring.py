@@ -26,8 +26,9 @@ from svfit_dreambooth.evaluation.protocol import (
     toybox_questions,
 )
 from svfit_dreambooth.files import save_png, write_atomically
-from svfit_dreambooth.painting.generate import free_path, generate, save_picture
+from svfit_dreambooth.painting.generate import generate
 from svfit_dreambooth.painting.loading import loaded_adapters, merge_adapters, set_adapters
+from svfit_dreambooth.painting.picture import free_path, save_picture
 from svfit_dreambooth.painting.sheets import contact_sheet
 from svfit_dreambooth.photos.reading import find_photos, open_photo
 from svfit_dreambooth.sharing.hub import find_adapter

@@ -1,16 +1,13 @@
-"""Prompt and adapters to pictures, each a PNG that tells how it was made."""
+"""Prompt and adapters to pictures."""
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
-from svfit_dreambooth import __version__
 from svfit_dreambooth.adapter.file import read_adapter
 from svfit_dreambooth.bases.encoders import decode_latents
 from svfit_dreambooth.bases.opening import (
@@ -22,33 +19,49 @@ from svfit_dreambooth.bases.opening import (
     open_base_model,
 )
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.files import save_png
 from svfit_dreambooth.painting.loading import load_adapter, loaded_adapters, merge_adapters
+from svfit_dreambooth.painting.picture import Picture
+from svfit_dreambooth.painting.prompts import check_text, prompt_arguments
 from svfit_dreambooth.sharing.hub import find_adapter
 from svfit_dreambooth.training.config import TOYBOX
 
 NAME_THE_BASE = "name the base yourself with pretrained_model_name_or_path"
+LARGEST = 8  # times the base's own side: what one may ask to paint
+MOST_IMAGES = 1_000_000  # of a prompt
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-@dataclass
-class Picture:
-    """A generated picture and the settings that make it again."""
-
-    image: Image.Image
-    settings: dict[str, Any]  # prompt, seed, adapters and strengths, base, steps, guidance, size
-    filtered: bool  # the base's content filter blacked it out
-
-
 def split_strength(text: str) -> tuple[str, float]:
-    """PATH[:WEIGHT] as every command spells it; split at the last colon, and only if a number follows."""
+    """PATH[:WEIGHT] as every command spells it; split at the last colon, and only if a number follows.
+
+    Raises SVFitError for infinity and for what is no number but called one ("nan").
+    """
     path, colon, weight = text.rpartition(":")
     if colon and path:
         try:
-            return path, float(weight)
+            strength = float(weight)
         except ValueError:
-            pass
+            return text, 1.0
+        check_finite(f"the strength of {path}", strength)
+        return path, strength
     return text, 1.0
+
+
+def check_finite(name: str, value: float) -> None:
+    """Raises SVFitError for infinity and NaN."""
+    if not math.isfinite(value):
+        raise SVFitError(f"{name} is {value}: give a finite number.")
+
+
+def distinct_names(stems: Iterable[str]) -> list[str]:
+    """`stems`, each that was there before with the first free number: dog, dog-2, dog-3."""
+    names: list[str] = []
+    for stem in stems:
+        name, number = stem, 2
+        while name in names:
+            name, number = f"{stem}-{number}", number + 1
+        names.append(name)
+    return names
 
 
 def open_for_adapters(
@@ -67,6 +80,8 @@ def open_for_adapters(
     file says never starts a download.  `device`: None takes a GPU if there is one.  `base_options`: see
     `open_base_model`.  Raises SVFitError as `open_base_model` and `load_adapter` do.
     """
+    for path, strength in adapters:
+        check_finite(f"the strength of {path}", strength)
     found = [(find_adapter(path), strength) for path, strength in adapters]
     read = [(read_adapter(path), path, strength) for path, strength in found]
     if base is not None:
@@ -76,12 +91,8 @@ def open_for_adapters(
         model = open_base_model(TOYBOX, **base_options)
     else:
         model = open_named_base(read[0][0].base_model, Path(read[0][1]), **base_options)
-    taken: set[str] = set()
-    for adapter, path, strength in read:
-        name = stem = Path(path).stem
-        while name in taken:
-            name = f"{stem}-{len(taken) + 1}"
-        taken.add(name)
+    names = distinct_names(Path(path).stem for _, path, _ in read)
+    for (adapter, _, strength), name in zip(read, names, strict=True):
         load_adapter(
             model.pipeline,
             adapter,
@@ -145,6 +156,7 @@ def generate(
     num_inference_steps: int = 25,
     guidance_scale: float | None = None,
     negative_prompt: str | None = None,
+    prompt_weights: bool = False,
     height: int | None = None,
     width: int | None = None,
     on_picture: Callable[[Picture], None] | None = None,
@@ -154,28 +166,28 @@ def generate(
 
     Image i of each prompt starts from noise of the seed `seed + i`, drawn on the CPU, whatever the other pictures
     are.  `guidance_scale`: None takes the base's own; `height`, `width` in pixels: None takes the base's.
+    `prompt_weights`: "ball++" and "(red ball)1.3" in a prompt weigh, see `prompt_arguments`.
     `on_picture` is told of every picture as soon as it is done.  `on_denoising_step` is told, after each step of a
     picture, how many are done, and of how many; a true value stops there: that picture is dropped, and those that
     were done before are returned.
+    Raises SVFitError for numbers that the base cannot paint with.
     """
     pipeline = model.pipeline
-    factor = pipeline.vae_scale_factor
     height, width = height or model.resolution, width or model.resolution
-    for name, size in (("height", height), ("width", width)):
-        if size < 1 or size % max(factor, 8):
-            raise SVFitError(f"{name} {size} does not work: it must be a multiple of {max(factor, 8)}.", name)
-    if num_images < 1 or num_inference_steps < 1:
-        raise SVFitError("num_images and num_inference_steps must be 1 or more.")
     guidance_scale = model.guidance_scale if guidance_scale is None else guidance_scale
+    _check_numbers(model, num_images, seed, num_inference_steps, guidance_scale, height, width)
+    for prompt in prompts:
+        check_text("the prompt", prompt)
+    check_text("the negative prompt", negative_prompt)
     pictures: list[Picture] = []
     with merge_adapters(pipeline):
         for prompt in prompts:
+            words = prompt_arguments(pipeline, prompt, negative_prompt, prompt_weights)
             for i in range(num_images):
                 painted = _paint(
                     pipeline,
                     on_denoising_step,
-                    prompt=prompt,
-                    negative_prompt=negative_prompt,
+                    **words,
                     generator=torch.Generator().manual_seed(seed + i),
                     num_inference_steps=num_inference_steps,
                     guidance_scale=guidance_scale,
@@ -195,11 +207,30 @@ def generate(
                     "guidance_scale": guidance_scale,
                     "width": width,
                     "height": height,
-                }
+                } | ({"prompt_weights": True} if prompt_weights else {})
                 pictures.append(Picture(image, settings, filtered))
                 if on_picture is not None:
                     on_picture(pictures[-1])
     return pictures
+
+
+def _check_numbers(
+    model: BaseModel, num_images: int, seed: int, steps: int, guidance_scale: float, height: int, width: int
+) -> None:
+    multiple, largest = max(model.pipeline.vae_scale_factor, 8), LARGEST * model.resolution
+    for name, size in (("height", height), ("width", width)):
+        if size < 1 or size % multiple or size > largest:
+            raise SVFitError(
+                f"{name} {size} does not work: it must be a multiple of {multiple}, at most {largest}.", name
+            )
+    if not 1 <= num_images <= MOST_IMAGES:
+        raise SVFitError(f"num_images is {num_images}: give 1 to {MOST_IMAGES:,}.")
+    most = model.pipeline.scheduler.config.num_train_timesteps
+    if not 1 <= steps <= most:
+        raise SVFitError(f"num_inference_steps is {steps}: give 1 to {most}, the steps of this base's noise schedule.")
+    if not -(2**63) <= seed <= 2**64 - num_images:  # what torch takes
+        raise SVFitError(f"seed is {seed}: for {num_images} pictures, give at most {2**64 - num_images}.", "seed")
+    check_finite("guidance_scale", guidance_scale)
 
 
 def _paint(
@@ -222,29 +253,3 @@ def _paint(
     output = pipeline(**arguments)
     flags = getattr(output, "nsfw_content_detected", None)
     return None if stopped else (output.images[0], bool(flags and flags[0]))
-
-
-def save_picture(picture: Picture, path: Path) -> Path:
-    """Writes a PNG with the settings inside: as JSON under "svfit", and as the "parameters" text that viewers show."""
-    settings = picture.settings
-    info = PngInfo()
-    info.add_itxt("svfit", json.dumps(settings, ensure_ascii=False))
-    adapters = ", ".join(f"{name}:{strength:g}" for name, strength in settings["adapters"].items())
-    lines = [settings["prompt"]]
-    if settings["negative_prompt"]:
-        lines.append(f"Negative prompt: {settings['negative_prompt']}")
-    lines.append(
-        f"Steps: {settings['num_inference_steps']}, CFG scale: {settings['guidance_scale']:g}, "
-        f"Seed: {settings['seed']}, Size: {settings['width']}x{settings['height']}, Model: {settings['base_model']}, "
-        f"Adapters: {adapters or 'none'}, Version: svfit-dreambooth {__version__}"
-    )
-    info.add_itxt("parameters", "\n".join(lines))
-    return save_png(picture.image, path, pnginfo=info)
-
-
-def free_path(folder: Path, stem: str) -> Path:
-    """A path in `folder` that no file has: nothing that was generated before is overwritten."""
-    number = 0
-    while (path := folder / f"{stem}-{number:03d}.png").exists():
-        number += 1
-    return path

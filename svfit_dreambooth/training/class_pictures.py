@@ -19,7 +19,8 @@ from svfit_dreambooth.bases.opening import BaseModel, Pipeline
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import write_atomically
 from svfit_dreambooth.method.basis import weight_hash
-from svfit_dreambooth.painting.generate import generate, save_picture
+from svfit_dreambooth.painting.generate import generate
+from svfit_dreambooth.painting.picture import save_picture
 from svfit_dreambooth.photos.reading import Photo, find_photos, open_photo
 
 logger = logging.getLogger(__name__)

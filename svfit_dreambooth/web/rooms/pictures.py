@@ -28,7 +28,7 @@ def find(folder: Path, name: Any) -> Path:
 
 def keep(folder: Path, order: Order, picture: Any) -> Path:
     """Writes a picture that was painted to `order` beside the others."""
-    from svfit_dreambooth.painting.generate import free_path, save_picture
+    from svfit_dreambooth.painting.picture import free_path, save_picture
 
     stem = "-".join(path.stem for path, _ in order.adapters)[:80] or "base"
     return save_picture(picture, free_path(folder, stem))

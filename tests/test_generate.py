@@ -15,7 +15,7 @@ from PIL import Image
 from svfit_dreambooth import TrainConfig, read_adapter, save_adapter, train
 from svfit_dreambooth.commands.main import main, main_train
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.painting.generate import free_path, generate, open_for_adapters, save_picture, split_strength
+from svfit_dreambooth.painting.generate import distinct_names, generate, open_for_adapters, split_strength
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -100,20 +100,6 @@ def test_adapter_in_a_fresh_process_gives_the_same_pictures(tiny_base, adapter_p
     assert np.abs(pixels(base[0].image) - pixels(files[0])).max() > 3
 
 
-def test_pictures_tell_how_they_were_made(tiny_base, adapter_path, tmp_path):
-    model = open_for_adapters([(adapter_path, 0.5), (adapter_path, 0.25)], str(tiny_base), device="cpu")
-    pictures = generate(model, ["ein Höhlenhund, 狗"], seed=9, num_inference_steps=1, negative_prompt="blur")
-    path = save_picture(pictures[0], free_path(tmp_path, "dog"))
-    text = Image.open(path).text
-    settings = json.loads(text["svfit"])
-    assert (
-        settings["prompt"] == "ein Höhlenhund, 狗" and settings["seed"] == 9 and settings["negative_prompt"] == "blur"
-    )
-    assert settings["adapters"] == {"my-dog": 0.5, "my-dog-2": 0.25}
-    assert "Seed: 9" in text["parameters"] and "my-dog:0.5" in text["parameters"]
-    assert free_path(tmp_path, "dog") == tmp_path / "dog-001.png"
-
-
 def test_strength_zero_is_the_base(tiny_base, adapter_path):
     options = {"num_inference_steps": 2, "height": 16, "width": 16}
     adapted = open_for_adapters([(adapter_path, 0.0)], str(tiny_base), device="cpu")
@@ -163,8 +149,55 @@ def test_a_wrong_size_is_refused(tiny_base):
     model = open_for_adapters([], str(tiny_base), device="cpu")
     with pytest.raises(SVFitError, match="width 17 does not work"):
         generate(model, ["a dog"], width=17)
-    with pytest.raises(SVFitError, match="must be 1 or more"):
-        generate(model, ["a dog"], num_images=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"num_images": 0}, "num_images is 0"),
+        ({"num_images": 10**30}, "num_images is 10{30}"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0"),
+        ({"num_inference_steps": 1001}, "num_inference_steps is 1001: give 1 to 1000"),
+        ({"seed": 2**64}, f"seed is {2**64}"),
+        ({"seed": 2**64 - 1, "num_images": 2}, f"give at most {2**64 - 2}"),
+        ({"height": 10**8}, "height 100000000 does not work"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
+        ({"guidance_scale": float("inf")}, "guidance_scale is inf"),
+        ({"negative_prompt": "blur\udcff"}, "no UTF-8 text"),
+    ],
+)
+def test_numbers_that_no_base_paints_with(tiny_base, options, said):
+    model = open_for_adapters([], str(tiny_base), device="cpu")
+    with pytest.raises(SVFitError, match=said):
+        generate(model, ["a dog"], **options)
+
+
+def test_the_last_seed_paints(tiny_base):
+    model = open_for_adapters([], str(tiny_base), device="cpu")
+    options = {"num_inference_steps": 1, "height": 16, "width": 16}
+    (picture,) = generate(model, ["a dog"], seed=2**64 - 1, **options)
+    assert picture.settings["seed"] == 2**64 - 1
+
+
+@pytest.mark.parametrize("strength", ["nan", "inf", "-inf"])
+def test_strengths_that_are_no_numbers(strength):
+    with pytest.raises(SVFitError, match=f"the strength of dog.safetensors is {strength}"):
+        split_strength(f"dog.safetensors:{strength}")
+    with pytest.raises(SVFitError, match="give a finite number"):
+        open_for_adapters([("dog.safetensors", float(strength))])
+
+
+@pytest.mark.parametrize(
+    ("stems", "names"),
+    [
+        (["a", "a", "b", "a"], ["a", "a-2", "b", "a-3"]),
+        (["a-3", "a", "a", "a"], ["a-3", "a", "a-2", "a-4"]),
+        (["a-2", "a", "a"], ["a-2", "a", "a-3"]),
+        ([], []),
+    ],
+)
+def test_names_of_equal_files_are_distinct(stems, names):
+    assert distinct_names(stems) == names
 
 
 def test_inspect(adapter_path, capsys):
