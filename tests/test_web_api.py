@@ -14,6 +14,7 @@ pytest.importorskip("gradio", reason="gradio is not installed")
 from svfit_dreambooth import TrainConfig, read_adapter, save_adapter, train
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web import page as web
+from svfit_dreambooth.web.door import Hosts
 from svfit_dreambooth.web.rooms.studio import AS_TRAINED, STRIP
 from svfit_dreambooth.web.rooms.workspace import Workspace
 from svfit_dreambooth.web.tabs.painting import STRENGTHS, Painting
@@ -40,7 +41,8 @@ def served(tiny_base, tmp_path_factory):
     workspace = Workspace(tmp_path_factory.mktemp("home"))
     patch.setenv("GRADIO_TEMP_DIR", str(workspace.served))
     page, app = web.build_page(workspace, (), (str(tiny_base),))
-    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, share=False, allowed_paths=[], ssr_mode=False)
+    workspace.served.mkdir(parents=True)
+    url = web.launch(page, workspace, Hosts(), quiet=True, share=False)
     client = Client(url, verbose=False, download_files=str(tmp_path_factory.mktemp("downloads")))
     yield client, app, url
     client.close()
@@ -450,7 +452,8 @@ def test_the_page_is_open_to_nobody_else_unless_told(tmp_path, monkeypatch, caps
     import gradio as gr
 
     launched = {}
-    monkeypatch.setattr(gr.Blocks, "launch", lambda self, **options: launched.update(options))
+    monkeypatch.setattr(gr.Blocks, "launch", lambda self, **options: launched.update(options) or (None, "", None))
+    monkeypatch.setattr(gr.Blocks, "block_thread", lambda self: None)
     monkeypatch.setattr(web, "WARM_UP_AFTER", 10_000)
     monkeypatch.setattr("svfit_dreambooth.web.rooms.jobs.Jobs.start_queue", lambda self: None)
     monkeypatch.setenv("GRADIO_SHARE", "True")

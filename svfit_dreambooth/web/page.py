@@ -7,8 +7,10 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.web.door import Door, Hosts, RememberBrowser, before
 from svfit_dreambooth.web.rooms.workspace import Workspace, default_data_dir
 
 PORT = 7860
@@ -37,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data_dir", type=Path, help="folder of runs, adapters and pictures; default: $SVFIT_HOME or the user's data folder")  # fmt: skip
     parser.add_argument("--port", type=int, help=f"default: {PORT} or the next free one")
     parser.add_argument("--listen", nargs="?", const="0.0.0.0", metavar="ADDRESS", help="be reachable from other computers; default: from this one only")  # fmt: skip
+    parser.add_argument("--allow_host", action="append", default=[], metavar="NAME", help="another name by which browsers reach it, such as a proxy's; may be repeated")  # fmt: skip
     parser.add_argument("--share", action="store_true", help="be reachable from anywhere through a link of Gradio's")
     parser.add_argument("--auth", action="append", default=[], metavar="NAME:PASSWORD", help="ask for it; may be repeated")  # fmt: skip
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="in which pictures are painted; default: float16 on CUDA, else float32")  # fmt: skip
@@ -55,6 +58,7 @@ def serve_page(options: argparse.Namespace) -> None:
             "warning: anyone who reaches this page can use this computer to train and paint: add --auth NAME:PASSWORD.",
             file=sys.stderr,
         )
+    hosts = Hosts(options.listen or ADDRESS, options.allow_host)
     folder = (options.data_dir or default_data_dir()).expanduser().resolve()
     workspace = Workspace(folder, shared=not public and not accounts)
     try:
@@ -65,36 +69,55 @@ def serve_page(options: argparse.Namespace) -> None:
     # Gradio keeps uploads and serves files here and nowhere else; set before it is imported
     os.environ["GRADIO_TEMP_DIR"] = str(workspace.served)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    from starlette.middleware import Middleware
-
-    from svfit_dreambooth.web.door import RememberBrowser
-    from svfit_dreambooth.web.style import CSS, HEAD, theme
-
     page, app = build_page(workspace, options.adapter, tuple(options.base), options.dtype, download=not public)
     app.jobs.start_queue()
     warming = threading.Timer(WARM_UP_AFTER, _warm_up)
     warming.daemon = True
     warming.start()
     try:
-        page.launch(
+        launch(
+            page,
+            workspace,
+            hosts,
             server_name=options.listen or ADDRESS,
             server_port=options.port,
             share=options.share,
             auth=accounts or None,
             inbrowser=options.open,
-            allowed_paths=[],
-            max_file_size=MAX_UPLOAD,
-            ssr_mode=False,
-            footer_links=["api"],
-            app_kwargs={"middleware": [Middleware(RememberBrowser)]},
-            theme=theme(),
-            css=CSS,
-            head=HEAD,
-            show_error=False,
         )
     except OSError as error:
         where = f"{options.listen or ADDRESS}, port {options.port or PORT}"
         raise SVFitError(f"the page cannot be opened at {where}: choose another --port or --listen.") from error
+    page.block_thread()
+
+
+def launch(page: Any, workspace: Workspace, hosts: Hosts, **options: Any) -> str:
+    """Opens the page, behind all that stands before it, and returns its address; `options`: Gradio's own."""
+    from svfit_dreambooth.web.brakes import PasswordBrake, UploadBrake
+    from svfit_dreambooth.web.style import CSS, HEAD, theme
+
+    layers = (
+        lambda app: Door(app, hosts),
+        PasswordBrake,
+        lambda app: UploadBrake(app, workspace.served),
+        RememberBrowser,
+    )
+    _, address, share_link = page.launch(
+        prevent_thread_lock=True,
+        allowed_paths=[],
+        max_file_size=MAX_UPLOAD,
+        ssr_mode=False,
+        footer_links=["api"],
+        app_kwargs={"lifespan": before(*layers)},
+        theme=theme(),
+        css=CSS,
+        head=HEAD,
+        show_error=False,
+        **options,
+    )
+    if share_link:
+        hosts.names.add(urlsplit(share_link).hostname or "")
+    return address
 
 
 def build_page(

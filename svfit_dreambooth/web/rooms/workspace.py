@@ -5,6 +5,7 @@ of our own.
 """
 
 import hashlib
+import ipaddress
 import os
 import re
 import secrets
@@ -103,6 +104,17 @@ def library_of(workspace: Workspace, owner: str) -> Path:
 def word_for(name: str) -> str:
     """The word of an account or of a client without cookies."""
     return hashlib.sha256(f"svfit visitor {name}".encode()).hexdigest()[:32]
+
+
+def network(client: tuple[str, int] | None) -> str:
+    """Where a request comes from, for limits: its address; of version 6 the half that a household shares."""
+    try:
+        address = ipaddress.ip_address(client[0] if client else "")
+    except ValueError:
+        return ""
+    if address.version == 6 and address.ipv4_mapped is None:
+        return str(ipaddress.ip_network((address, 64), strict=False))
+    return str(getattr(address, "ipv4_mapped", None) or address)
 
 
 def file_name(text: str, kind: str = "name") -> str:
