@@ -4,7 +4,7 @@ import pytest
 from pictures import picture
 
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.photos.captions import folder_words
+from svfit_dreambooth.photos.captions import ORDERS, folder_words, shuffled
 from svfit_dreambooth.photos.reading import find_photos, photo_report
 
 
@@ -118,3 +118,22 @@ def test_folders_as_kohya_names_them(tmp_path, caplog):
 )
 def test_what_a_folders_name_says(tmp_path, name, said):
     assert folder_words(tmp_path / name) == said
+
+
+def test_tags_are_shuffled_behind_those_that_stay():
+    orders = shuffled("sks dog, red,  on grass, smiling, night", 1, seed=3)
+    assert len(orders) == ORDERS == len(set(orders))
+    assert all(order.split(", ")[0] == "sks dog" for order in orders)
+    assert all(
+        sorted(order.split(", ")) == sorted(["sks dog", "red", "on grass", "smiling", "night"]) for order in orders
+    )
+    assert orders == shuffled("sks dog, red,  on grass, smiling, night", 1, seed=3)
+    assert orders != shuffled("sks dog, red,  on grass, smiling, night", 1, seed=4)
+    assert {order.split(", ")[0] for order in shuffled("a, b, c, d, e", 0, seed=0)} != {"a"}
+
+
+@pytest.mark.parametrize(
+    ("caption", "keep", "orders"), [("a dog", 1, {"a dog"}), ("a, b", 2, {"a, b"}), ("a, b", 0, {"a, b", "b, a"})]
+)
+def test_few_tags_have_few_orders(caption, keep, orders):
+    assert set(shuffled(caption, keep, seed=0)) == orders

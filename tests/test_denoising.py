@@ -39,7 +39,7 @@ def denoiser(unet=None, prediction_type="epsilon", sizes=((8, 8),) * 3, weight=N
         mean=mean,
         spread=[torch.full_like(m, 0.1) for m in mean],
         weight=weight or [None] * photos,
-        prompts=list(range(photos)),
+        prompts=[[photo] for photo in range(photos)],
         time_ids=[torch.zeros(2, 6)] * photos,
         input_ids=[torch.zeros(photos, 77, dtype=torch.long)],
         prompt_embeds=torch.randn(photos, 77, 24, generator=generator),
@@ -218,3 +218,36 @@ def test_a_run_on_masked_portraits_beside_a_square(tiny_base, tmp_path):
     assert examples.weight[1][:, :, :2].eq(0.1).all() and examples.weight[1][:, :, -2:].eq(1).all()
     square = train(dataclasses.replace(config, aspect_ratio="square", output_dir=str(tmp_path / "square")))
     assert "16x16 (3)" in "\n".join(square.run.report())
+
+
+# ---------------------------------------------------------------- captions
+
+
+def test_photos_are_shown_as_often_as_they_count():
+    model = denoiser()
+    plain = [model._draw(number).index for number in range(30)]
+    model.examples.repeats = [1, 1, 1]
+    assert [model._draw(number).index for number in range(30)] == plain
+    model.examples.repeats = [3, 1, 2]
+    for first in range(0, 60, 6):  # in every round
+        shown = [model._draw(number).index for number in range(first, first + 6)]
+        assert [shown.count(photo) for photo in range(3)] == [3, 1, 2]
+
+
+def test_captions_of_a_photo_take_turns_and_change_nothing_else():
+    model, plain = denoiser(), denoiser()
+    model.examples.prompts = [[0, 1], [1], [2, 0, 1]]
+    draws = [(model._draw(number), plain._draw(number)) for number in range(300)]
+    assert all(ours.timestep == other.timestep and torch.equal(ours.noise, other.noise) for ours, other in draws)
+    for photo, rows in enumerate(model.examples.prompts):
+        drawn = [ours.prompt for ours, _ in draws if ours.index == photo]
+        assert set(drawn) == set(rows) and min(drawn.count(row) for row in rows) > 20
+
+
+def test_captions_are_dropped_for_a_share_of_the_examples():
+    model = denoiser(caption_dropout_rate=0.25)
+    model.examples.dropped = 2
+    model.examples.prompts = [[0], [0], [1]]
+    dropped = sum(model._draw(number).prompt == 2 for number in range(800))
+    assert 150 < dropped < 250
+    assert not any(model._draw(number, "fixed").prompt == 2 for number in range(100))

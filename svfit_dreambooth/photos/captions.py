@@ -10,8 +10,11 @@ import io
 import json
 import logging
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from svfit_dreambooth.errors import SVFitError
 
@@ -20,6 +23,8 @@ logger = logging.getLogger("svfit_dreambooth")
 SUFFIXES = (".txt", ".caption")
 TABLES = ("metadata.jsonl", "metadata.csv")
 COLUMNS = ("text", "caption", "prompt")  # of a table, the first that it has
+
+ORDERS = 8  # of the tags of a caption: they are encoded once and then reused, as windows of photos are
 
 Captions = tuple[str, ...]  # alternatives of one photo, one of which is drawn each time; none: the instance prompt
 
@@ -73,6 +78,15 @@ def folder_words(folder: Path) -> tuple[int, str] | None:
     """How often the photos of a folder named "10_sks dog" count, and what they show; None for other names."""
     match = re.fullmatch(r"(\d{1,6})_(.*\S.*)", folder.resolve().name)
     return (int(match[1]), match[2].strip()) if match and int(match[1]) > 0 else None
+
+
+def shuffled(caption: str, keep_tokens: int, seed: int) -> list[str]:
+    """Up to ORDERS different orders of the tags of `caption`, its parts between commas; the first `keep_tokens` stay."""
+    tags = [tag.strip() for tag in caption.split(",")]
+    kept, moved = tags[:keep_tokens], tags[keep_tokens:]
+    random = np.random.default_rng(zlib.crc32(f"{seed} {caption}".encode()))
+    orders = (", ".join([*kept, *(moved[i] for i in random.permutation(len(moved)))]) for _ in range(8 * ORDERS))
+    return list(dict.fromkeys(orders))[:ORDERS]
 
 
 def _lines(path: Path) -> Captions:

@@ -33,10 +33,6 @@ class Photo:
     mask: Path | None = None  # a file of its own, or the photo itself where its alpha channel is it; None: no mask
     repeats: int = 1  # how often it is shown for every time that one of 1 is
 
-    @property
-    def caption(self) -> str | None:
-        return "\n".join(self.captions) or None
-
 
 def find_photos(folder: str | Path, may_be_empty: bool = False) -> list[Photo]:
     """The photos of `folder`, sorted by name.

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -223,7 +224,8 @@ def _digest(photos: Iterable[Photo]) -> str:
     digest = hashlib.sha256()
     for photo in photos:
         mask = b"" if photo.mask is None else photo.mask.read_bytes()
-        for part in (photo.path.name.encode(), photo.path.read_bytes(), (photo.caption or "").encode(), mask):
+        words = "\n".join(photo.captions).encode() + (b"" if photo.repeats == 1 else b"\n%d" % photo.repeats)
+        for part in (os.fsencode(photo.path.name), photo.path.read_bytes(), words, mask):
             digest.update(hashlib.sha256(part).digest())
     return digest.hexdigest()
 

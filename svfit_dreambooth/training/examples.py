@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from svfit_dreambooth.bases.encoders import encode_images, encode_tokens, tokenize
 from svfit_dreambooth.bases.opening import text_encoders
+from svfit_dreambooth.photos.captions import shuffled
 from svfit_dreambooth.photos.crops import crop_photo
 from svfit_dreambooth.photos.reading import Photo, open_mask, open_photo
 from svfit_dreambooth.training.class_pictures import paint_class_pictures
@@ -27,10 +29,12 @@ class Examples:
     spread: list[Tensor]  # the same shape: their standard deviation
     weight: list[Tensor | None]  # (variants, 1, h, w), of the loss, where a mask asks for one
     time_ids: list[Tensor]  # (variants, 6), what SDXL is told of the windows
-    prompts: list[int]  # which row of the following is the photo's caption
+    prompts: list[list[int]]  # which rows of the following are the photo's captions: one of them is drawn
     input_ids: list[Tensor]  # (prompts, tokens) for each text encoder
     prompt_embeds: Tensor  # (prompts, tokens, dim)
     pooled_prompt_embeds: Tensor | None  # (prompts, dim), SDXL's
+    repeats: list[int] | None = None  # how often each photo is shown in a round; None: each once
+    dropped: int | None = None  # the row of the empty prompt; None: captions are never dropped
     prior: Examples | None = None  # the class pictures; None: without prior preservation
 
 
@@ -98,8 +102,14 @@ def _encode(run: Run, photos: list[Photo], prompt: str, device: torch.device, of
             height, width = means[-1].shape[-2:]
             mask = adaptive_avg_pool2d(crops.mask, (height, width))  # (variants, 1, h, w)
             weights.append(config.unmasked_weight + (1 - config.unmasked_weight) * mask)
-    captions = [photo.caption or prompt for photo in photos]
-    different = list(dict.fromkeys(captions))
+    captions = [photo.captions or (prompt,) for photo in photos]
+    if config.shuffle_caption and not of_class:
+        captions = [
+            tuple(order for text in texts for order in shuffled(text, config.keep_tokens, config.seed))
+            for texts in captions
+        ]
+    drops = config.caption_dropout_rate > 0 and not of_class
+    different = list(dict.fromkeys([text for texts in captions for text in texts] + [""] * drops))
     input_ids = tokenize(pipeline, different)
     embeds, pooled = encode_tokens(encoders, [ids.to(device) for ids in input_ids])
     return Examples(
@@ -107,8 +117,10 @@ def _encode(run: Run, photos: list[Photo], prompt: str, device: torch.device, of
         spreads,
         weights,
         time_ids,
-        [different.index(caption) for caption in captions],
+        [[different.index(text) for text in texts] for texts in captions],
         input_ids,
         embeds.float().cpu(),
         None if pooled is None else pooled.float().cpu(),
+        [photo.repeats // math.gcd(*(each.repeats for each in photos)) for photo in photos],
+        different.index("") if drops else None,
     )

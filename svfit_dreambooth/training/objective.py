@@ -36,6 +36,7 @@ class Draw:
     time_ids: Tensor  # (6,), what SDXL is told of the window
     noise: Tensor  # (channels, h, w)
     timestep: int
+    prompt: int  # its row among those of `source`
 
 
 class Denoiser:
@@ -101,10 +102,10 @@ class Denoiser:
     def _draw(self, number: int, purpose: str = "train") -> Draw:
         """Example `number` of the run; `purpose` is "train", "class" (of the class pictures) or "fixed"."""
         source = self.examples.prior if purpose == "class" and self.examples.prior is not None else self.examples
-        photos = len(source.mean)
-        epoch, place = divmod(number, photos)
-        order = torch.randperm(photos, generator=_generator(self.config.seed, purpose, "order", epoch))
-        index = int(order[place])
+        photos = [i for i, times in enumerate(source.repeats or [1] * len(source.mean)) for _ in range(times)]
+        epoch, place = divmod(number, len(photos))
+        order = torch.randperm(len(photos), generator=_generator(self.config.seed, purpose, "order", epoch))
+        index = photos[int(order[place])]
         generator = _generator(self.config.seed, purpose, "example", number)
         mean, spread = source.mean[index], source.spread[index]  # (variants, channels, h, w)
         weight = source.weight[index]  # (variants, 1, h, w)
@@ -115,7 +116,15 @@ class Denoiser:
         if self.config.noise_offset and purpose != "fixed":  # drawn last: the other numbers are as without it
             noise = noise + self.config.noise_offset * torch.randn((len(noise), 1, 1), generator=generator)
         own_weight = None if weight is None else weight[variant]
-        return Draw(source, index, latents, own_weight, source.time_ids[index][variant], noise, timestep)
+        prompt = self._draw_prompt(source, index, purpose, _generator(self.config.seed, purpose, "prompt", number))
+        return Draw(source, index, latents, own_weight, source.time_ids[index][variant], noise, timestep, prompt)
+
+    def _draw_prompt(self, source: Examples, index: int, purpose: str, generator: torch.Generator) -> int:
+        """One of the captions of photo `index`, or the empty one where it is dropped; from numbers of its own."""
+        rows = source.prompts[index]
+        row = rows[int(torch.randint(len(rows), (), generator=generator))]
+        dropped = float(torch.rand((), generator=generator)) < self.config.caption_dropout_rate
+        return source.dropped if dropped and source.dropped is not None and purpose != "fixed" else row
 
     def _errors(self, draws: list[Draw]) -> Tensor:
         """Mean squared error of every example, (batch,); photos of one shape go through the UNet together."""
@@ -157,7 +166,7 @@ class Denoiser:
         return weighted_mean(squares, weight.to(squares))
 
     def _encode(self, draws: list[Draw]) -> tuple[Tensor, Tensor | None]:
-        rows = [(draw.source, draw.source.prompts[draw.index]) for draw in draws]
+        rows = [(draw.source, draw.prompt) for draw in draws]
         if self.config.train_text_encoder or self.config.learned_word:
             ids = [
                 torch.stack([source.input_ids[number][row] for source, row in rows]).to(self.device)

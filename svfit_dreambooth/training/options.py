@@ -45,7 +45,8 @@ class PhotoOptions:
 
     instance_data_dir: str | None = option(
         None,
-        "Folder of the subject's photos; photo.txt beside photo.jpg is its caption.  None: a toybox subject.",
+        "Folder of the subject's photos; photo.txt beside photo.jpg is its caption, several lines are alternatives.  "
+        "None: a toybox subject.",
         path=True,
     )
     instance_prompt: str | None = option(
@@ -61,6 +62,13 @@ class PhotoOptions:
     random_flip: bool = option(False, "Train on mirror images too; not for subjects with writing on them.")
     crops_per_photo: int = option(
         4, "Random windows of every photo that are encoded once and then reused.", least=1, most=10_000
+    )
+    shuffle_caption: bool = option(False, "Train on the tags of a caption, its parts between commas, in 8 orders.")
+    keep_tokens: int = option(
+        1, "Tags at the start of a caption that stay where they are when it is shuffled.", least=0
+    )
+    caption_dropout_rate: float = option(
+        0.0, "Share of the examples that are trained on with an empty prompt, such as 0.05.", least=0, most=1
     )
     unmasked_weight: float = option(
         0.1,

@@ -28,6 +28,7 @@ from svfit_dreambooth.method.basis import weight_hashes
 from svfit_dreambooth.method.layer import as_matrix, resolve_rank
 from svfit_dreambooth.method.targets import find_projections
 from svfit_dreambooth.method.word import check_word, word_pieces
+from svfit_dreambooth.photos.captions import folder_words
 from svfit_dreambooth.photos.crops import Size, training_size
 from svfit_dreambooth.photos.reading import Photo, find_photos, photo_report
 from svfit_dreambooth.training.class_pictures import (
@@ -127,7 +128,9 @@ def prepare(config: TrainConfig, *, local_files_only: bool = False) -> Run:
     check_base_model(config.pretrained_model_name_or_path, config.base_config)
     config = _with_subject(config)
     photos = find_photos(str(config.instance_data_dir))
-    if config.instance_prompt is None and any(photo.caption is None for photo in photos):
+    if config.instance_prompt is None and (named := folder_words(Path(str(config.instance_data_dir)))):
+        config = dataclasses.replace(config, instance_prompt=named[1])
+    if config.instance_prompt is None and not all(photo.captions for photo in photos):
         raise SVFitError('instance_prompt is missing: say what the photos show, such as "a photo of sks dog".')
     config = _with_class(config)
     initial = read_initial(config)
@@ -162,8 +165,8 @@ def prepare(config: TrainConfig, *, local_files_only: bool = False) -> Run:
             "resolution",
         )
     if config.learned_word is not None:
-        captions = dict.fromkeys(photo.caption or str(config.instance_prompt) for photo in photos)
-        check_word(base.pipeline, config.learned_word, list(captions))
+        captions = [text for photo in photos for text in photo.captions or (str(config.instance_prompt),)]
+        check_word(base.pipeline, config.learned_word, list(dict.fromkeys(captions)))
     if config.with_prior_preservation:
         check_class_pictures(Path(str(config.class_data_dir)), str(config.class_prompt), base)
     found = {"unet": find_projections(base.pipeline.unet, config.target_modules)}

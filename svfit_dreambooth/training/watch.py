@@ -158,7 +158,7 @@ def validation_prompts(run: Run) -> list[str]:
         from toybox.world import PHOTO_SETTINGS, SETTING_PHRASES
 
         places = [SETTING_PHRASES[place] for place in SETTING_PHRASES if place not in PHOTO_SETTINGS[subject]][:4]
-    return [f"{run.config.instance_prompt or run.photos[0].caption} {place}" for place in places]
+    return [f"{run.config.instance_prompt or run.photos[0].captions[0]} {place}" for place in places]
 
 
 def toybox_subject(run: Run) -> str | None:
