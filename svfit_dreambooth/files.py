@@ -11,11 +11,17 @@ from PIL import Image
 
 from svfit_dreambooth.errors import SVFitError
 
+TEMPORARY = ".svfit-*.tmp"  # what a process that was killed while writing leaves
+
+
+class NotWritten(SVFitError):
+    """A file that the disk or its folder did not take."""
+
 
 def write_atomically(path: str | Path, content: bytes | str) -> Path:
     """Makes `path` hold `content`, or leaves it as it was; missing parent folders are made.
 
-    Raises SVFitError where the disk is full or the place cannot be written.
+    Raises NotWritten where the disk is full or the place cannot be written.
     """
     path = Path(path)
     if isinstance(content, str):
@@ -30,7 +36,7 @@ def write_atomically(path: str | Path, content: bytes | str) -> Path:
         os.replace(temporary, path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise SVFitError(f"'{path}' can't be written ({reason}): choose another place.") from None
+        raise NotWritten(f"'{path}' can't be written ({reason}): choose another place.") from None
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -27,6 +27,8 @@ from svfit_dreambooth.painting.generate import open_for_adapters
 from svfit_dreambooth.sharing import hub
 from svfit_dreambooth.sharing.hub import check_login, find_adapter, push_adapter
 from svfit_dreambooth.sharing.model_card import model_card
+from svfit_dreambooth.training.events import Start
+from svfit_dreambooth.training.journal import RunFolder
 
 
 class Hub:
@@ -203,6 +205,12 @@ def test_the_command(stub, run, capsys):
     assert 'load_adapter(pipeline, "somebody/dog")' in (stub.folder / "somebody" / "dog" / "README.md").read_text()
     assert main(["push", str(run / "nothing")]) == 2
     assert "is neither the folder of a run nor an adapter file" in capsys.readouterr().err
+
+
+def test_a_run_is_pushed_by_what_it_noted_whatever_lies_beside(stub, run):
+    shutil.copy(run / "dog.safetensors", run / "dog-kohya.safetensors")
+    RunFolder(run).note(Start(adapter_name="dog"))
+    assert set(push_adapter(run, dry_run=True).files) >= {"dog.safetensors", "README.md"}
 
 
 def test_a_folder_must_hold_one_adapter(stub, run):

@@ -18,7 +18,7 @@ from svfit_dreambooth.bases.opening import open_base_model, pipeline_components
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.painting.generate import generate
 from svfit_dreambooth.sharing.export import export_lora
-from svfit_dreambooth.training.journal import lock_run, read_progress
+from svfit_dreambooth.training.journal import RunFolder
 from svfit_dreambooth.training.loop import MAX_SKIPPED, Loop
 from svfit_dreambooth.training.objective import Denoiser
 from svfit_dreambooth.training.plan import open_run_base, prepare
@@ -69,7 +69,7 @@ class Explode(torch.autograd.Function):
 
 
 def events(config, kind):
-    return [event for event in read_progress(config["output_dir"]) if event["event"] == kind]
+    return [event for event in RunFolder(config["output_dir"]).events() if event.name == kind]
 
 
 def test_a_passing_nan_rolls_back_to_the_last_checkpoint_with_half_the_rate(config, monkeypatch):
@@ -77,9 +77,9 @@ def test_a_passing_nan_rolls_back_to_the_last_checkpoint_with_half_the_rate(conf
     result = train(TrainConfig(**config, lr_scheduler="constant"))
     assert result.steps == 8 and not result.stopped
     (event,) = events(config, "rollback")
-    assert event["step"] == 4 and event["reason"] == "the loss is nan at step 6"
-    rates = [step["learning_rate"] for step in events(config, "step")]
-    assert [step["step"] for step in events(config, "step")] == [1, 2, 3, 4, 5, 5, 6, 7, 8]
+    assert event.step == 4 and event.reason == "the loss is nan at step 6"
+    rates = [step.learning_rate for step in events(config, "step")]
+    assert [step.step for step in events(config, "step")] == [1, 2, 3, 4, 5, 5, 6, 7, 8]
     assert rates == pytest.approx([0.05] * 5 + [0.025] * 4)
 
 
@@ -101,7 +101,7 @@ def test_a_lasting_nan_stops_after_three_returns_and_saves_the_last_good_state(c
     spoil(monkeypatch, step=6, times=99)
     with pytest.raises(SVFitError, match="the loss is nan at step 6, also after 3 returns to step 4") as error:
         train(TrainConfig(**config))
-    assert len(events(config, "rollback")) == 3 and events(config, "end")[0]["status"] == "failed"
+    assert len(events(config, "rollback")) == 3 and events(config, "end")[0].status == "failed"
     monkeypatch.undo()
     saved = read_adapter(Path(config["output_dir"]) / "my-dog.safetensors").shifts
     other = {**config, "output_dir": str(tmp_path / "other")}
@@ -152,7 +152,7 @@ def test_gradients_that_are_never_finite_end_a_run_in_fp16(config, monkeypatch):
         SVFitError, match=f"gradients of {MAX_SKIPPED} steps in a row, up to step {3 + MAX_SKIPPED}, are not"
     ):
         train(TrainConfig(**options, mixed_precision="fp16"))
-    assert events(config, "end")[0]["status"] == "failed"
+    assert events(config, "end")[0].status == "failed"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -165,7 +165,7 @@ def test_a_signal_ends_the_run_after_the_step_and_it_can_go_on(config, number, t
     result = train(TrainConfig(**config), on_step=interrupt)
     assert result.stopped and 3 <= result.steps <= 4 and "resume_from_checkpoint latest" in result.summary()
     assert signal.getsignal(number) == before
-    assert events(config, "end")[0]["status"] == "stopped"
+    assert events(config, "end")[0].status == "stopped"
     resumed = train(TrainConfig(**config, resume_from_checkpoint="latest"))
     whole = train(TrainConfig(**{**config, "output_dir": str(tmp_path / "whole")}))
     first, second = read_adapter(resumed.adapter_path).shifts, read_adapter(whole.adapter_path).shifts
@@ -235,8 +235,8 @@ def test_a_full_disk_costs_the_pictures_of_a_look_but_not_its_measures(config, m
     fill_disk_at(monkeypatch, validation, "save_png", "step_000004.png")
     options = {**config, "validation_steps": 4, "num_inference_steps": 1, "validation_prompts": ["a dog"]}
     assert train(TrainConfig(**options)).steps == 8 and "no pictures of step 4" in caplog.text
-    assert [event["step"] for event in events(config, "measure")] == [0, 4, 8]
-    assert [event["step"] for event in events(config, "pictures")] == [0, 8]
+    assert [event.step for event in events(config, "measure")] == [0, 4, 8]
+    assert [event.step for event in events(config, "pictures")] == [0, 8]
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_pictures_that_fail_at_the_end_cost_only_themselves(config, monkeypatch,
     result = train(TrainConfig(**{**config, "final_pictures": True, "max_train_steps": 2}, also="kohya"))
     assert result.showing is None and "LoRA: " in result.summary()
     (end,) = events(config, "end")
-    assert end["status"] == "finished" and end["adapter"] == "my-dog.safetensors" and end["sheet"] is None
+    assert end.status == "finished" and end.adapter == "my-dog.safetensors" and end.sheet is None
     (line,) = [record.message for record in caplog.records if "pictures at the end are missing" in record.message]
     assert f"The adapter is saved in {result.adapter_path}." in line
 
@@ -315,7 +315,7 @@ def test_a_base_that_is_gone_at_the_end_costs_only_what_needs_it(config, monkeyp
     monkeypatch.setattr("svfit_dreambooth.training.result.open_run_base", gone)
     options = {**config, "final_pictures": True, "max_train_steps": 2}
     result = train(TrainConfig(**options, mixed_precision="bf16", also="kohya"))
-    assert result.adapter_path.is_file() and events(config, "end")[0]["status"] == "finished"
+    assert result.adapter_path.is_file() and events(config, "end")[0].status == "finished"
     assert "there is no LoRA" in caplog.text and "pictures at the end are missing" in caplog.text
 
 
@@ -370,7 +370,7 @@ def test_the_folder_is_locked_while_a_run_writes_into_it(config):
 
     train(TrainConfig(**config), on_step=second)
     assert seen == [1]
-    with lock_run(config["output_dir"]):
+    with RunFolder(config["output_dir"]).locked():
         pass
 
 
@@ -383,21 +383,13 @@ def test_a_second_run_moves_the_first_aside(config):
 
 
 def test_looks_on_the_way_keep_the_best_step(config, monkeypatch):
-    from svfit_dreambooth.training.watch import Measure
+    scores, seen = {0: 9.0, 3: 0.2, 6: 0.7, 8: 0.5}, []
 
-    scores = {0: 9.0, 3: 0.2, 6: 0.7, 8: 0.5}
-    monkeypatch.setattr(Measure, "score", property(lambda self: scores[len(seen) - 1]))
-    seen = []
-    from svfit_dreambooth.training.watch import Watch
+    def liked(measured):
+        seen.append(measured.step)
+        return scores[measured.step]
 
-    original = Watch.look
-
-    def look(self, step, fixed_loss):
-        seen.append(step)
-        scores[len(seen) - 1] = scores[step]
-        return original(self, step, fixed_loss)
-
-    monkeypatch.setattr(Watch, "look", look)
+    monkeypatch.setattr("svfit_dreambooth.training.loop.score", liked)
     options = {**config, "validation_steps": 3, "num_inference_steps": 1, "validation_prompts": ["a dog", "a cat"]}
     result = train(TrainConfig(**options))
     assert seen == [0, 3, 6, 8] and result.kept_step == 6 and "kept: step 6" in result.summary()
@@ -405,7 +397,7 @@ def test_looks_on_the_way_keep_the_best_step(config, monkeypatch):
     assert saved.training["kept_step"] == 6
     folder = Path(config["output_dir"])
     assert len(list((folder / "validation").glob("*.png"))) == 4 and (folder / "curve.png").stat().st_size > 1000
-    assert [event["step"] for event in events(config, "measure")] == [0, 3, 6, 8]
+    assert [event.step for event in events(config, "measure")] == [0, 3, 6, 8]
     last = train(TrainConfig(**{**options, "keep": "last"}))
     assert last.kept_step == 8
     different = read_adapter(last.adapter_path).shifts

@@ -12,7 +12,7 @@ import torch
 from svfit_dreambooth import TrainConfig, files, read_adapter, train
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.training.checkpoints import list_checkpoints, load_checkpoint, run_identity
-from svfit_dreambooth.training.journal import lock_run, read_progress
+from svfit_dreambooth.training.journal import RunFolder
 from svfit_dreambooth.training.plan import prepare
 from svfit_dreambooth.training.result import training_record
 
@@ -104,7 +104,7 @@ def assert_same(config, folder, whole):
     assert result.steps == whole.steps and result.kept_step == whole.kept_step
     assert_same_values(result.adapter_path, whole.adapter_path)
     ours, theirs = (
-        [(event["event"], event["step"], event.get("loss")) for event in read_progress(path)]
+        [(event.name, event.step, getattr(event, "loss", None)) for event in RunFolder(path).events()]
         for path in (folder, whole.adapter_path.parent)
     )
     for kind in ("step", "measure", "pictures"):
@@ -114,7 +114,7 @@ def assert_same(config, folder, whole):
 @pytest.mark.parametrize("number", [1, *random.Random(0).sample(range(2, 12), 4), 12])
 def test_killed_after_a_step(config, whole, tmp_path, number):
     assert killed(config, tmp_path, at_step(number))
-    with lock_run(tmp_path):  # its own died with it
+    with RunFolder(tmp_path).locked():  # its own died with it
         pass
     assert_same(config, tmp_path, whole)
 
@@ -179,7 +179,7 @@ def test_as_many_processes_go_on_as_there_were(config, whole):
 
 
 def looks(folder):
-    measured = [event["step"] for event in read_progress(folder) if event["event"] == "measure"]
+    measured = [event.step for event in RunFolder(folder).events() if event.name == "measure"]
     return measured, sorted(int(path.stem.partition("_")[2]) for path in (folder / "validation").glob("*.png"))
 
 
@@ -207,7 +207,7 @@ def test_a_checkpoint_from_elsewhere_moves_an_earlier_run_aside(config, whole, t
     other = whole.adapter_path.parent / "checkpoints" / "step-000009.safetensors"
     train(TrainConfig(**config, output_dir=str(tmp_path), resume_from_checkpoint=str(other)))
     assert looks(tmp_path / "earlier" / "001") == ([0, 5], [0, 5]) and looks(tmp_path) == ([10, 12], [10, 12])
-    assert [event["event"] for event in read_progress(tmp_path)].count("start") == 1
+    assert [event.name for event in RunFolder(tmp_path).events()].count("start") == 1
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The queue of training runs: turns, stops, restarts of the server, results."""
 
 import errno
+import json
 import os
 import signal
 import time
@@ -10,7 +11,6 @@ from web_stand_ins import submit, until
 
 from svfit_dreambooth import read_adapter, save_adapter
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.training.journal import read_progress
 from svfit_dreambooth.web.rooms import jobs, library
 from svfit_dreambooth.web.rooms.bases import Bases
 from svfit_dreambooth.web.rooms.jobs import Jobs
@@ -238,4 +238,5 @@ def test_a_stranger_downloads_nothing_by_training(workspace, visitor, photo_fold
         job = submit(server, visitor, photo_folder, pretrained_model_name_or_path=base)
         (workspace.jobs / job.id / "go").touch()
         until(lambda job=job: server.tend() or server.state(job) == "finished")
-        assert read_progress(server.run_folder(job))[0]["offline"] == offline
+        lines = (server.run_folder(job) / "progress.jsonl").read_text().splitlines()
+        assert json.loads(lines[0])["offline"] == offline

@@ -28,7 +28,8 @@ from PIL import Image
 from svfit_dreambooth.adapter.file import read_adapter
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.sharing.model_card import model_card
-from svfit_dreambooth.training.journal import read_progress
+from svfit_dreambooth.training.events import End
+from svfit_dreambooth.training.journal import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +133,9 @@ def _adapter_file(run: Path) -> Path:
         return run
     if not run.is_dir():
         raise SVFitError(f"{run} is neither the folder of a run nor an adapter file: check the path.")
+    folder = RunFolder(run)
+    if folder.adapter_name is not None and folder.adapter.is_file():  # a LoRA may lie beside it
+        return folder.adapter
     found = sorted(path for path in run.glob("*" + SUFFIX))
     if len(found) != 1:
         what = "no adapter" if not found else "several adapters, " + ", ".join(path.name for path in found)
@@ -156,8 +160,8 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 def _figures(adapter_path: Path) -> dict[str, Any] | None:
     """What the run measured at its end, if it was the run that wrote this adapter."""
-    ends = [event for event in read_progress(adapter_path.parent) if event["event"] == "end"]
-    return ends[-1].get("figures") if ends and ends[-1].get("adapter") == adapter_path.name else None
+    ends = [event for event in RunFolder(adapter_path.parent).events() if isinstance(event, End)]
+    return ends[-1].figures if ends and ends[-1].adapter == adapter_path.name else None
 
 
 # ---------------------------------------------------------------- finding

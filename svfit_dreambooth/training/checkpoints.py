@@ -182,8 +182,9 @@ def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> TrainState:
                     "output_dir."
                 )
             raise SVFitError(
-                f"the checkpoint {path} was made with --{name} {there}, not {here}: use the same options, or start "
-                "anew; init_adapter goes on from a finished adapter with other options."
+                f"the checkpoint {path} was made with {name} {there}, not {here}: use the same options, or start "
+                "anew; init_adapter goes on from a finished adapter with other options.",
+                name,
             )
     groups: dict[str, dict[str, Tensor]] = {"value": {}, "optimizer": {}, "best": {}}
     for name, tensor in tensors.items():

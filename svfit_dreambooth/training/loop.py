@@ -7,8 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -20,9 +19,10 @@ from tqdm.auto import tqdm
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.training.checkpoints import Best, TrainState, capture, restore, save_checkpoint
 from svfit_dreambooth.training.config import TrainConfig
-from svfit_dreambooth.training.journal import append_progress
+from svfit_dreambooth.training.events import Event, Painted, Saved, Stepped, WentBack
+from svfit_dreambooth.training.journal import RunFolder
 from svfit_dreambooth.training.objective import Denoiser
-from svfit_dreambooth.training.watch import Measure, Watch
+from svfit_dreambooth.training.watch import Watch, score
 
 logger = logging.getLogger(__name__)
 
@@ -30,15 +30,7 @@ MAX_ROLLBACKS = 3
 MAX_SKIPPED = 30  # steps in a row; fp16 begins with a loss scale of 2^16, and each one halves it
 
 
-@dataclass
-class Step:
-    """What `on_step` is told after every optimizer step."""
-
-    step: int  # optimizer steps done
-    of: int
-    loss: float  # mean over the step's examples
-    learning_rate: float
-    prior_loss: float | None = None  # the part of the class pictures; None without prior preservation
+Step = Stepped  # what `on_step` is told after every optimizer step
 
 
 class NotFinite(Exception):
@@ -83,14 +75,11 @@ class Loop:
         )
         self.multiplier: Callable[[int], float] = schedule.lr_lambdas[0]
         self.optimizer = accelerator.prepare_optimizer(self.raw_optimizer)
+        self.folder = RunFolder(config.output_dir)
         self.step, self.rate_factor, self.rollbacks, self.skipped = 0, 1.0, 0, 0
         self.best: Best | None = None
         self.good = self.state()
         self.between_steps = True  # False while values, optimizer and step disagree
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.config.output_dir)
 
     def state(self) -> TrainState:
         """A copy of where the run stands."""
@@ -130,7 +119,7 @@ class Loop:
                     continue
                 bar.update()
                 bar.set_postfix(loss=f"{done.loss:.4f}")
-                self.note("step", **vars(done), seconds=round(time.perf_counter() - started, 3))
+                self.note(replace(done, seconds=round(time.perf_counter() - started, 3)))
                 self.accelerator.log({"loss": done.loss, "learning_rate": done.learning_rate}, step=self.step)
                 if self.watch is not None and (self.step % (config.validation_steps or 1) == 0 or self.step == of):
                     self.look(self.model.fixed_loss())
@@ -212,49 +201,42 @@ class Loop:
         self.rate_factor, self.rollbacks = factor, rollbacks
         rate = self.config.learning_rate * factor
         logger.warning("%s: back to step %d, learning rate now %g.", reason, self.step, rate)
-        self.note("rollback", step=self.step, reason=reason, learning_rate=rate)
+        self.note(WentBack(self.step, reason, rate))
 
     def look(self, fixed_loss: float | None) -> None:
         """Paints and measures, and remembers the step if it is the best so far."""
         if self.watch is None:
             return
         if self.accelerator.is_main_process:
-            measure = self.watch.look(self.step, fixed_loss)
-            path = f"validation/step_{self.step:06d}.png"
-            if (self.folder / path).is_file():
-                self.note("pictures", step=self.step, path=path)
-            self.tell(measure)
-            score = measure.score
-            if self.step and score is not None and (self.best is None or score > self.best.score):
-                self.best = Best(self.step, score, capture(self.values, self.raw_optimizer)[0])
+            measured = self.watch.look(self.step, fixed_loss)
+            if self.folder.look(self.step).is_file():
+                self.note(Painted(self.step, self.folder.look(self.step).relative_to(self.folder.path).as_posix()))
+            self.note(measured)
+            numbers = {name: value for name, value in asdict(measured).items() if name != "step" and value is not None}
+            self.accelerator.log(numbers, step=self.step)
+            points = score(measured)
+            if self.step and points is not None and (self.best is None or points > self.best.score):
+                self.best = Best(self.step, points, capture(self.values, self.raw_optimizer)[0])
         self.accelerator.wait_for_everyone()
-
-    def tell(self, measure: Measure) -> None:
-        """Notes a measure in progress.jsonl and for the trackers."""
-        self.note("measure", step=self.step, **measure.values())
-        self.accelerator.log(measure.values(), step=self.step)
 
     def save(self) -> None:
         """Makes this the last good state, in memory and on the disk.  A full disk is a warning, not the end."""
         self.good = self.state()
         if not self.accelerator.is_main_process:
             return
-        folder = self.folder / "checkpoints"
         try:
-            path = save_checkpoint(self.good, folder, self.identity, self.config.checkpoints_total_limit)
+            path = save_checkpoint(
+                self.good, self.folder.checkpoints, self.identity, self.config.checkpoints_total_limit
+            )
         except (SVFitError, OSError) as error:
             logger.warning("no checkpoint of step %d: %s Training goes on.", self.step, error)
             return
-        self.note("checkpoint", step=self.step, path=f"checkpoints/{path.name}")
+        self.note(Saved(self.step, path.relative_to(self.folder.path).as_posix()))
 
-    def note(self, event: str, **values: Any) -> None:
+    def note(self, event: Event) -> None:
         """A line of progress.jsonl, by the main process."""
-        if not self.accelerator.is_main_process:
-            return
-        try:
-            append_progress(self.folder, event, **values)
-        except OSError as error:  # a full disk: the run itself matters more than its diary
-            logger.warning("progress.jsonl lacks the event %r of step %d (%s).", event, self.step, error.strerror)
+        if self.accelerator.is_main_process:
+            self.folder.note(event)
 
 
 @contextmanager

@@ -38,6 +38,7 @@ from svfit_dreambooth.training.class_pictures import (
 )
 from svfit_dreambooth.training.config import TOYBOX, TrainConfig
 from svfit_dreambooth.training.initial import check_initial, read_initial
+from svfit_dreambooth.training.journal import RunFolder
 from svfit_dreambooth.training.presets import with_preset
 
 logger = logging.getLogger(__name__)
@@ -77,8 +78,12 @@ class Run:
         return [name for name in components if name in self.targets or (learning and name != "unet")]
 
     @property
+    def folder(self) -> RunFolder:
+        return RunFolder(self.config.output_dir, self.adapter_name)
+
+    @property
     def adapter_path(self) -> Path:
-        return Path(self.config.output_dir) / f"{self.adapter_name}.safetensors"
+        return self.folder.adapter
 
     def training_size(self, photo: Photo) -> Size:
         """Width and height in pixels at which `photo` is trained on."""
@@ -240,7 +245,7 @@ def _with_class(config: TrainConfig) -> TrainConfig:
         return config
     if config.class_prompt is None:
         raise SVFitError('class_prompt is missing: say what the class pictures show, such as "a photo of a dog".')
-    folder = config.class_data_dir or str(Path(config.output_dir) / "class_pictures")
+    folder = config.class_data_dir or str(RunFolder(config.output_dir).class_pictures)
     if Path(folder).resolve() == Path(str(config.instance_data_dir)).resolve():
         raise SVFitError(f"class_data_dir {folder} is the folder of the photos: name another.")
     return dataclasses.replace(config, class_data_dir=folder)

@@ -168,7 +168,7 @@ def _export(run: Run) -> str:
     export = export_lora(
         run.adapter_path,
         _stored_base(run),
-        run.adapter_path.with_name(f"{run.adapter_name}-{config.also}.safetensors"),
+        run.folder.lora(str(config.also)),
         cast(Literal["kohya", "diffusers"], config.also),
         error=ALSO_ERROR,
         without_words=True,
@@ -185,10 +185,10 @@ def publish(result: TrainResult) -> None:
         result.extras.append(f"uploaded: {upload.url}")
 
 
-def end_event(result: TrainResult) -> dict[str, Any]:
-    """What progress.jsonl says of the pictures and figures at the end."""
+def at_the_end(result: TrainResult) -> dict[str, Any]:
+    """What the last event says of the pictures and figures."""
     showing = result.showing
     if showing is None:
-        return {"sheet": None, "figures": None}
+        return {}
     figures = None if showing.figures is None else {name: vars(row) for name, row in showing.figures.items()}
     return {"sheet": showing.sheet.name, "figures": figures}

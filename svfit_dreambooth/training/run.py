@@ -33,14 +33,14 @@ from svfit_dreambooth.training.checkpoints import TrainState, delete_later, rest
 from svfit_dreambooth.training.config import TrainConfig, config_to_yaml
 from svfit_dreambooth.training.curves import plot_run
 from svfit_dreambooth.training.estimate import estimate_memory
+from svfit_dreambooth.training.events import End, Start
 from svfit_dreambooth.training.examples import WEIGHT_DTYPE, encode_examples
-from svfit_dreambooth.training.journal import lock_run, read_progress, rewind_progress, set_aside
 from svfit_dreambooth.training.loop import Loop, Step, stop_signals
 from svfit_dreambooth.training.objective import Denoiser
 from svfit_dreambooth.training.plan import Run, prepare
 from svfit_dreambooth.training.result import (
     TrainResult,
-    end_event,
+    at_the_end,
     finish,
     is_out_of_memory,
     publish,
@@ -76,7 +76,7 @@ def train(config: TrainConfig, on_step: Callable[[Step], bool | None] | None = N
                 check_login()
             if run.config.validation_steps:
                 features = open_features(run.base.name, config.dino_path, config.clip_path, accelerator.device)
-        with lock_run(run.config.output_dir) if accelerator.is_main_process else nullcontext():
+        with run.folder.locked() if accelerator.is_main_process else nullcontext():
             return _train(run, accelerator, features, on_step)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -94,7 +94,7 @@ def train(config: TrainConfig, on_step: Callable[[Step], bool | None] | None = N
 def _train(
     run: Run, accelerator: Accelerator, features: Features, on_step: Callable[[Step], bool | None] | None
 ) -> TrainResult:
-    config, pipeline, folder = run.config, run.base.pipeline, Path(run.config.output_dir)
+    config, pipeline = run.config, run.base.pipeline
     identity = run_identity(run, accelerator.num_processes)
     resumed = resume_state(run, identity)
     if accelerator.is_main_process:
@@ -141,11 +141,8 @@ def _train(
     accelerator.init_trackers("svfit", config={k: str(v) for k, v in dataclasses.asdict(config).items()})
     count = sum(value.numel() for name, value in values.items() if name not in words)
     loss_before = model.fixed_loss()
-    if not any(event["event"] == "start" for event in read_progress(folder)):
-        loop.note("start", time=time.time(), step=0, of=config.max_train_steps, adapter_name=run.adapter_name,
-                  base_model=run.base.name, values=count)  # fmt: skip
-    if watch is not None and accelerator.is_main_process:
-        watch.forget_after(-1 if resumed is None else resumed.step)
+    if not any(isinstance(event, Start) for event in run.folder.events()):
+        loop.note(Start(time.time(), 0, config.max_train_steps, run.adapter_name, run.base.name, count))
     if resumed is None:
         loop.look(loss_before)
     else:
@@ -154,7 +151,7 @@ def _train(
     stopped, failure = _run_loop(loop, on_step)
     seconds = time.perf_counter() - started
     if loop.step == 0 and failure:
-        loop.note("end", time=time.time(), status="failed", message=str(failure), step=0, adapter=None)
+        loop.note(End("failed", time.time(), 0, str(failure)))
         raise failure
     if loop.step > first and failure is None:
         loop.save()
@@ -184,7 +181,7 @@ def _train(
     if accelerator.is_main_process:
         save_result(adapter, run.adapter_path, config)
         with warned("curve.png is missing", run.adapter_path):
-            plot_run(folder, folder / "curve.png")
+            plot_run(run.folder)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     for component in shifts:
@@ -200,8 +197,8 @@ def _train(
     if not stopped and failure is None and accelerator.is_main_process:
         finish(result)
     status = "failed" if failure is not None else "stopped" if stopped else "finished"
-    loop.note("end", time=time.time(), status=status, message=None if failure is None else str(failure), step=loop.step,
-              kept_step=kept, adapter=run.adapter_path.name, **end_event(result))  # fmt: skip
+    message = None if failure is None else str(failure)
+    loop.note(End(status, time.time(), loop.step, message, kept, run.adapter_path.name, **at_the_end(result)))
     if failure is not None:
         raise SVFitError(f"{failure} What was learnt until step {loop.step} is saved in {run.adapter_path}.")
     if not stopped and accelerator.is_main_process:
@@ -230,19 +227,18 @@ def _accelerator(config: TrainConfig) -> Accelerator:
 
 def _open_folder(run: Run, resumed: TrainState | None) -> None:
     """Makes the run folder ready: another run is moved aside, one that goes on loses what it will make again."""
-    folder, asked = Path(run.config.output_dir), run.config.resume_from_checkpoint
-    checkpoints = folder / "checkpoints"
-    goes_on = asked == "latest" or (asked is not None and Path(asked).resolve().parent == checkpoints.resolve())
+    folder, asked = run.folder, run.config.resume_from_checkpoint
+    goes_on = asked == "latest" or (asked is not None and Path(asked).resolve().parent == folder.checkpoints.resolve())
     if goes_on and resumed is not None:
-        rewind_progress(folder, resumed.step)
-        delete_later(checkpoints, resumed.step)
-    elif goes_on and not run.adapter_path.exists():
-        rewind_progress(folder, -1)
+        folder.rewind(resumed.step)
+        delete_later(folder.checkpoints, resumed.step)
+    elif goes_on and not folder.adapter.exists():
+        folder.rewind(-1)
     else:
-        aside = set_aside(folder, run.adapter_name, run.config.init_adapter)
+        aside = folder.set_aside(run.config.init_adapter)
         if aside is not None:
-            logger.info("the earlier files in %s lie in %s now.", folder, aside)
-    write_atomically(folder / "config.yaml", config_to_yaml(run.config))
+            logger.info("the earlier files in %s lie in %s now.", folder.path, aside)
+    write_atomically(folder.config, config_to_yaml(run.config))
 
 
 def _step_aside(run: Run, accelerator: Accelerator) -> None:

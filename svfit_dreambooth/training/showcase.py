@@ -70,7 +70,7 @@ def _show(run: Run, model: BaseModel) -> Showing:
     adapted = _paint(model, prompts, 1.0, options)
     base = _paint(model, prompts, 0.0, options)
     rows = [("photos", run_photos(run)[: max(4, len(prompts))]), ("base", base), (run.adapter_name, adapted)]
-    sheet = save_png(contact_sheet([row for row in rows if row[1]], prompts), run.adapter_path.with_suffix(".png"))
+    sheet = save_png(contact_sheet([row for row in rows if row[1]], prompts), run.folder.sheet)
     subject = toybox_subject(run)
     figures = None if subject is None else judge_subject(model, subject, options)
     return Showing(sheet, figures, adapted[0])

@@ -1,9 +1,8 @@
 """Looking at a run while it trains: pictures with fixed seeds, likeness to the photos, harm to everything else."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from svfit_dreambooth.painting.generate import generate
 from svfit_dreambooth.painting.sheets import contact_sheet
 from svfit_dreambooth.photos.reading import open_photo
 from svfit_dreambooth.training.config import TOYBOX
+from svfit_dreambooth.training.events import Measured
 from svfit_dreambooth.training.plan import Run
 
 logger = logging.getLogger(__name__)
@@ -31,29 +31,15 @@ SEED = 1000  # of the pictures shown; away from the seeds that training uses
 PLACES = ("on the beach", "in the snow", "under water", "in the city at night")
 
 
-@dataclass
-class Measure:
-    """What was measured at one step; None where no network was given for it."""
+def score(measured: Measured) -> float | None:
+    """Likeness plus fit to the prompts less harm elsewhere, by which the best step is kept.
 
-    fixed_loss: float | None
-    subject: float | None = None  # likeness to the photos, mean cosine of features
-    prompt: float | None = None  # fit of the pictures to their prompts, mean cosine
-    drift: float | None = None  # change of pictures that have nothing to do with the subject, 0 is none
-
-    @property
-    def score(self) -> float | None:
-        """Likeness plus fit to the prompts less harm elsewhere, by which the best step is kept.
-
-        All three are cosines of features, weighed alike.  Without a network that sees likeness and harm: the loss on
-        fixed noise, negated.
-        """
-        if self.subject is not None and self.drift is not None:
-            return self.subject + (self.prompt or 0.0) - self.drift
-        return None if self.fixed_loss is None else -self.fixed_loss
-
-    def values(self) -> dict[str, float]:
-        """What was measured, by name."""
-        return {name: round(value, 5) for name, value in asdict(self).items() if value is not None}
+    All three are cosines of features, weighed alike.  Without a network that sees likeness and harm: the loss on fixed
+    noise, negated.
+    """
+    if measured.subject is not None and measured.drift is not None:
+        return measured.subject + (measured.prompt or 0.0) - measured.drift
+    return None if measured.fixed_loss is None else -measured.fixed_loss
 
 
 class Watch:
@@ -62,11 +48,11 @@ class Watch:
     def __init__(self, run: Run, features: Features) -> None:
         self.run, self.features = run, features
         self.prompts = validation_prompts(run)
-        self.folder = Path(run.config.output_dir) / "validation"
+        self.folder = run.folder
         self.photos: Tensor | None = None  # (photos, d)
         self.untouched: Tensor | None = None  # (unrelated prompts, d), features of the base's own pictures
 
-    def look(self, step: int, fixed_loss: float | None) -> Measure:
+    def look(self, step: int, fixed_loss: float | None) -> Measured:
         """Paints the prompts with the values of `step`, adds a row to the sheet, and measures.
 
         A disk that takes no pictures is a warning: the measures decide which step is kept.
@@ -74,28 +60,42 @@ class Watch:
         model, options = self.run.base, painting_options(self.run)
         pictures = [picture.image for picture in generate(model, self.prompts, **options)]
         try:
-            save_png(join(pictures), self.folder / f"step_{step:06d}.png")
+            save_png(join(pictures), self.folder.look(step))
             self.draw_grid()
         except (SVFitError, OSError) as error:
             logger.warning("no pictures of step %d: %s Training goes on.", step, error)
-        measure = Measure(fixed_loss)
-        if self.features.subject is not None:
-            if self.photos is None:
-                self.photos = self.features.subject(run_photos(self.run))
-            measure.subject = subject_fidelity(self.features.subject(pictures), self.photos)
+        found = {"fixed_loss": fixed_loss, "subject": self._likeness(pictures), "prompt": None, "drift": None}
         if self.features.picture is not None and self.features.text is not None:
             texts = self.features.text([self.without_rare_words(prompt) for prompt in self.prompts])
-            measure.prompt = prompt_fidelity(self.features.picture(pictures), texts)
+            found["prompt"] = prompt_fidelity(self.features.picture(pictures), texts)
         if self.features.any is not None:
-            others = self.features.any([p.image for p in generate(model, UNRELATED_PROMPTS, **options)])
-            if self.untouched is None:
-                self.untouched = others
-                with nothing_learnt(model.pipeline) as was_learnt:
-                    if was_learnt:  # a run that goes on from an adapter begins away from the base
-                        pictures = [p.image for p in generate(model, UNRELATED_PROMPTS, **options)]
-                        self.untouched = self.features.any(pictures)
-            measure.drift = drift(others, self.untouched)
-        return measure
+            found["drift"] = self._drift(self.features.any)
+        return Measured(step, **{name: None if value is None else round(value, 5) for name, value in found.items()})
+
+    def _likeness(self, pictures: Sequence[Image.Image]) -> float | None:
+        """Of `pictures` to the photos; None without a network for it, and where the photos are gone."""
+        if self.features.subject is None:
+            return None
+        if self.photos is None:
+            photos = run_photos(self.run)
+            if not photos:
+                logger.warning("the photos are gone: likeness to them is not measured.")
+                return None
+            self.photos = self.features.subject(photos)
+        return subject_fidelity(self.features.subject(pictures), self.photos)
+
+    def _drift(self, see: Callable[[Sequence[Image.Image]], Tensor]) -> float:
+        """Change of pictures that have nothing to do with the subject, against the base's own."""
+        model, options = self.run.base, painting_options(self.run)
+
+        def others() -> Tensor:
+            return see([picture.image for picture in generate(model, UNRELATED_PROMPTS, **options)])
+
+        now = others()
+        if self.untouched is None:
+            with nothing_learnt(model.pipeline) as was_learnt:  # a run that goes on from an adapter begins away from it
+                self.untouched = others() if was_learnt else now
+        return drift(now, self.untouched)
 
     def without_rare_words(self, prompt: str) -> str:
         """The prompt as a judge of pictures can read it: the class prompt in place of the instance prompt, if given."""
@@ -107,16 +107,10 @@ class Watch:
     def draw_grid(self) -> None:
         """<output_dir>/validation.png: one row for every look so far."""
         rows = []
-        for path in sorted(self.folder.glob("step_*.png")):
+        for path in sorted(self.folder.looks.glob("step_*.png")):
             with Image.open(path) as strip:
                 rows.append((f"step {int(path.stem.partition('_')[2])}", cut(strip.convert("RGB"), len(self.prompts))))
-        save_png(contact_sheet(rows, self.prompts), self.folder.with_suffix(".png"))
-
-    def forget_after(self, step: int) -> None:
-        """Takes away the pictures of steps after `step`, which will be painted again."""
-        for path in self.folder.glob("step_*.png"):
-            if int(path.stem.partition("_")[2]) > step:
-                path.unlink()
+        save_png(contact_sheet(rows, self.prompts), self.folder.looks_sheet)
 
 
 @contextmanager

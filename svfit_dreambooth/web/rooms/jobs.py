@@ -25,7 +25,8 @@ import yaml
 
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.training.config import TrainConfig
-from svfit_dreambooth.training.journal import read_progress
+from svfit_dreambooth.training.events import End, Start
+from svfit_dreambooth.training.journal import RunFolder
 from svfit_dreambooth.web.rooms import library
 from svfit_dreambooth.web.rooms.job import Job, changing, read_job
 from svfit_dreambooth.web.rooms.laid_out import photo_files
@@ -128,9 +129,9 @@ class Jobs:
         """The state in which the last start left a run, told from its files."""
         if self.complaint(job):
             return "failed"
-        turns = [event for event in read_progress(self.run_folder(job)) if event["event"] in ("start", "end")]
-        if turns and turns[-1]["event"] == "end":
-            return str(turns[-1].get("status", "finished"))
+        turns = [event for event in RunFolder(self.run_folder(job)).events() if isinstance(event, Start | End)]
+        if turns and isinstance(turns[-1], End):
+            return turns[-1].status
         return "stopped" if job.stopping else "cut off"
 
     def ahead(self, job: Job) -> int:

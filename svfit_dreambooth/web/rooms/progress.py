@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from svfit_dreambooth.training.journal import read_progress
+from svfit_dreambooth.training.events import End, Measured, Painted, Start, Stepped, WentBack
+from svfit_dreambooth.training.journal import RunFolder
 
 RECENT = 20  # steps from which the time that is left is told
 
@@ -43,38 +43,37 @@ def sum_up(folder: Path) -> Progress:
     pictures: dict[int, Path] = {}
     seconds: list[float] = []  # that each step took
     clock, began, at_once = 0.0, None, True
-    for event in read_progress(folder):
-        kind, step = event.get("event"), int(event.get("step") or 0)
-        if kind == "start":
-            state.of, state.step = int(event.get("of") or 0), step
+    for event in RunFolder(folder).events():
+        step = event.step
+        if isinstance(event, Start):
+            state.of, state.step = event.of, step
             state.status = state.message = state.kept_step = state.seconds = None
-            clock, began, at_once = 0.0, event.get("time"), step == 0
+            clock, began, at_once = 0.0, event.time, step == 0
             for series in (losses, fixed, subjects, pictures):
                 for later in [known for known in series if known > step]:
                     del series[later]  # type: ignore[attr-defined]
-        elif kind == "step":
-            state.step, state.of = step, int(event.get("of") or state.of)
-            _note(losses, step, event.get("loss"))
-            now = event.get("seconds")  # since the run was started or went on
-            if isinstance(now, int | float):
+        elif isinstance(event, Stepped):
+            state.step, state.of = step, event.of or state.of
+            _note(losses, step, event.loss)
+            if event.seconds is not None:  # since the run was started or went on
+                now = event.seconds
                 seconds.append(now - clock if now >= clock else now)
                 at_once = at_once and now >= clock
                 clock = now
-        elif kind == "measure":
-            _note(fixed, step, event.get("fixed_loss"))
-            _note(subjects, step, event.get("subject"))
-        elif kind == "pictures":
-            if path := _inside(folder, event.get("path")):
+        elif isinstance(event, Measured):
+            _note(fixed, step, event.fixed_loss)
+            _note(subjects, step, event.subject)
+        elif isinstance(event, Painted):
+            if path := _inside(folder, event.path):
                 pictures[step] = path
-        elif kind == "rollback":
-            state.remarks.append(f"went back to step {step}: {event.get('reason')}")
-        elif kind == "end":
-            state.status, state.message = event.get("status"), event.get("message")
-            state.kept_step = event.get("kept_step") if isinstance(event.get("kept_step"), int) else None
-            if at_once and all(isinstance(when, int | float) for when in (began, event.get("time"))):
-                state.seconds = event["time"] - began
-            state.figures = event.get("figures") or {}
-            state.adapter, state.sheet = _inside(folder, event.get("adapter")), _inside(folder, event.get("sheet"))
+        elif isinstance(event, WentBack):
+            state.remarks.append(f"went back to step {step}: {event.reason}")
+        elif isinstance(event, End):
+            state.status, state.message, state.kept_step = event.status, event.message, event.kept_step
+            if at_once and began is not None and event.time is not None:
+                state.seconds = event.time - began
+            state.figures = event.figures or {}
+            state.adapter, state.sheet = _inside(folder, event.adapter), _inside(folder, event.sheet)
     state.losses, state.fixed_losses, state.subjects, state.pictures = (
         sorted(losses.items()),
         sorted(fixed.items()),
@@ -86,14 +85,14 @@ def sum_up(folder: Path) -> Progress:
     return state
 
 
-def _note(series: dict[int, float], step: int, value: Any) -> None:
-    if isinstance(value, int | float):
+def _note(series: dict[int, float], step: int, value: float | None) -> None:
+    if value is not None:
         series[step] = float(value)
 
 
-def _inside(folder: Path, name: Any) -> Path | None:
+def _inside(folder: Path, name: str | None) -> Path | None:
     """The file `name` of the run's folder, if it is there and nowhere else."""
-    if not isinstance(name, str):
+    if name is None:
         return None
     path = (folder / name).resolve()
     return path if path.is_relative_to(folder.resolve()) and path.is_file() else None

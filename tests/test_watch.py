@@ -9,8 +9,9 @@ from svfit_dreambooth import TrainConfig
 from svfit_dreambooth.evaluation.features import Features, open_features
 from svfit_dreambooth.method.targets import apply_svfit, get_shifts, set_shifts
 from svfit_dreambooth.method.word import learn_words
+from svfit_dreambooth.training.events import Measured
 from svfit_dreambooth.training.plan import prepare
-from svfit_dreambooth.training.watch import Measure, Watch, cut, join, validation_prompts
+from svfit_dreambooth.training.watch import Watch, cut, join, score, validation_prompts
 
 
 @pytest.fixture
@@ -42,12 +43,12 @@ def test_looks_paint_measure_and_compare_with_the_base(run, tmp_path):
     assert texts == ["a photo of a dog on the beach", "a photo of a dog"]  # no reader of pictures knows what sks is
     set_shifts(run.base.pipeline.unet, {name: torch.full_like(shift, 0.5) for name, shift in shifts.items()})
     after = watch.look(3, 0.4)
-    assert after.drift > 1e-6 and after.score == pytest.approx(after.subject + after.prompt - after.drift)
+    assert after.drift > 1e-6 and score(after) == pytest.approx(after.subject + after.prompt - after.drift)
     folder = tmp_path / "run" / "validation"
     first, second = (Image.open(folder / f"step_00000{step}.png") for step in (0, 3))
     assert first.size == (32, 16) and np.any(np.asarray(first) != np.asarray(second))
     grid = Image.open(tmp_path / "run" / "validation.png").size
-    watch.forget_after(2)
+    run.folder.rewind(2)
     assert [path.name for path in folder.iterdir()] == ["step_000000.png"]
     watch.draw_grid()
     assert Image.open(tmp_path / "run" / "validation.png").size[1] < grid[1]
@@ -71,8 +72,13 @@ def test_drift_is_measured_from_the_base_also_where_a_run_begins_away_from_it(ru
 
 def test_without_features_the_loss_decides(run):
     measure = Watch(run, Features()).look(0, 0.25)
-    assert measure == Measure(0.25) and measure.score == -0.25 and measure.values() == {"fixed_loss": 0.25}
-    assert Measure(None).score is None
+    assert measure == Measured(0, 0.25) and score(measure) == -0.25 and score(Measured(0)) is None
+
+
+def test_photos_that_are_gone_cost_the_likeness_alone(run, caplog, monkeypatch):
+    monkeypatch.setattr("svfit_dreambooth.training.watch.run_photos", lambda run: [])
+    measured = Watch(run, Features(subject=pixels)).look(0, 0.25)
+    assert measured.subject is None and score(measured) == -0.25 and "the photos are gone" in caplog.text
 
 
 def test_strips_are_cut_as_they_were_joined():
