@@ -116,7 +116,7 @@ def run(tmp_path, adapter_file):
     figures = {"base": {"subject": 0.25, "prompt": 0.5, "drift": None}, "adapter": {"subject": 0.75, "drift": 0.125}}
     events = [{"event": "step", "step": 1}, {"event": "end", "adapter": "dog.safetensors", "figures": figures}]
     lines = [json.dumps(event) for event in events] + ['{"event": "e']
-    (folder / "progress.jsonl").write_text("\n".join(lines))
+    (folder / "progress.jsonl").write_text("".join(line + "\n" for line in lines))
     return folder
 
 
