@@ -11,13 +11,15 @@ from PIL import Image
 
 pytest.importorskip("gradio", reason="gradio is not installed")
 
+from web_stand_ins import until
+
 from svfit_dreambooth import TrainConfig, read_adapter, save_adapter, train
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web import page as web
 from svfit_dreambooth.web.door import Hosts
 from svfit_dreambooth.web.rooms.studio import AS_TRAINED, STRIP
 from svfit_dreambooth.web.rooms.workspace import Workspace
-from svfit_dreambooth.web.tabs.painting import STRENGTHS, Painting
+from svfit_dreambooth.web.tabs.painting import STRENGTHS, Painter
 
 SIZE = {"num_inference_steps": 2, "width": 16, "height": 16}
 
@@ -85,7 +87,7 @@ def test_only_endpoints_with_names_are_shown(served):
     shown = served[0].view_api(return_format="dict", print_info=False)["named_endpoints"]
     assert set(shown) == {
         "/generate", "/list_adapters", "/import_adapter", "/download_adapter", "/train", "/run_state", "/stop_run",
-        "/resume_run",
+        "/resume_run", "/stop_painting",
     }  # fmt: skip
 
 
@@ -98,7 +100,7 @@ def gr_skip():
 class Request:
     """What a handler sees of a browser."""
 
-    username, session_hash = None, "a session"
+    username, session_hash, client = None, "a session", None
 
     def __init__(self, word):
         self.cookies = {"svfit_visitor": word}
@@ -106,7 +108,7 @@ class Request:
 
 def test_a_strip_over_strengths_and_its_settings_taken_up(served, adapter_path, tiny_base):
     _, app, _ = served
-    painting, mine, theirs = Painting(app), Request("a" * 32), Request("b" * 32)
+    painting, mine, theirs = Painter(app), Request("a" * 32), Request("b" * 32)
     visitor = app.visitor(mine)
     visitor.uploads.mkdir(parents=True)
     shutil.copy(adapter_path, visitor.uploads / "own.safetensors")
@@ -187,9 +189,9 @@ def test_adapters_of_the_command_line_are_for_all_but_theirs_to_paint_with_alone
     request = Request("c" * 32)
     visitor = app.visitor(request)
     assert app.adapter_choices(visitor) == [("mug (offered)", "offered/mug")]
-    assert Painting(app).open_page(request)[1].value == ["offered/mug"]
+    assert Painter(app).open_page(request)[1].value == ["offered/mug"]
     assert app.adapter_file(visitor, "offered/mug").samefile(workspace.folder / "adapters" / "mug.safetensors")
-    painted = Endpoints(app).generate("a dog", {"mug": 1.0}, tiny_base.name, "", 1, 0, 1, 0, 16, 16, request)
+    *_, painted = Endpoints(app).generate("a dog", {"mug": 1.0}, tiny_base.name, "", 1, 0, 1, 0, 16, 16, request)
     assert painted[0][1].startswith("mug 1")
     assert [entry["name"] for entry in Endpoints(app).list_adapters(request)] == ["mug"]
     for choice in ("offered/private", "library/mug", "library/private"):
@@ -284,23 +286,71 @@ def test_photos_on_toybox_are_told_of_a_base_for_them(tmp_path, photo_folder, mo
 def test_two_tabs_at_once_paint_in_one(public, tiny_base, monkeypatch):
     import gradio as gr
 
-    painting, request = Painting(public), Request("a" * 32)
+    painting, request = Painter(public), Request("a" * 32)
     form = ["a dog", "", tiny_base.name, [], 1, 1, "", 5, False, "16", "16", "just paint", False]
-    first, order = painting.generate(request, *form), Painting._order
+    first, order = painting.generate(request, *form), Painter._order
 
     def meanwhile(*arguments):  # the other tab gets that far while this one reads its form
-        monkeypatch.setattr(Painting, "_order", order)
+        monkeypatch.setattr(Painter, "_order", order)
         next(first)
         return order(*arguments)
 
-    monkeypatch.setattr(Painting, "_order", meanwhile)
+    monkeypatch.setattr(Painter, "_order", meanwhile)
     second = painting.generate(request, *form)
     assert next(second)[7].interactive  # Stop, which the sentence that follows names
     with pytest.raises(gr.Error, match="still being painted"):
         next(second)
     assert painting.open_page(request)[-1].interactive
-    assert "1 picture done" in [step[0] for step in first][-1] and painting._working == {}
+    assert "1 picture done" in [step[0] for step in first][-1] and public.paintings._working == {}
     assert not painting.open_page(request)[-1].interactive and "Stopping" not in painting.stop(request)[0]
+
+
+def test_a_page_that_is_reloaded_finds_its_painting_again(public, tiny_base):
+    painter, request = Painter(public), Request("a" * 32)
+    form = ["a dog", "", tiny_base.name, [], 3, 5, "", 5, False, "16", "16", "just paint", False]
+    first = painter.generate(request, *form)
+    for step in first:
+        if isinstance(step[1], list) and len(step[1]) == 1:
+            first.close()  # the page is gone
+    assert painter.open_page(request)[-1].interactive
+    followed = list(painter.follow(request))
+    assert "3 pictures done" in followed[-1][0] and len(followed[-1][2]) == 3
+    assert list(painter.follow(request)) == [] and list(painter.follow(Request("b" * 32))) == []
+
+
+def test_ticks_never_choose_a_run(public, photo_folder):
+    from svfit_dreambooth.web.rooms.laid_out import add_photos
+    from svfit_dreambooth.web.tabs.draft import ADVANCED, Draft
+    from svfit_dreambooth.web.tabs.runs import Runs
+
+    request, draft = Request("a" * 32), Draft(public)
+    runs, visitor = Runs(public, draft), public.visitor(request)
+    add_photos(visitor.photos, sorted(photo_folder.glob("*.png")))
+    form = ["sks", "dog", "toybox", "fast", *[None] * len(ADVANCED)]
+    first = runs.submit(request, "first", *form)
+    second = runs.submit(request, "second", *form)
+    assert first[0].value != second[0].value and "second" in second[2]
+    old = runs.tick(first[0].value, None, request)  # was under way when Start was pressed
+    assert "value" not in old[0].constructor_args and "first" in old[2]
+    new = runs.tick(second[0].value, old[1], request)  # the next one repairs what that showed
+    assert new[0] == gr_skip() and "second" in new[2]
+    assert "Choose a run" in runs.tick(None, None, request)[2] and "Choose a run" in runs.tick("gone", None, request)[2]
+    assert runs.open_page(first[0].value, request)[0].value == first[0].value  # the person was faster
+    assert runs.open_page(None, request)[0].value == runs.open_page("gone", request)[0].value == second[0].value
+    assert runs.submit(request, "second", *form)[0].value == second[0].value and len(public.jobs.listed(visitor)) == 2
+    assert runs.remove(second[0].value, request)[0].value == first[0].value
+
+
+def test_painting_from_a_program_is_stopped(served, tiny_base):
+    client, app, _ = served
+    options = {"base": tiny_base.name, "num_images": 64, "num_inference_steps": 200, "width": 16, "height": 16}
+    for stop in (lambda job: client.predict(api_name="/stop_painting"), lambda job: job.cancel()):
+        job = client.submit("a dog", {}, api_name="/generate", **options)
+        until(lambda job=job: job.outputs())
+        assert not app.studio.line.is_free
+        stop(job)
+        until(lambda: app.studio.line.is_free)
+    assert client.predict(api_name="/stop_painting") == 0
 
 
 def test_a_full_disk_leaves_the_buttons_usable(public, tiny_base, monkeypatch):
@@ -313,10 +363,10 @@ def test_a_full_disk_leaves_the_buttons_usable(public, tiny_base, monkeypatch):
 
     monkeypatch.setattr(pictures, "keep", keep)
     form, told = ["a dog", "", tiny_base.name, [], 1, 1, "", 5, False, "16", "16", "just paint", False], []
-    painting = Painting(public)
+    painting = Painter(public)
     with pytest.raises(gr.Error, match="No space left on device"):
         told.extend(painting.generate(Request("a" * 32), *form))
-    assert (told[-1][6].interactive, told[-1][7].interactive) == (True, False) and painting._working == {}
+    assert (told[-1][6].interactive, told[-1][7].interactive) == (True, False) and public.paintings._working == {}
 
 
 def test_no_way_of_training_downloads_for_a_stranger(public, photo_folder, monkeypatch):
@@ -389,8 +439,7 @@ def test_what_the_page_cannot_do_alone_it_offers(served, tiny_base, photo_folder
         LoraMaker(app).make("word", layout, "", False, request)
     assert "compared with the adapter" in LoraMaker(app).make("word", layout, "", True, request)[0]
     assert Shelf(app).combine(["word", "keys"], "", "of different layers", 0, request) == 1
-    assert app.studio._lock.acquire(blocking=False)
-    app.studio._lock.release()
+    assert app.studio.line.is_free
     both = read_adapter(folder / "of-different-layers.safetensors")
     assert set(both.shifts) == set(read_adapter(folder / "word.safetensors").shifts)
 
@@ -442,7 +491,7 @@ def test_a_port_that_is_taken_is_told(tmp_path, monkeypatch, capsys):
         other.listen()
         port = other.getsockname()[1]
         monkeypatch.setattr(web, "WARM_UP_AFTER", 10_000)
-        monkeypatch.setattr("svfit_dreambooth.web.rooms.jobs.Jobs.start_queue", lambda self: None)
+        monkeypatch.setattr("svfit_dreambooth.web.rooms.queue.Queue.start", lambda self: None)
         monkeypatch.setenv("GRADIO_TEMP_DIR", "")
         assert web.main(["--data_dir", str(tmp_path), "--port", str(port)]) == 2
     assert f"cannot be opened at 127.0.0.1, port {port}: choose another" in capsys.readouterr().err
@@ -455,7 +504,7 @@ def test_the_page_is_open_to_nobody_else_unless_told(tmp_path, monkeypatch, caps
     monkeypatch.setattr(gr.Blocks, "launch", lambda self, **options: launched.update(options) or (None, "", None))
     monkeypatch.setattr(gr.Blocks, "block_thread", lambda self: None)
     monkeypatch.setattr(web, "WARM_UP_AFTER", 10_000)
-    monkeypatch.setattr("svfit_dreambooth.web.rooms.jobs.Jobs.start_queue", lambda self: None)
+    monkeypatch.setattr("svfit_dreambooth.web.rooms.queue.Queue.start", lambda self: None)
     monkeypatch.setenv("GRADIO_SHARE", "True")
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
     assert web.main(["--data_dir", str(tmp_path)]) == 0

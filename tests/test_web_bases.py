@@ -7,13 +7,12 @@ import pytest
 
 from svfit_dreambooth.bases.opening import open_base_model
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.web.rooms import launch as process
 from svfit_dreambooth.web.rooms.bases import Bases
 
 
 @pytest.mark.parametrize("name", ["/etc", "../tiny-kl", "toybox/weights", ".", "", "a b"])
 def test_no_path_from_a_browser_is_opened(workspace, name, monkeypatch):
-    monkeypatch.chdir(process.COMMAND.parent)  # where toybox/weights is a model folder
+    monkeypatch.chdir(Path(__file__).parents[1])  # where toybox/weights is a model folder
     with pytest.raises(SVFitError, match="no base model that is offered here"):
         Bases(workspace.models).resolve(name, typed=True)
 

@@ -61,7 +61,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    from svfit_dreambooth.web.rooms.locks import is_locked
+    from svfit_dreambooth.web.rooms.processes import is_running
 
     server = Server(tmp_path_factory.mktemp("app"))
     server.start()
@@ -69,7 +69,7 @@ def server(tmp_path_factory):
     server.kill()
     for job in (server.folder / "jobs").glob("[0-9]*/job.json"):  # a failed test may leave a run behind
         pid = json.loads(job.read_text())["pid"]
-        if pid and is_locked(job.parent / ".process"):
+        if is_running(pid, None, job.with_name("job.yaml")):
             os.kill(pid, signal.SIGKILL)
 
 

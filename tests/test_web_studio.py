@@ -85,7 +85,7 @@ def test_a_base_on_a_gpu_makes_room_for_runs_and_after_a_while(workspace, tiny_b
     monkeypatch.setattr(room, "IDLE", 0.05)
     paint(studio, order)
     until(lambda: studio._model is None)
-    until(lambda: not studio._lock.locked())
+    until(lambda: studio.line.is_free)
     assert (working_dtype("cuda"), working_dtype("cpu")) == ("float16", "float32")
 
 
@@ -100,3 +100,32 @@ def test_a_name_in_a_file_opens_nothing_new(workspace, tiny_base, dog_adapter, t
     (workspace.models / "tiny-kl").symlink_to(tiny_base)
     _, painted = paint(Studio(Bases(workspace.models)), Order("a dog", AS_TRAINED, [(path, 1.0)], **SIZE))
     assert len(painted) == 1
+
+
+def test_a_long_order_lets_others_in_between_and_paints_the_same(workspace, tiny_base, dog_adapter, monkeypatch):
+    studio, never = Studio(Bases(workspace.models, (str(tiny_base),))), threading.Event()
+    long = Order("a dog", tiny_base.name, [(dog_adapter, 1.0)], num_images=3, factors=(0.0, 1.0), **SIZE)
+    expected = [pixels(picture) for picture in paint(studio, long)[1]]
+    monkeypatch.setattr(room, "SLICE", 0.0)
+    painted, other = [], threading.Thread()
+
+    def tell(event):
+        nonlocal other
+        if event.kind == "picture":
+            painted.append(("long", pixels(event.picture)))
+            if len(painted) == 2:
+                other = threading.Thread(
+                    target=studio.paint, args=(Order("a mug", tiny_base.name, **SIZE), told, never, "b")
+                )
+                other.start()
+                until(lambda: studio.line.others_wait("a"))
+
+    def told(event):
+        if event.kind == "picture":
+            painted.append(("short", None))
+
+    studio.paint(long, tell, never, "a")
+    other.join()
+    assert [who for who, _ in painted] == ["long"] * 2 + ["short"] + ["long"] * 4
+    for (_, one), other_one in zip([one for one in painted if one[0] == "long"], expected, strict=True):
+        assert np.array_equal(one, other_one)

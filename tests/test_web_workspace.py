@@ -13,6 +13,7 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web.rooms import library
 from svfit_dreambooth.web.rooms import workspace as workspace_files
 from svfit_dreambooth.web.rooms.jobs import Jobs
+from svfit_dreambooth.web.rooms.queue import Queue
 from svfit_dreambooth.web.rooms.workspace import Workspace, file_name, serve
 
 
@@ -50,17 +51,17 @@ def test_what_nobody_asks_for_is_served_no_longer(workspace, tmp_path, monkeypat
     made = workspace_files.place_to_serve(workspace, "lora.safetensors")
     made.write_bytes(b"weights")
     (workspace.served / "half an upload").touch()
-    Jobs(workspace).tend()
+    Queue(Jobs(workspace)).tend()
     assert old.exists() and asked.exists() and made.exists()
     until(lambda: serve(workspace, files[1]) and asked.stat().st_ctime > made.stat().st_ctime)
     last = asked.stat().st_ctime + workspace_files.SERVED_SECONDS
     monkeypatch.setattr(workspace_files, "time", SimpleNamespace(time=lambda: last))
-    Jobs(workspace).tend()
+    Queue(Jobs(workspace)).tend()
     assert asked.exists() and list(workspace.served.iterdir()) == [asked.parent]
     assert all(file.exists() for file in files) and Path(serve(workspace, files[0])).exists()
     (workspace.served / "half an upload").touch()
     last = time.time() + workspace_files.SERVED_SECONDS + 1
-    Jobs(workspace).tend()
+    Queue(Jobs(workspace)).tend()
     assert list(workspace.served.iterdir()) == []
 
 

@@ -58,7 +58,7 @@ def command(tmp_path, monkeypatch, dog_adapter):
         shutil.copy({str(dog_adapter)!r}, out / (options["adapter_name"] + ".safetensors"))
         note(event="end", step=step, status="stopped" if asked else "finished", adapter=options["adapter_name"] + ".safetensors")
     """))  # fmt: skip
-    monkeypatch.setattr(process, "COMMAND", script)
+    monkeypatch.setattr(process, "COMMAND", (str(script),))
     return script
 
 

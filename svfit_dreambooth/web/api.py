@@ -1,6 +1,6 @@
 """The page's functions for programs: endpoints with names that stay, for gradio_client and plain HTTP (docs/web.md)."""
 
-import threading
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,10 +13,12 @@ from svfit_dreambooth.web.rooms import library, pictures
 from svfit_dreambooth.web.rooms.app import App
 from svfit_dreambooth.web.rooms.laid_out import add_photos
 from svfit_dreambooth.web.rooms.progress import sum_up
-from svfit_dreambooth.web.rooms.studio import AS_TRAINED, Order, Told
+from svfit_dreambooth.web.rooms.studio import AS_TRAINED, Order
 from svfit_dreambooth.web.rooms.workspace import library_of
 from svfit_dreambooth.web.tabs.draft import ADVANCED, Draft
 from svfit_dreambooth.web.tabs.mistakes import plainly
+
+API_GRACE = 20.0  # seconds for which a painting goes on while no program reads it
 
 
 class Endpoints:
@@ -31,7 +33,7 @@ class Endpoints:
         self, prompt: str, adapters: dict[str, float] | None, base: str, negative_prompt: str, num_images: float,
         seed: float, num_inference_steps: float, guidance_scale: float, width: float,
         height: float, request: gr.Request,
-    ) -> list[tuple[str, str]]:  # fmt: skip
+    ) -> Iterator[list[tuple[str, str]]]:  # fmt: skip
         """Paints; adapters: {"name in the library": strength}; 0 as guidance or size: as suits. Returns PNG files."""
         visitor = self.app.visitor(request)
         if not isinstance(adapters or {}, dict):
@@ -48,15 +50,27 @@ class Endpoints:
             width=int(width) if width else None,
             height=int(height) if height else None,
         )
-        made: list[tuple[str, str]] = []
+        painting = self.app.paintings.begin(visitor, order, alone=False, grace=API_GRACE)
+        seen, shown = 0, -1
+        try:
+            while not painting.over:
+                seen = painting.look(seen)
+                if len(painting.made) > shown:
+                    shown = len(painting.made)
+                    yield [(self.app.serve(one.path), pictures.caption(one.settings)) for one in painting.made]
+        finally:
+            painting.set()  # also where the program has gone
+        if painting.failure is not None:
+            raise painting.failure
+        yield [(self.app.serve(one.path), pictures.caption(one.settings)) for one in painting.made]
 
-        def tell(event: Told) -> None:
-            if event.kind == "picture":
-                path = pictures.keep(visitor.pictures, order, event.picture)
-                made.append((self.app.serve(path), pictures.caption(event.picture.settings)))
-
-        self.app.studio.paint(order, tell, threading.Event())
-        return made
+    @plainly
+    def stop_painting(self, request: gr.Request) -> int:
+        """Stops what this client paints, within one denoising step; returns how many orders that were."""
+        working = self.app.paintings.of(self.app.visitor(request))
+        for painting in working:
+            painting.set()
+        return len(working)
 
     @plainly
     def list_adapters(self, request: gr.Request) -> list[dict[str, Any]]:
@@ -151,9 +165,10 @@ def build_endpoints(app: App) -> None:
             gr.Number(0, label="height"),
         ]
         base = gr.Textbox(TOYBOX, label="base")
-        gallery, text, json, download = gr.Gallery(), gr.Textbox(), gr.JSON(), gr.File()
+        gallery, text, json, download, count = gr.Gallery(), gr.Textbox(), gr.JSON(), gr.File(), gr.Number(precision=0)
     for endpoint, inputs, output in (
         (ends.generate, paint, gallery),
+        (ends.stop_painting, [], count),
         (ends.list_adapters, [], json),
         (ends.import_adapter, [file], text),
         (ends.download_adapter, [name], download),
@@ -162,4 +177,7 @@ def build_endpoints(app: App) -> None:
         (ends.stop_run, [id], text),
         (ends.resume_run, [id], text),
     ):
-        go.click(endpoint, inputs, output, api_name=endpoint.__name__, api_description=endpoint.__doc__)
+        go.click(
+            endpoint, inputs, output, api_name=endpoint.__name__, api_description=endpoint.__doc__,
+            concurrency_limit=None,
+        )  # fmt: skip

@@ -70,7 +70,7 @@ def serve_page(options: argparse.Namespace) -> None:
     os.environ["GRADIO_TEMP_DIR"] = str(workspace.served)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     page, app = build_page(workspace, options.adapter, tuple(options.base), options.dtype, download=not public)
-    app.jobs.start_queue()
+    app.queue.start()
     warming = threading.Timer(WARM_UP_AFTER, _warm_up)
     warming.daemon = True
     warming.start()
@@ -135,6 +135,8 @@ def build_page(
     from svfit_dreambooth.web.rooms.app import App
     from svfit_dreambooth.web.rooms.bases import Bases
     from svfit_dreambooth.web.rooms.jobs import Jobs
+    from svfit_dreambooth.web.rooms.paintings import Paintings
+    from svfit_dreambooth.web.rooms.queue import Queue
     from svfit_dreambooth.web.rooms.studio import Studio
     from svfit_dreambooth.web.rooms.workspace import library_of
     from svfit_dreambooth.web.tabs.generate import build_generate
@@ -144,7 +146,8 @@ def build_page(
     own = library_of(workspace, "")
     chosen = [_from_command_line(own, path) for path in adapters]
     studio = Studio(Bases(workspace.models, bases, download), dtype)
-    app = App(workspace, studio, Jobs(workspace, studio.bases.offline, studio.make_room), chosen)
+    jobs = Jobs(workspace)
+    app = App(workspace, studio, jobs, Queue(jobs, studio.bases.offline, studio.make_room), Paintings(studio), chosen)
     with gr.Blocks(title="SVFit DreamBooth", analytics_enabled=False, delete_cache=(3600, 7 * 24 * 3600)) as page:
         gr.HTML(
             "<h1>SVFit DreamBooth</h1><p>Teach an image model your dog, mug or toy from a few photos; "

@@ -8,8 +8,10 @@ import gradio as gr
 
 from svfit_dreambooth.web.rooms import library
 from svfit_dreambooth.web.rooms.jobs import Jobs
+from svfit_dreambooth.web.rooms.paintings import Paintings
+from svfit_dreambooth.web.rooms.queue import Queue
 from svfit_dreambooth.web.rooms.studio import Studio
-from svfit_dreambooth.web.rooms.workspace import COOKIE, WORD, Visitor, Workspace, library_of, serve, word_for
+from svfit_dreambooth.web.rooms.workspace import COOKIE, WORD, Visitor, Workspace, library_of, network, serve, word_for
 
 
 @dataclass
@@ -19,16 +21,20 @@ class App:
     workspace: Workspace
     studio: Studio
     jobs: Jobs
+    queue: Queue
+    paintings: Paintings
     offered: Sequence[str] = ()  # names of adapters in the computer's library that all may paint with
 
     def visitor(self, request: gr.Request) -> Visitor:
         """Who asks: an account where there are passwords, else a browser by its cookie, else one client's session."""
         if request.username:
-            return self.workspace.visitor(word_for(f"account {request.username}"))
+            word = word_for(f"account {request.username}")
+            return self.workspace.visitor(word, word)
+        person = word_for(f"network {network(request.client)}")
         word = dict(request.cookies or {}).get(COOKIE) or ""
         if WORD.fullmatch(word):
-            return self.workspace.visitor(word)
-        return self.workspace.visitor(word_for(f"session {request.session_hash}"))
+            return self.workspace.visitor(word, person)
+        return self.workspace.visitor(word_for(f"session {request.session_hash}"), person)
 
     def serve(self, path: Path, name: str | None = None) -> str:
         return serve(self.workspace, path, name)

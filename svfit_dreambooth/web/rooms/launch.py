@@ -4,23 +4,28 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
-COMMAND = Path(__file__).resolve().parents[3] / "train_dreambooth_svfit.py"
+import svfit_dreambooth
+
+COMMAND = ("-P", "-m", "svfit_dreambooth.commands.train")
+# a Ctrl-C for the server is none for the run; on Windows the run can then be asked to stop, by Ctrl-Break
+GROUP = {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0), "start_new_session": os.name == "posix"}
 
 
-def launch(
-    folder: Path, device: str, locks: Sequence[int], *, resume: bool = False, offline: bool = False
-) -> subprocess.Popen[bytes]:
+def launch(folder: Path, device: str, *, resume: bool = False, offline: bool = False) -> subprocess.Popen[bytes]:
     """Starts the training command on `job.yaml` in `folder`; it prints into `log.txt` there.
 
-    `locks`: file descriptors of locks that it holds until it is gone.  `offline`: it asks no hub.
+    `offline`: it asks no hub.
     """
-    command = [sys.executable, "-u", str(COMMAND), "--config", str(folder / "job.yaml")]
+    command = [sys.executable, "-u", *COMMAND, "--config", str(folder / "job.yaml")]
     if resume:
         command += ["--resume_from_checkpoint", "latest"]
-    environment = {"CUDA_VISIBLE_DEVICES": device} if device else {}
+    here = str(Path(svfit_dreambooth.__file__).parents[1])  # this very package, installed or not
+    paths = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONIOENCODING": "utf-8"}
+    if device:
+        environment["CUDA_VISIBLE_DEVICES"] = device
     if offline:
         environment["HF_HUB_OFFLINE"] = "1"
     with open(folder / "log.txt", "ab") as log:
@@ -28,13 +33,11 @@ def launch(
         log.flush()
         return subprocess.Popen(
             command,
-            cwd=COMMAND.parent,
             env={**os.environ, **environment},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # a Ctrl-C for the server is none for the run
-            pass_fds=tuple(locks),
+            **GROUP,
         )
 
 

@@ -4,6 +4,7 @@ An adapter `dog.safetensors` may have a picture `dog.png` beside it.  Names come
 is ever joined to a path: it is looked up among the files that are there.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -61,8 +62,24 @@ def find(folder: Path, name: str) -> Path:
 
 def sha256(path: Path) -> str:
     """By which a file is known again, whatever it is called."""
+    stat = path.stat()
+    return _sha256(path, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache(maxsize=10_000)
+def _sha256(path: Path, mtime: int, size: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find_content(folder: Path, content: str) -> Path | None:
+    """The adapter in `folder` whose `sha256` that is; None if there is none."""
+    for name in names(folder):
+        path = folder / f"{name}{SUFFIX}"
+        with suppress(FileNotFoundError):  # renamed just now
+            if sha256(path) == content:
+                return path
+    return None
 
 
 def entries(folder: Path) -> tuple[list[Entry], list[tuple[str, str]]]:

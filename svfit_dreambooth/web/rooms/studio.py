@@ -1,10 +1,11 @@
 """One open base model that paints for everybody in turn: adapters are exchanged on it, the base stays.
 
-On a GPU it leaves when a run needs the room, and when nobody has painted for a while.
+A long order lets others in between its pictures.  On a GPU it leaves when a run needs the room, and when nobody has painted for a while.
 """
 
 import gc
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,10 +15,14 @@ from typing import Any
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.training.config import TOYBOX
 from svfit_dreambooth.web.rooms.bases import OFF, Bases
+from svfit_dreambooth.web.rooms.turns import Line
 
 MAX_PIXELS = 2048  # of a side
 MAX_PICTURES = 64  # of one order
 MAX_STEPS = 200
+MAX_ORDERS = 8  # of one person that are painted or wait
+MAX_ORDERS_ALL = 40
+SLICE = 20.0  # seconds after which an order lets others have a turn
 STRIP = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 IDLE = 600.0  # seconds after which a base that nobody paints with leaves the GPU
 AS_TRAINED = "the adapters' own"  # the base that the first adapter names, or toybox
@@ -60,7 +65,7 @@ class Studio:
     def __init__(self, bases: Bases, dtype: str | None = None):
         self.bases = bases
         self.dtype = dtype  # in which the base works, by the names of generation.DTYPES; None: see `working_dtype`
-        self._lock = threading.Lock()
+        self.line = Line(MAX_ORDERS, MAX_ORDERS_ALL)
         self._room_wanted = threading.Event()  # by a run, while somebody paints
         self._idle = threading.Timer(IDLE, self.make_room)
         self._model: Any = None
@@ -68,60 +73,74 @@ class Studio:
         self._loaded: dict[tuple[str, int, int], str] = {}  # (path, time, size) of a file -> its name on the pipeline
         self._lenient: set[str] = set()  # those names whose base was not to be the adapter's own
 
-    def paint(self, order: Order, tell: Callable[[Told], None], cancelled: threading.Event) -> None:
-        """Paints `order`, telling of every step and picture; `cancelled` stops it within a denoising step."""
+    def paint(self, order: Order, tell: Callable[[Told], None], cancelled: threading.Event, person: str = "") -> None:
+        """Paints `order`, telling of every step and picture; `cancelled` stops it within a denoising step.
+
+        While others than `person` wait, they get a turn between two pictures.
+        """
         check(order)
-        with self._turn(tell, cancelled) as free:
-            if not free:
-                return
-            from svfit_dreambooth.adapter.file import read_adapter
-            from svfit_dreambooth.painting.generate import generate
+        with self.line.wish(person):
+            each = order.num_images
+            left = [(factor, i) for factor in order.factors for i in range(each)]
+            while left and not cancelled.is_set():
+                with self._turn(person, tell, cancelled) as mine:
+                    if mine:
+                        self._paint(order, left, len(order.factors) * each, tell, cancelled, person)
 
-            adapters = [(path, read_adapter(path), strength) for path, strength in order.adapters]
-            base, typed = order.base, True
-            if base == AS_TRAINED:
-                base, typed = (adapters[0][1].base_model, False) if adapters else (TOYBOX, True)
-            model = self._open(base, typed, adapters[0][0].stem if adapters and not typed else None, tell)
-            if cancelled.is_set():
-                return
-            tell(Told("loading"))
-            strengths = self._exchange(model, adapters, order.allow_other_base)
-            total = order.num_images * len(order.factors)
-            done = 0
-            for factor in order.factors:
-                self._set(model, {name: strength * factor for name, strength in strengths.items()})
+    def _paint(
+        self, order: Order, left: list[tuple[float, int]], total: int, tell: Callable[[Told], None],
+        cancelled: threading.Event, person: str,
+    ) -> None:  # fmt: skip
+        """Paints what is `left`, (factor, number) each, which it takes out, until the turn is over."""
+        from svfit_dreambooth.adapter.file import read_adapter
+        from svfit_dreambooth.painting.generate import generate
 
-                def on_step(step: int, of: int, factor: float = factor) -> bool:
-                    tell(Told("step", number=done, pictures=total, step=step, of=of, factor=factor))
-                    return cancelled.is_set()
+        adapters = [(path, read_adapter(path), strength) for path, strength in order.adapters]
+        base, typed = order.base, True
+        if base == AS_TRAINED:
+            base, typed = (adapters[0][1].base_model, False) if adapters else (TOYBOX, True)
+        model = self._open(base, typed, adapters[0][0].stem if adapters and not typed else None, tell)
+        if cancelled.is_set():
+            return
+        tell(Told("loading"))
+        strengths = self._exchange(model, adapters, order.allow_other_base)
+        ends = time.monotonic() + SLICE
+        over = False  # the turn, not the order
 
-                def on_picture(picture: Any, factor: float = factor) -> None:
-                    nonlocal done
-                    tell(Told("picture", picture=picture, number=done, pictures=total, factor=factor))
-                    done += 1
+        def on_step(step: int, of: int) -> bool:
+            tell(Told("step", number=total - len(left), pictures=total, step=step, of=of, factor=left[0][0]))
+            return cancelled.is_set() or over
 
-                generate(
-                    model,
-                    [order.prompt],
-                    num_images=order.num_images,
-                    seed=order.seed,
-                    num_inference_steps=order.num_inference_steps,
-                    guidance_scale=order.guidance_scale,
-                    negative_prompt=order.negative_prompt or None,
-                    height=order.height,
-                    width=order.width,
-                    on_picture=on_picture,
-                    on_denoising_step=on_step,
-                )
-                if cancelled.is_set():
-                    return
+        def on_picture(picture: Any) -> None:
+            nonlocal over
+            factor, number = left[0][0], total - len(left)
+            tell(Told("picture", picture=picture, number=number, pictures=total, factor=factor))
+            left.pop(0)
+            over = time.monotonic() > ends and self.line.others_wait(person)
+
+        while left and not cancelled.is_set() and not over:
+            factor, first = left[0]
+            self._set(model, {name: strength * factor for name, strength in strengths.items()})
+            generate(
+                model,
+                [order.prompt],
+                num_images=order.num_images - first,
+                seed=order.seed + first,
+                num_inference_steps=order.num_inference_steps,
+                guidance_scale=order.guidance_scale,
+                negative_prompt=order.negative_prompt or None,
+                height=order.height,
+                width=order.width,
+                on_picture=on_picture,
+                on_denoising_step=on_step,
+            )
 
     @contextmanager
-    def bare(self, path: Path) -> Iterator[Any]:
+    def bare(self, path: Path, person: str = "") -> Iterator[Any]:
         """The base that an adapter file names, without adapters, for nobody else meanwhile."""
         from svfit_dreambooth.adapter.file import read_adapter
 
-        with self._turn(lambda event: None, threading.Event()):
+        with self.line.wish(person), self._turn(person, lambda event: None, threading.Event()):
             model = self._open(read_adapter(path).base_model, False, path.stem, lambda event: None)
             self._exchange(model, [], False)
             yield model
@@ -129,25 +148,22 @@ class Studio:
     def make_room(self) -> None:
         """Takes the base off a GPU: now, or as soon as the pictures that are being painted are done."""
         self._room_wanted.set()
-        if self._lock.acquire(blocking=False):
-            self._rest()
+        if self.line.take_if_free():
+            self._rest(None)
 
     @contextmanager
-    def _turn(self, tell: Callable[[Told], None], cancelled: threading.Event) -> Iterator[bool]:
-        """Waits until nobody else paints; False: cancelled meanwhile."""
-        if not self._lock.acquire(blocking=False):
-            tell(Told("waiting"))
-            while not self._lock.acquire(timeout=0.1):
-                if cancelled.is_set():
-                    yield False
-                    return
+    def _turn(self, person: str, tell: Callable[[Told], None], cancelled: threading.Event) -> Iterator[bool]:
+        """Waits for a turn; False: cancelled meanwhile."""
+        if not self.line.take(person, cancelled, lambda: tell(Told("waiting"))):
+            yield False
+            return
         self._idle.cancel()
         try:
             yield not cancelled.is_set()
         finally:
-            self._rest()
+            self._rest(person)
 
-    def _rest(self) -> None:
+    def _rest(self, person: str | None) -> None:
         """Ends a turn; a base on a GPU leaves it if a run has asked for the room, else after a while."""
         try:
             if on_gpu(self._model):
@@ -159,7 +175,7 @@ class Studio:
                     self._idle.start()
             self._room_wanted.clear()
         finally:
-            self._lock.release()
+            self.line.give_back(person)
 
     def _open(self, name: str, typed: bool, adapter: str | None, tell: Callable[[Told], None]) -> Any:
         from svfit_dreambooth.bases.opening import cast_pipeline, is_cached, open_base_model

@@ -39,11 +39,11 @@ class Workspace:
     folder: Path
     shared: bool = True
 
-    def visitor(self, word: str) -> "Visitor":
+    def visitor(self, word: str, person: str = "") -> "Visitor":
         """The visitor with that secret word, made if new.  Raises SVFitError for a word of another form."""
         if not WORD.fullmatch(word):
             raise SVFitError("this browser sent no valid visitor: reload the page.")
-        return Visitor(self, word)
+        return Visitor(self, word, "" if self.shared else person or word)
 
     @property
     def models(self) -> Path:
@@ -66,6 +66,7 @@ class Visitor:
 
     workspace: Workspace
     word: str
+    person: str = ""  # whom limits meet: an account or a network, since words cost nothing; "" on a computer's own page
 
     @property
     def folder(self) -> Path:

@@ -10,7 +10,7 @@ from svfit_dreambooth.web.rooms import library
 from svfit_dreambooth.web.rooms.app import App
 from svfit_dreambooth.web.rooms.studio import AS_TRAINED, MAX_STEPS
 from svfit_dreambooth.web.tabs.mistakes import told
-from svfit_dreambooth.web.tabs.painting import FACTORS, IDLE, UNSELECTED, Painting
+from svfit_dreambooth.web.tabs.painting import FACTORS, IDLE, UNSELECTED, Painter
 from svfit_dreambooth.web.tabs.reuse import ONCE
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
@@ -22,11 +22,11 @@ class GenerateTab:
     """What other tabs need of this one."""
 
     adapters: gr.Dropdown
-    painting: Painting
+    painting: Painter
 
 
 def build_generate(app: App, page: gr.Blocks) -> GenerateTab:
-    painting = Painting(app)
+    painting = Painter(app)
     offered, value = painting.at_the_start()
     shown = gr.State([])  # names of the visitor's pictures in the gallery
     selected = gr.State(None)  # name of one of them
@@ -103,7 +103,14 @@ def build_generate(app: App, page: gr.Blocks) -> GenerateTab:
     form = [prompt, negative, base, adapters, count, steps, guidance, seed, new_seed, width, height, mode, relatives]
     actions = [reuse, download, cover, remove]
 
-    page.load(painting.open_page, None, [base, adapters, gallery, shown, prompt, filled, stop], **PRIVATE)
+    opened = page.load(painting.open_page, None, [base, adapters, gallery, shown, prompt, filled, stop], **PRIVATE)
+    opened.then(
+        painting.follow,
+        None,
+        [status, gallery, shown, selected, details, seed, paint, stop, *actions],
+        concurrency_limit=None,
+        **PRIVATE,
+    )
     adapters.change(painting.fill_in, [adapters, prompt, filled], [prompt, filled], **PRIVATE)
     upload.upload(painting.upload, [upload, adapters], adapters, **PRIVATE)
     stop.click(painting.stop, None, [status, stop], queue=False, **PRIVATE)

@@ -1,10 +1,8 @@
 """What the painting tab does when something is pressed: orders to the studio, its answers to the page."""
 
 import html
-import queue
 import random
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,8 @@ import gradio as gr
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web.rooms import library, pictures
 from svfit_dreambooth.web.rooms.app import App
-from svfit_dreambooth.web.rooms.studio import AS_TRAINED, STRIP, Order, Told, check
+from svfit_dreambooth.web.rooms.paintings import Made, Painting
+from svfit_dreambooth.web.rooms.studio import AS_TRAINED, STRIP, Order, Told
 from svfit_dreambooth.web.rooms.workspace import Visitor, library_of
 from svfit_dreambooth.web.tabs.mistakes import number, plainly, whole
 from svfit_dreambooth.web.tabs.reuse import ONCE, take_up
@@ -25,12 +24,11 @@ IDLE = '<div class="status" role="status"></div>'
 UNSELECTED = '<div class="settings">Select a picture to see how it was made.</div>'
 
 
-class Painting:
-    """The handlers, for all visitors; the state is which visitor is painting now."""
+class Painter:
+    """The handlers, for all visitors."""
 
     def __init__(self, app: App):
         self.app = app
-        self._working: dict[str, threading.Event] = {}  # visitor's word -> what stops the painting
 
     @plainly
     def open_page(self, request: gr.Request) -> tuple[Any, ...]:
@@ -46,7 +44,7 @@ class Painting:
             names,
             words,
             words,
-            gr.Button(interactive=visitor.word in self._working),
+            gr.Button(interactive=bool(self.app.paintings.of(visitor))),
         )
 
     def at_the_start(self) -> tuple[list[tuple[str, str]], list[str]]:
@@ -77,52 +75,49 @@ class Painting:
     def generate(self, request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
         """Status, gallery, names in it, selected, details, seed, and five buttons."""
         visitor = self.app.visitor(request)
-        order, mode = self._order(visitor, *values)
-        check(order)  # before the pictures that are there make room
-        cancelled, keep = threading.Event(), gr.skip()
-        if self._working.setdefault(visitor.word, cancelled) is not cancelled:  # in one step: tabs may come at once
-            yield (*[keep] * 7, gr.Button(interactive=True), *[keep] * 4)
-            raise SVFitError("your last pictures are still being painted: wait, or press Stop.")
-        news: queue.Queue[Told | Exception | None] = queue.Queue()
-        worker = threading.Thread(target=_work, args=(self.app, order, news, cancelled), daemon=True)
-        off = gr.Button(interactive=False)
-        shown: list[tuple[float, str, str]] = []  # (factor, name, caption)
-        failure: Exception | None = None
+        order = self._order(visitor, *values)
         try:
-            worker.start()
-            busy = (gr.Button(interactive=False), gr.Button(interactive=True))
-            empty = gr.Gallery([], selected_index=None, preview=False)  # not the large view of an earlier picture
-            yield (_status("Starting"), empty, [], None, UNSELECTED, order.seed, *busy, off, off, off, off)
-            while (event := news.get()) is not None:
-                if isinstance(event, Exception):
-                    failure = event
-                    continue
-                gallery, names = keep, keep
-                if event.kind == "picture":
-                    path = pictures.keep(visitor.pictures, order, event.picture)
-                    text = pictures.caption(event.picture.settings, event.factor if mode != ONCE else 1.0)
-                    if event.picture.filtered:
-                        text = "blacked out by the content filter · " + text
-                    shown.append((event.factor, path.name, text))
-                    ordered = _arranged(shown, mode)
-                    gallery = [(self.app.serve(visitor.pictures / name), text) for _, name, text in ordered]
-                    names = [name for _, name, _ in ordered]
-                elif not news.empty():
-                    continue  # something newer is waiting to be shown
-                yield (_progress(event), gallery, names, *[keep] * 9)
-        except Exception as error:  # noqa: BLE001 - raised below, when the buttons are as they were
-            failure = error
-        finally:
-            cancelled.set()  # also when the page was closed
-            del self._working[visitor.word]
-        idle = (gr.Button(interactive=True), gr.Button(interactive=False))
-        count = f"{len(shown)} picture{'s' * (len(shown) != 1)}"
-        text = f"Stopped after {count}." if len(shown) < order.num_images * len(order.factors) else f"{count} done."
-        yield (_status(text) if failure is None else IDLE, *[keep] * 5, *idle, *[keep] * 4)
-        if failure is not None:
-            raise failure
+            painting = self.app.paintings.begin(visitor, order)
+        except SVFitError:
+            yield (*[gr.skip()] * 7, gr.Button(interactive=bool(self.app.paintings.of(visitor))), *[gr.skip()] * 4)
+            raise
+        yield from self._watch(painting)
 
-    def _order(self, visitor: Visitor, *values: Any) -> tuple[Order, str]:
+    @plainly
+    def follow(self, request: gr.Request) -> Iterator[tuple[Any, ...]]:
+        """The same for a page that opens while pictures are being painted: they were asked for before it was reloaded."""
+        for painting in self.app.paintings.of(self.app.visitor(request))[:1]:
+            yield from self._watch(painting)
+
+    def _watch(self, painting: Painting) -> Iterator[tuple[Any, ...]]:
+        """What `generate` shows until a painting is over; whoever stops looking ends nothing at once."""
+        keep, off, order = gr.skip(), gr.Button(interactive=False), painting.order
+        busy = (gr.Button(interactive=False), gr.Button(interactive=True))
+        empty = gr.Gallery([], selected_index=None, preview=False)  # not the large view of an earlier picture
+        yield (_status("Starting"), empty, [], None, UNSELECTED, order.seed, *busy, off, off, off, off)
+        seen, count = 0, 0
+        while not painting.over:
+            if (number := painting.look(seen)) == seen:
+                continue
+            seen, gallery, names = number, keep, keep
+            if len(painting.made) > count:
+                count = len(painting.made)
+                made = _arranged(painting.made[:count], order.factors)
+                gallery = [(self.app.serve(one.path), _caption(one, order)) for one in made]
+                names = [one.path.name for one in made]
+            yield (_progress(painting.said), gallery, names, *[keep] * 9)
+        made = _arranged(painting.made, order.factors)
+        idle = (gr.Button(interactive=True), gr.Button(interactive=False))
+        text = f"{len(made)} picture{'s' * (len(made) != 1)}"
+        text = f"Stopped after {text}." if len(made) < order.num_images * len(order.factors) else f"{text} done."
+        gallery = [(self.app.serve(one.path), _caption(one, order)) for one in made]
+        names = [one.path.name for one in made]
+        status = _status(text) if painting.failure is None else IDLE
+        yield (status, gallery, names, *[keep] * 3, *idle, *[keep] * 4)
+        if painting.failure is not None:
+            raise painting.failure
+
+    def _order(self, visitor: Visitor, *values: Any) -> Order:
         """The form as an order."""
         (prompt, negative, base, adapters, count, steps, guidance, seed, new_seed, width, height, mode, relatives) = (
             values[:13]
@@ -153,15 +148,15 @@ class Painting:
         )
         if mode == STRENGTHS:
             order.num_images = 1
-        return order, mode
+        return order
 
     @plainly
     def stop(self, request: gr.Request) -> tuple[str, Any]:
         """Status and button; ends the visitor's painting, of whichever tab, within one denoising step."""
-        event = self._working.get(self.app.visitor(request).word)
-        if event is not None:
-            event.set()
-        return _status("Stopping") if event is not None else IDLE, gr.Button(interactive=False)
+        working = self.app.paintings.of(self.app.visitor(request))
+        for painting in working:
+            painting.set()
+        return _status("Stopping") if working else IDLE, gr.Button(interactive=False)
 
     @plainly
     def select(self, event: gr.SelectData, names: list[str], request: gr.Request) -> tuple[Any, ...]:
@@ -232,23 +227,18 @@ class Painting:
         return items
 
 
-def _work(app: App, order: Order, news: "queue.Queue[Any]", cancelled: threading.Event) -> None:
-    """Paints in a thread of its own and puts what happens into `news`; None is the end."""
-    try:
-        app.studio.paint(order, news.put, cancelled)
-    except Exception as error:  # noqa: BLE001 - raised again where the page listens
-        news.put(error)
-    finally:
-        news.put(None)
-
-
-def _arranged(shown: list[tuple[float, str, str]], mode: str) -> list[tuple[float, str, str]]:
+def _arranged(made: list[Made], factors: Sequence[float]) -> list[Made]:
     """Beside the base: each base picture before the adapter's of the same seed."""
-    if mode != COMPARED:
-        return shown
-    base, adapted = ([item for item in shown if item[0] == factor] for factor in FACTORS[COMPARED])
-    pairs = [item for pair in zip(base, adapted, strict=False) for item in pair]
+    if tuple(factors) != FACTORS[COMPARED]:
+        return made
+    base, adapted = ([one for one in made if one.factor == factor] for factor in factors)
+    pairs = [one for pair in zip(base, adapted, strict=False) for one in pair]
     return pairs + base[len(adapted) :]
+
+
+def _caption(made: Made, order: Order) -> str:
+    text = pictures.caption(made.settings, made.factor if len(order.factors) > 1 else 1.0)
+    return "blacked out by the content filter · " + text if made.filtered else text
 
 
 def _status(text: str, share: float | None = None) -> str:
@@ -257,6 +247,8 @@ def _status(text: str, share: float | None = None) -> str:
 
 
 def _progress(event: Told) -> str:
+    if event.kind == "starting":
+        return _status("Starting")
     if event.kind == "waiting":
         return _status("Waiting: somebody else's pictures are being painted")
     if event.kind == "opening":

@@ -1,6 +1,7 @@
 """What the page shows of runs, and what its buttons do with them."""
 
 import html
+import time
 from typing import Any
 
 import gradio as gr
@@ -18,6 +19,7 @@ NONE = (
     '<div class="empty"><b>No runs yet.</b><br>Add photos, say what they show, and press Start training. '
     "You may close the page meanwhile: the run goes on.</div>"
 )
+CHOOSE = '<div class="empty">Choose a run in the list.</div>'
 WORDS = {
     "queued": "waiting",
     "running": "running",
@@ -41,8 +43,11 @@ class Runs:
     def submit(self, request: gr.Request, name: str, *form: Any) -> tuple[Any, ...]:
         """Puts a run into the queue; then the list with it selected, and the panel."""
         visitor = self.app.visitor(request)
+        before = {job.id for job in self.app.jobs.listed(visitor)}
         job = self.app.jobs.submit(visitor, name, self.draft.options(visitor.photos, *form))
-        return self._panel(visitor, job.id, None)
+        if job.id in before:
+            gr.Info(html.escape(f"{job.name} is running or waiting already, with the same photos and settings."))
+        return self._chosen(visitor, job.id)
 
     @plainly
     def estimate(self, request: gr.Request, *form: Any) -> str:
@@ -52,14 +57,19 @@ class Runs:
         return "\n".join(f"- {html.escape(line)}" for line in lines)
 
     @plainly
-    def open_page(self, request: gr.Request) -> tuple[Any, ...]:
-        """The list with the newest run selected, and the panel."""
-        return self._panel(self.app.visitor(request), None, None)
+    def open_page(self, id: str | None, request: gr.Request) -> tuple[Any, ...]:
+        """The list with the newest run chosen, unless the person was faster, and the panel."""
+        return self._chosen(self.app.visitor(request), id)
 
     @plainly
     def tick(self, id: str | None, seen: Any, request: gr.Request) -> tuple[Any, ...]:
-        """The same while time passes; nothing where nothing has changed."""
+        """The same while time passes; nothing where nothing has changed.  It never chooses another run."""
         return self._panel(self.app.visitor(request), id, seen)
+
+    @plainly
+    def look(self, id: str | None, request: gr.Request) -> tuple[Any, ...]:
+        """The panel of another run, which was chosen in the list."""
+        return self._panel(self.app.visitor(request), id, None)
 
     @plainly
     def stop(self, id: str | None, request: gr.Request) -> tuple[Any, ...]:
@@ -81,14 +91,14 @@ class Runs:
         left = "; its adapter is still in the library" if self.app.jobs.result(job) else ""
         self.app.jobs.remove(job)
         said = f"The run of {html.escape(job.name)} was removed{left}."
-        return *self._panel(visitor, None, None), job.id, gr.Row(visible=True), said
+        return *self._chosen(visitor, None), job.id, gr.Row(visible=True), said
 
     @plainly
     def undo(self, removed: str | None, request: gr.Request) -> tuple[Any, ...]:
         """The panel with the run that was removed last, which is back."""
         visitor = self.app.visitor(request)
         self.app.jobs.restore(visitor, removed or "")
-        return *self._panel(visitor, removed, None), None, gr.Row(visible=False)
+        return *self._chosen(visitor, removed), None, gr.Row(visible=False)
 
     @plainly
     def try_it(self, id: str | None, request: gr.Request) -> tuple[Any, Any]:
@@ -101,6 +111,13 @@ class Runs:
         choices = self.app.adapter_choices(visitor)
         return gr.Tabs(selected="generate"), gr.Dropdown(choices, value=[f"library/{result.stem}"])
 
+    def _chosen(self, visitor: Visitor, id: str | None) -> tuple[Any, ...]:
+        """The panel of the run `id`, or of the newest where there is no such run, which is chosen in the list."""
+        listed = [job.id for job in self.app.jobs.listed(visitor)]
+        id = id if id in listed else next(iter(listed), None)
+        panel = self._panel(visitor, id, None)
+        return gr.Dropdown(panel[1][0], value=id), *panel[1:]
+
     def _panel(self, visitor: Visitor, id: str | None, seen: Any) -> tuple[Any, ...]:
         """List, what was seen, status, curve, pictures, log, and the buttons stop, resume, try it, download, remove.
 
@@ -109,8 +126,10 @@ class Runs:
         jobs = self.app.jobs
         listed = jobs.listed(visitor)
         states = {job.id: jobs.state(job) for job in listed}
-        job = next((job for job in listed if job.id == id), listed[0] if listed else None)
-        choices = [(f"{job.name} · {WORDS.get(states[job.id], states[job.id])}", job.id) for job in listed]
+        job = next((job for job in listed if job.id == id), None)
+        choices = [
+            (f"{job.name} · {WORDS.get(states[job.id], states[job.id])} · {_when(job)}", job.id) for job in listed
+        ]
         progress = sum_up(jobs.run_folder(job)) if job else Progress()
         state = states[job.id] if job else ""
         ahead = jobs.ahead(job) if job and state == "queued" else 0
@@ -126,11 +145,12 @@ class Runs:
         if job is None:
             off = gr.Button(interactive=False)
             nothing = gr.DownloadButton(value=None, interactive=False)
-            return (gr.Dropdown([], value=None), now, NONE, "", "", "", off, off, off, nothing, off)
+            said = CHOOSE if listed else NONE
+            return (gr.Dropdown(choices), now, said, "", "", "", off, off, off, nothing, off)
         over = state in OVER
         result = jobs.result(job) if over else None
         return (
-            gr.skip() if same[0] and job.id == id else gr.Dropdown(choices, value=job.id),
+            gr.skip() if same[0] else gr.Dropdown(choices),
             now,
             gr.skip() if same[1] else self._status(job, state, progress, ahead),
             gr.skip()
@@ -147,7 +167,8 @@ class Runs:
 
     def _status(self, job: Job, state: str, progress: Progress, ahead: int) -> str:
         share = progress.step / progress.of if progress.of else 0.0
-        left, right = f"<b>{html.escape(job.name)}</b> · {WORDS.get(state, html.escape(state))}", ""
+        left = f"<b>{html.escape(job.name)}</b> · {WORDS.get(state, html.escape(state))} · {_when(job)}"
+        right = ""
         if state == "queued":
             right = f"{ahead} run{'s' * (ahead != 1)} before it" if ahead else "starts in a moment"
         elif progress.of:
@@ -187,6 +208,13 @@ class Runs:
         if over and progress.figures:
             parts.append(_figures(progress.figures))
         return f'<div class="sheet">{"".join(parts)}</div>'
+
+
+def _when(job: Job) -> str:
+    """When a run was asked for; on another day than today, which."""
+    asked = time.localtime(job.created)
+    today = asked[:3] == time.localtime()[:3]
+    return time.strftime("%H:%M" if today else "%d %b %Y, %H:%M", asked)
 
 
 def _image(url: str, what: str) -> str:

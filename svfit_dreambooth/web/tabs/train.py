@@ -100,7 +100,7 @@ def build_train(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: Generate
     remembered, trained_at = [name, word, kind, base, preset], [base, advanced[ADVANCED.index("resolution")]]
     page.load(draft.show, None, [*shown, *remembered], **PRIVATE)
     page.load(lambda: gr.Dropdown(app.studio.bases.for_training()), None, base, **PRIVATE)
-    page.load(runs.open_page, None, panel, **PRIVATE)
+    page.load(runs.open_page, listed, panel, **PRIVATE)
     drop.upload(draft.add, [drop, *trained_at], [drop, *shown], **PRIVATE)
     thumbs.select(draft.select, None, [selected, rotate, remove], **PRIVATE)
     rotate.click(draft.rotate, [selected, *trained_at], shown, **PRIVATE)
@@ -120,7 +120,7 @@ def build_train(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: Generate
     forget.click(runs.remove, listed, [*panel, removed, undo_row, said], **PRIVATE)
     undo.click(runs.undo, removed, [*panel, removed, undo_row], **PRIVATE)
     try_it.click(runs.try_it, listed, [tabs, generate_tab.adapters], **PRIVATE)
-    listed.input(runs.tick, [listed, gr.State(None)], panel, **LIVE)
+    listed.input(runs.look, listed, panel, **LIVE)
     gr.Timer(EVERY).tick(runs.tick, [listed, seen], panel, **LIVE)
 
 
