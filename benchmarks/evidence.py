@@ -13,21 +13,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from records import TUNING_SEED, Record, read_records
+from scipy.stats import bootstrap
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from methods import METHODS
 
-from svfit_dreambooth.evaluation.metrics import bootstrap_interval
+from svfit_dreambooth.evaluation.measures import MEASURES
 from svfit_dreambooth.files import save_png
 from svfit_dreambooth.painting.sheets import contact_sheet
 from svfit_dreambooth.training.watch import cut
 
-SCORES = ("subject", "right", "prompt", "drift", "preservation", "diversity")
 CHIEF = ("subject", "right", "drift")  # shown with their intervals
 NONE = "none"
 
@@ -55,6 +56,14 @@ def common(table: dict[str, list[Record]]) -> dict[str, list[Record]]:
     return {name: [run for run in runs if (run.subject, run.seed) in shared] for name, runs in table.items()}
 
 
+def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % percentile interval of the mean of `values` under resampling them (Efron and Tibshirani, 1993)."""
+    if len(values) < 2:
+        return values[0], values[0]
+    interval = bootstrap((values,), np.mean, n_resamples=10_000, method="percentile", rng=0).confidence_interval
+    return float(interval.low), float(interval.high)
+
+
 def with_interval(values: Sequence[float]) -> str:
     low, high = bootstrap_interval(values)
     return f"{mean(values):.3f} [{low:.3f}, {high:.3f}]"
@@ -63,7 +72,7 @@ def with_interval(values: Sequence[float]) -> str:
 def measured(table: dict[str, list[Record]]) -> list[str]:
     """The scores that every run has."""
     readings = [reading for runs in table.values() for run in runs for reading in run.readings.values()]
-    return [score for score in SCORES if all(reading[score] is not None for reading in readings)]
+    return [score for score in MEASURES if all(reading[score] is not None for reading in readings)]
 
 
 def fit_score(table: dict[str, list[Record]]) -> str:
@@ -143,9 +152,9 @@ def plot(table: dict[str, list[Record]], steps: Sequence[int], path: Path) -> No
                 x, y, xerr=[[x - left], [right - x]], yerr=[[y - low], [high - y]], color=colour, elinewidth=0.6,
                 marker=marker, markersize=6, label=name,
             )  # fmt: skip
-        axis.set_xlabel("likeness to the subject")
-    axes[0].set_ylabel("share with the right kind and setting" if fit == "right" else f"fit to the prompts ({fit})")
-    axes[1].set_ylabel("drift of unrelated pictures")
+        axis.set_xlabel(MEASURES["subject"].words)
+    axes[0].set_ylabel(MEASURES[fit].words)
+    axes[1].set_ylabel(MEASURES["drift"].words)
     axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=110)
 
@@ -178,7 +187,7 @@ def plot_rates(records: Sequence[Record], names: Sequence[str], path: Path) -> N
             )  # fmt: skip
         axis.plot(*zip(*points, strict=True), color=colour, linewidth=0.8)
         axis.plot([], [], color=colour, marker=marker, label=name)
-    axis.set(xscale="log", xlabel="drift of unrelated pictures", ylabel="likeness to the subject")
+    axis.set(xscale="log", xlabel=MEASURES["drift"].words, ylabel=MEASURES["subject"].words)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=110)
 

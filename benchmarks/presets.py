@@ -19,12 +19,13 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from compare_methods import TOYBOX_TEST, class_words
-from evidence import SCORES, common, main_table
+from evidence import common, main_table
 from records import Record
 
 from svfit_dreambooth import TrainConfig, train
 from svfit_dreambooth.bases.opening import TOYBOX_SUBJECTS
 from svfit_dreambooth.evaluation.features import open_features
+from svfit_dreambooth.evaluation.measures import MEASURES, number
 from svfit_dreambooth.evaluation.scoring import Candidate, evaluate_adapters
 from svfit_dreambooth.painting.generate import default_device, open_for_adapters
 from svfit_dreambooth.training.config import TOYBOX
@@ -88,7 +89,7 @@ def main() -> None:
                 record = measure(recipe, subject, seed)
                 with options.results.open("a") as file:
                     file.write(json.dumps(asdict(record)) + "\n")
-                scores = "  ".join(f"{name} {record.reading(END)[name]:.3f}" for name in SCORES)
+                scores = "  ".join(f"{name} {number(record.reading(END)[name])}" for name in MEASURES)
                 print(f"{recipe}  {subject}  {seed}  {scores}", flush=True)
     records = known()
     table = common({recipe: [record for record in records if record.method == recipe] for recipe in options.recipes})

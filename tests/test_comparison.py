@@ -159,3 +159,12 @@ def test_it_runs_on_any_base_leaves_what_is_finished_and_tells_what_it_found(
     text = capsys.readouterr().out
     assert "1 subjects, seeds 0, 1 runs" in text and "| lora-1 | 0.01 |" in text
     assert Image.open(tmp_path / "s.png").height > CELL  # two rows at half the size
+
+
+def test_intervals_hold_the_mean_and_narrow_as_its_root():
+    values = np.random.default_rng(0).normal(size=400).tolist()
+    low, high = evidence.bootstrap_interval(values)
+    error = np.std(values, ddof=1) / 20
+    assert low < np.mean(values) < high and high - low == pytest.approx(2 * 1.96 * error, rel=0.05)  # of normal values
+    assert evidence.bootstrap_interval([3.0] * 5) == evidence.bootstrap_interval([3.0]) == (3.0, 3.0)
+    assert evidence.bootstrap_interval(values) == (low, high)  # repeats

@@ -200,6 +200,10 @@ def test_names_of_equal_files_are_distinct(stems, names):
     assert distinct_names(stems) == names
 
 
+def test_numbered_names_leave_room_for_those_that_others_have():
+    assert distinct_names(["a", "a", "a-2"], reserved={"a", "a-2"}) == ["a", "a-3", "a-2"]
+
+
 def test_inspect(adapter_path, capsys):
     assert main(["inspect", str(adapter_path)]) == 0
     text = capsys.readouterr().out

@@ -7,12 +7,6 @@ from typing import Any
 from svfit_dreambooth.commands.base import add_base, base_options
 from svfit_dreambooth.errors import SVFitError
 
-LEGEND = (
-    "subject: likeness to the photos (toybox's own subjects: to true renderings); prompt: fit to the prompts; right: "
-    "share with\neverything that was asked for; drift: change of unrelated pictures; preservation: likeness of the "
-    "*class* to the subject,\nbest as low as the base's; diversity: difference of pictures of one prompt."
-)
-
 
 def add_evaluate(commands: Any) -> None:
     """Adds it to `commands`, what `add_subparsers` returned."""
@@ -77,5 +71,5 @@ def _evaluate(options: argparse.Namespace) -> None:
         num_inference_steps=options.num_inference_steps,
         guidance_scale=options.guidance_scale,
     )  # fmt: skip
-    print("\n".join([*table(rows), LEGEND]))
+    print("\n".join(table(rows)))
     print(f"{options.output_dir / 'scores.json'}, {options.output_dir / 'sheet.png'}")

@@ -4,8 +4,6 @@ Features are rows of unit length: DINO's or a judge's identity embedding for wha
 the judge's joint space for how a picture fits a prompt.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -37,19 +35,6 @@ def diversity(generated: Tensor) -> float:
     features = _unit(generated)
     cosines = (features @ features.mT).sum((1, 2)) - count  # without each picture's 1 with itself
     return 1 - (cosines / (count * (count - 1))).mean().item()
-
-
-def bootstrap_interval(
-    values: Sequence[float], coverage: float = 0.95, draws: int = 10_000, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile interval of the mean of `values` under resampling them (Efron and Tibshirani, 1993, chapter 13)."""
-    generator = torch.Generator().manual_seed(seed)
-    sample = torch.tensor(values, dtype=torch.float64)
-    rows = torch.randint(len(sample), (draws, len(sample)), generator=generator)
-    means = sample[rows].mean(1)  # (draws,)
-    tail = (1 - coverage) / 2
-    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    return low, high
 
 
 def _unit(features: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ change of pictures that have nothing to do with the subject.
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -68,14 +68,18 @@ class Answers:
 
 @dataclass
 class Scores:
-    """What was measured; None where no network was given for it."""
+    """What was measured, by the names in measures.py; None where no network was given for it."""
 
-    subject: float | None = None  # likeness to the references, mean cosine: DINO, CLIP-I, the judge's identity
-    prompt: float | None = None  # fit to the prompts, mean cosine: CLIP-T, the judge
-    right: float | None = None  # toybox: share of pictures with everything that the prompt names
-    drift: float | None = None  # change of unrelated pictures against the base's, 0 is none
-    preservation: float | None = None  # PRES: likeness of *class* pictures to the references, lower is better
-    diversity: float | None = None  # DIV: difference of pictures of one prompt; None: one picture each
+    subject: float | None = None  # DINO, CLIP-I, the judge's identity
+    prompt: float | None = None  # CLIP-T, the judge
+    right: float | None = None  # toybox's judge alone
+    drift: float | None = None
+    preservation: float | None = None  # PRES
+    diversity: float | None = None  # DIV; None: one picture of each prompt
+
+    def known(self) -> dict[str, float]:
+        """What was measured, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def toybox_questions(subject: str, pictures_per_prompt: int = 1, seed: int = 1000) -> Questions:

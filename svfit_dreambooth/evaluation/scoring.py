@@ -13,6 +13,7 @@ from PIL import Image
 from svfit_dreambooth.adapter.file import read_adapter
 from svfit_dreambooth.bases.opening import TOYBOX_SUBJECTS, BaseModel
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.evaluation import measures
 from svfit_dreambooth.evaluation.features import Features
 from svfit_dreambooth.evaluation.protocol import (
     PROMPTS,
@@ -26,14 +27,15 @@ from svfit_dreambooth.evaluation.protocol import (
     toybox_questions,
 )
 from svfit_dreambooth.files import save_png, write_atomically
-from svfit_dreambooth.painting.generate import generate
-from svfit_dreambooth.painting.loading import loaded_adapters, merge_adapters, set_adapters
+from svfit_dreambooth.painting.generate import distinct_names, generate
+from svfit_dreambooth.painting.loading import merge_adapters, set_adapters
 from svfit_dreambooth.painting.picture import free_path, save_picture
 from svfit_dreambooth.painting.sheets import contact_sheet
 from svfit_dreambooth.photos.reading import find_photos, open_photo
 from svfit_dreambooth.sharing.hub import find_adapter
 from svfit_dreambooth.training.config import TOYBOX
 
+BASE = "base"
 COLUMNS = 8  # pictures in a row of the sheet
 
 
@@ -50,7 +52,7 @@ class Candidate:
 
 @dataclass
 class Row:
-    """The scores of one adapter on one subject; `adapter` is "base" for the untouched base."""
+    """The scores of one adapter on one subject; `adapter` is BASE for the untouched base."""
 
     adapter: str
     strength: float
@@ -84,8 +86,8 @@ def evaluate_adapters(
         raise SVFitError(f"{output_dir} holds the scores of an earlier evaluation: name another folder.")
     candidates = [dataclasses.replace(candidate, path=find_adapter(candidate.path)) for candidate in candidates]
     files = adapter_files(candidate.path for candidate in candidates)
-    names = dict(zip(files, loaded_adapters(model.pipeline), strict=True))
-    labels: list[str] = []
+    names = dict(zip(files, distinct_names(file.stem for file in files), strict=True))  # as `open_for_adapters` does
+    _, *labels = distinct_names([BASE, *(names[candidate.path] for candidate in candidates)], names.values())
     rows: list[Row] = []
     sheet: list[tuple[str, list[Image.Image]]] = []
     captions: list[str] = []
@@ -111,11 +113,7 @@ def evaluate_adapters(
         if on_row is not None:
             on_row(rows[-1])
 
-    for candidate in candidates:
-        name = label = names[candidate.path]
-        while label in labels or (label != name and label in names.values()):
-            label = f"{name}-{len(labels) + 1}"
-        labels.append(label)
+    for candidate, label in zip(candidates, labels, strict=True):
         questions = _questions(candidate, model, templates, num_images)
         subject = candidate.photos.resolve().name
         key = (subject, *questions.prompts)
@@ -123,8 +121,8 @@ def evaluate_adapters(
             captions = questions.prompts[:COLUMNS]
             sheet.append((f"{subject}: photos", questions.references[:COLUMNS]))
             asked[key] = answer(f"base-{subject}", {}, questions)
-            note("base", 0.0, subject, asked[key], asked[key], questions)
-        answers = answer(label, {name: candidate.strength}, questions)
+            note(BASE, 0.0, subject, asked[key], asked[key], questions)
+        answers = answer(label, {names[candidate.path]: candidate.strength}, questions)
         note(label, candidate.strength, subject, answers, asked[key], questions)
     save_png(contact_sheet(sheet, captions), output_dir / "sheet.png")
     report = {
@@ -134,7 +132,7 @@ def evaluate_adapters(
         **painting,
         "templates": list(templates) if templates else None,
         "rows": [asdict(row) for row in rows],
-        "means": {label: asdict(mean_scores([r for r in rows if (r.adapter == "base") == (label == "base")]))
+        "means": {label: asdict(mean_scores([r for r in rows if (r.adapter == BASE) == (label == "base")]))
                   for label in ("base", "adapters")},
     }  # fmt: skip
     write_atomically(output_dir / "scores.json", json.dumps(report, indent=2) + "\n")
@@ -176,19 +174,12 @@ def _questions(candidate: Candidate, model: BaseModel, templates: Sequence[str] 
 
 def table(rows: Sequence[Row]) -> list[str]:
     """The rows as lines of text, and the means over several adapters."""
-    known = [f.name for f in dataclasses.fields(Scores) if any(getattr(r.scores, f.name) is not None for r in rows)]
-    width = max(len(f"{row.subject}: {row.adapter}") for row in rows) + 2
-
-    def line(label: str, scores: Scores) -> str:
-        cells = [getattr(scores, name) for name in known]
-        return f"{label:{width}}" + "".join(f"{'' if c is None else f'{c:.3f}':>14}" for c in cells)
-
-    lines = [" " * width + "".join(f"{name:>14}" for name in known)]
+    labelled = []
     for row in rows:
         strength = "" if row.strength in (0.0, 1.0) else f":{row.strength:g}"
-        lines.append(line(f"{row.subject}: {row.adapter}{strength}", row.scores))
+        labelled.append((f"{row.subject}: {row.adapter}{strength}", asdict(row.scores)))
     for label, chosen in (("base", True), ("adapters", False)):
-        part = [row for row in rows if (row.adapter == "base") == chosen]
+        part = [row for row in rows if (row.adapter == BASE) == chosen]
         if len(part) > 1:
-            lines.append(line(f"mean of {label}", mean_scores(part)))
-    return lines
+            labelled.append((f"mean of {label}", asdict(mean_scores(part))))
+    return measures.as_text(measures.table(labelled))

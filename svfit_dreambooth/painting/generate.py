@@ -1,7 +1,7 @@
 """Prompt and adapters to pictures."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +53,12 @@ def check_finite(name: str, value: float) -> None:
         raise SVFitError(f"{name} is {value}: give a finite number.")
 
 
-def distinct_names(stems: Iterable[str]) -> list[str]:
-    """`stems`, each that was there before with the first free number: dog, dog-2, dog-3."""
+def distinct_names(stems: Iterable[str], reserved: Collection[str] = ()) -> list[str]:
+    """`stems`, each that was there before with the first free number: dog, dog-2, dog-3; none of these is `reserved`."""
     names: list[str] = []
     for stem in stems:
         name, number = stem, 2
-        while name in names:
+        while name in names or (name != stem and name in reserved):
             name, number = f"{stem}-{number}", number + 1
         names.append(name)
     return names

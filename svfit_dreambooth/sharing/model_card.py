@@ -1,7 +1,6 @@
 """The page that introduces an adapter on the Hugging Face Hub, made from its file and its run."""
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ import yaml
 
 from svfit_dreambooth.adapter.describe import OF_THE_BASE
 from svfit_dreambooth.adapter.file import Adapter
+from svfit_dreambooth.evaluation.measures import in_words, table
 
 # The base's licence binds what is derived from it.  Known for these bases only: fine-tunes have their own.
 LICENCES = {
@@ -21,11 +21,6 @@ LICENCES = {
     "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
 }
 HUB_LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")  # the hub's words for licences look so
-MEASURES = {
-    "subject": "likeness to the subject",
-    "prompt": "prompt followed",
-    "drift": "change of unrelated pictures",
-}
 
 
 def model_card(
@@ -142,13 +137,8 @@ def _settings(adapter: Adapter) -> str:
 
 
 def _figures(figures: Mapping[str, Mapping[str, float | None]]) -> str:
-    names = [name for name in MEASURES if any(_number(row.get(name)) for row in figures.values())]
-    rows = [[row, *(_number(values.get(name)) or "-" for name in names)] for row, values in figures.items()]
-    return _table(["", *(MEASURES[name] for name in names)], rows)
-
-
-def _number(value: Any) -> str:
-    return f"{value:.3f}" if isinstance(value, int | float) and math.isfinite(value) else ""
+    head, rows = table(list(figures.items()))
+    return _table(in_words(head), [[cell or "-" for cell in row] for row in rows])
 
 
 def _licence(licence: str | None, base: str, on_hub: bool) -> str:

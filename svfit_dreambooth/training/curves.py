@@ -1,10 +1,12 @@
 """The curves of a run."""
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TypeVar
 
+from svfit_dreambooth.evaluation.measures import FIXED_LOSS, MEASURES
 from svfit_dreambooth.files import write_atomically
 from svfit_dreambooth.training.events import Event, Measured, Stepped, WentBack
 from svfit_dreambooth.training.journal import RunFolder
@@ -16,6 +18,12 @@ def by_step(events: Iterable[Event], kind: type[Seen]) -> list[Seen]:
     """The events of one kind, ascending; of a step that was made again after a return to an earlier one, the last."""
     found = {event.step: event for event in events if isinstance(event, kind)}
     return [found[step] for step in sorted(found)]
+
+
+def running_mean(losses: Sequence[float]) -> list[float]:
+    """Each loss averaged with the twentieth of the run before it."""
+    window = max(1, len(losses) // 20)
+    return [fmean(losses[max(0, i - window) : i + 1]) for i in range(len(losses))]
 
 
 def plot_run(folder: RunFolder) -> Path | None:
@@ -32,15 +40,10 @@ def plot_run(folder: RunFolder) -> Path | None:
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     left.plot(*zip(*steps, strict=True), color="0.8", linewidth=0.8)
-    window = max(1, len(steps) // 20)
-    recent = [[loss for _, loss in steps[max(0, i - window) : i + 1]] for i in range(len(steps))]
-    smooth = [sum(losses) / len(losses) for losses in recent]
-    left.plot([step for step, _ in steps], smooth, label="loss, running mean")
+    left.plot([step for step, _ in steps], running_mean([loss for _, loss in steps]), label="loss, running mean")
     for axes, name, label in (
-        (left, "fixed_loss", "loss on fixed noise"),
-        (right, "subject", "likeness to the photos"),
-        (right, "prompt", "fit to the prompts"),
-        (right, "drift", "change of other pictures"),
+        (left, "fixed_loss", FIXED_LOSS.words),
+        *((right, name, MEASURES[name].words) for name in ("subject", "prompt", "drift")),
     ):
         points = [(each.step, getattr(each, name)) for each in measures if getattr(each, name) is not None]
         if points:

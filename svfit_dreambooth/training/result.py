@@ -190,5 +190,5 @@ def at_the_end(result: TrainResult) -> dict[str, Any]:
     showing = result.showing
     if showing is None:
         return {}
-    figures = None if showing.figures is None else {name: vars(row) for name, row in showing.figures.items()}
+    figures = showing.figures and {name: scores.known() for name, scores in showing.figures.items()}
     return {"sheet": showing.sheet.name, "figures": figures}

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from svfit_dreambooth.bases.opening import BaseModel, cast_pipeline
+from svfit_dreambooth.evaluation.measures import as_text, table
 from svfit_dreambooth.evaluation.metrics import diversity, drift, subject_fidelity
-from svfit_dreambooth.evaluation.protocol import UNRELATED_PROMPTS, share_right, toybox_questions
+from svfit_dreambooth.evaluation.protocol import UNRELATED_PROMPTS, Scores, share_right, toybox_questions
 from svfit_dreambooth.files import save_png
 from svfit_dreambooth.painting.generate import default_device, generate
 from svfit_dreambooth.painting.loading import load_adapter, loaded_adapters, set_adapters, unload_adapter
@@ -26,27 +27,21 @@ from svfit_dreambooth.training.watch import (
 
 
 @dataclass
-class Figures:
-    """What the judge says of some pictures."""
-
-    subject: float  # mean cosine of identity features with true pictures of the subject
-    prompt: float  # share of pictures with the right kind and setting
-    drift: float | None  # change of pictures for unrelated prompts, 0 is none; None: does not apply
-
-
-@dataclass
 class Showing:
     """The sheet at the end of a run, and the judge's figures where it knows the subject."""
 
     sheet: Path
-    figures: dict[str, Figures] | None
+    figures: dict[str, Scores] | None
     first: Image.Image  # the adapter's first picture
 
     def summary(self) -> str:
         """What to print."""
         lines = [f"pictures: {self.sheet} (photos, the base's answers, the adapter's)"]
         if self.figures is not None:
-            lines += ["judged in settings without a photo:", *_table(self.figures)]
+            lines += [
+                "judged in settings without a photo:",
+                *as_text(table([(name, scores.known()) for name, scores in self.figures.items()])),
+            ]
         return "\n".join(lines)
 
 
@@ -82,7 +77,7 @@ def _paint(model: BaseModel, prompts: Sequence[str], strength: float, options: d
     return [picture.image for picture in generate(model, prompts, **options)]
 
 
-def judge_subject(model: BaseModel, subject: str, options: dict[str, Any]) -> dict[str, Figures]:
+def judge_subject(model: BaseModel, subject: str, options: dict[str, Any]) -> dict[str, Scores]:
     """What the judge says of the bundled `subject`: rows "true pictures", "base" and "adapter".
 
     `model` carries one adapter.  Asked for are the settings of which the subject has no photo, one picture each, and
@@ -93,24 +88,15 @@ def judge_subject(model: BaseModel, subject: str, options: dict[str, Any]) -> di
     judge, questions = load_judge(), toybox_questions(subject)
     true = judge.identity_features(questions.references)  # (n, d)
     options = {**options, "seed": SEED + 1}
-    figures = {"true pictures": Figures(1 - diversity(true[None]), 1.0, None)}
+    figures = {"true pictures": Scores(subject=1 - diversity(true[None]), right=1.0)}
     unrelated: dict[str, torch.Tensor] = {}
     for name, strength in (("base", 0.0), ("adapter", 1.0)):
         images = _paint(model, questions.prompts, strength, options)
         fits = share_right(judge.attributes(images), questions.wanted or [])
         unrelated[name] = judge.image_features(_paint(model, UNRELATED_PROMPTS, strength, options))  # (n, d)
-        figures[name] = Figures(
-            subject_fidelity(judge.identity_features(images), true),
-            fits,
-            drift(unrelated[name], unrelated["base"]),
+        figures[name] = Scores(
+            subject=subject_fidelity(judge.identity_features(images), true),
+            right=fits,
+            drift=drift(unrelated[name], unrelated["base"]),
         )
     return figures
-
-
-def _table(figures: dict[str, Figures]) -> list[str]:
-    lines = [f"{'':15}{'subject':>9}{'prompt':>9}{'drift':>9}"]
-    for name, row in figures.items():
-        drifted = "" if row.drift is None else f"{row.drift:.3f}"
-        lines.append(f"{name:15}{row.subject:>9.3f}{row.prompt:>9.0%}{drifted:>9}")
-    lines.append("subject: likeness to true pictures of it; prompt: right kind and setting; drift: change of others")
-    return lines

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from svfit_dreambooth.files import size_text
+from svfit_dreambooth.training.curves import running_mean
 from svfit_dreambooth.web.rooms.library import Entry
 
 WIDTH, HEIGHT, MARGIN = 640, 200, 34  # of a curve, in its own units
-SMOOTHING = 0.9  # share of the past in the running mean of a noisy loss
 
 
 def card(entry: Entry, picture_url: str | None) -> str:
@@ -70,11 +70,8 @@ def curve(
     """
     if len(losses) < 2:
         return '<div class="empty">The loss curve appears after the first steps.</div>'
-    smooth, mean = [], losses[0][1]
-    for number, (step, loss) in enumerate(losses):
-        share = min(SMOOTHING, number / (number + 1))  # the first values weigh as much as there are
-        mean = share * mean + (1 - share) * loss
-        smooth.append((step, mean))
+    steps = [step for step, _ in losses]
+    smooth = list(zip(steps, running_mean([loss for _, loss in losses]), strict=True))
     values = sorted(loss for _, loss in losses)
     low = min(values[0], *(loss for _, loss in fixed)) if fixed else values[0]
     high = (

@@ -7,6 +7,7 @@ from typing import Any
 import gradio as gr
 
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.evaluation.measures import in_words, table
 from svfit_dreambooth.web.rooms.app import App
 from svfit_dreambooth.web.rooms.jobs import Job
 from svfit_dreambooth.web.rooms.progress import Progress, sum_up
@@ -223,12 +224,8 @@ def _image(url: str, what: str) -> str:
 
 def _figures(figures: dict[str, dict[str, float | None]]) -> str:
     """Likeness, obedience and drift of the base and of the adapter."""
-    heads = {"subject": "like the subject", "prompt": "follows the prompt", "drift": "drift of other pictures"}
-    rows = ""
-    for who, row in figures.items():
-        cells = "".join(
-            f"<td>{row[name]:.3f}</td>" if isinstance(row.get(name), int | float) else "<td>–</td>" for name in heads
-        )
-        rows += f"<tr><td>{html.escape(str(who))}</td>{cells}</tr>"
-    titles = "".join(f"<th>{title}</th>" for title in heads.values())
-    return f'<table class="figures"><tr><th></th>{titles}</tr>{rows}</table>'
+    head, rows = table(list(figures.items()))
+    cells = ["".join(f"<td>{html.escape(cell) or '–'}</td>" for cell in row) for row in rows]
+    lines = "".join(f"<tr>{row}</tr>" for row in cells)
+    titles = "".join(f"<th>{title}</th>" for title in in_words(head))
+    return f'<table class="figures"><tr>{titles}</tr>{lines}</table>'
