@@ -29,9 +29,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from svfit_dreambooth import TrainConfig
-from svfit_dreambooth.bases.opening import TOYBOX_SUBJECTS
+from svfit_dreambooth.bases.families import apply_svfit
+from svfit_dreambooth.bases.names import TOYBOX_SUBJECTS
 from svfit_dreambooth.method.basis import model_basis
-from svfit_dreambooth.method.targets import apply_svfit, remove_svfit
+from svfit_dreambooth.method.targets import remove_svfit
 from svfit_dreambooth.photos.reading import find_photos
 from svfit_dreambooth.training.budget import allocate, score_values
 from svfit_dreambooth.training.examples import encode_examples
@@ -104,7 +105,7 @@ def compare(subject: str, options: argparse.Namespace, folder: Path) -> list[dic
     run = prepare(config)
     (folder / "true").mkdir()
     examples = encode_examples(run, CPU)
-    networks = (run.base.pipeline.unet, run.base.pipeline.text_encoder, CPU, torch.float32)
+    networks = (run.base.family.components, CPU, torch.float32)
     photos = Denoiser(run, examples, *networks)
     unseen = Denoiser(run, encode_examples(true_pictures(run, folder / "true"), CPU), *networks)
     scores = score_values(run, examples, CPU, torch.float32)

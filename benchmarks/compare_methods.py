@@ -34,14 +34,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from methods import ABLATIONS, METHODS, Method
 
 from svfit_dreambooth import TrainConfig
-from svfit_dreambooth.bases.opening import TOYBOX_SUBJECTS
+from svfit_dreambooth.bases.devices import default_device
+from svfit_dreambooth.bases.names import TOYBOX, TOYBOX_SUBJECTS
 from svfit_dreambooth.evaluation.features import Features, open_features
 from svfit_dreambooth.evaluation.protocol import Answers, Questions, ask, score, subject_questions, toybox_questions
 from svfit_dreambooth.files import save_png
 from svfit_dreambooth.method.targets import svfit_layers
-from svfit_dreambooth.painting.generate import default_device
 from svfit_dreambooth.photos.reading import find_photos, open_photo
-from svfit_dreambooth.training.config import TOYBOX
 from svfit_dreambooth.training.examples import encode_examples
 from svfit_dreambooth.training.loop import Loop, Step
 from svfit_dreambooth.training.objective import Denoiser
@@ -182,7 +181,7 @@ def make(
 
         rates = {name: TEXT_ENCODER_LR if name.startswith("text_encoder.") else job.rate for name in values}
         pipeline = run.base.pipeline
-        model = Denoiser(run, examples, pipeline.unet, pipeline.text_encoder, device, torch.float32)
+        model = Denoiser(run, examples, run.base.family.components, device, torch.float32)
         accelerator = Accelerator(cpu=device.type == "cpu")
         loop = Loop(config, accelerator, model, [pipeline.unet], values, rates, {}, watch=None)
         started = time.perf_counter()

@@ -24,7 +24,7 @@ from methods import METHODS
 from training_step import resident
 
 from svfit_dreambooth import TrainConfig
-from svfit_dreambooth.bases.opening import TOYBOX_SUBJECTS
+from svfit_dreambooth.bases.names import TOYBOX_SUBJECTS
 from svfit_dreambooth.training.examples import encode_examples
 from svfit_dreambooth.training.objective import Denoiser
 from svfit_dreambooth.training.plan import prepare
@@ -49,8 +49,7 @@ def measure(name: str) -> dict[str, float]:
         examples = encode_examples(run, device)
         before = resident("VmRSS")
         values = list(METHODS[name].put_in(run, examples).values())
-        pipeline = run.base.pipeline
-        model = Denoiser(run, examples, pipeline.unet, pipeline.text_encoder, device, torch.float32)
+        model = Denoiser(run, examples, run.base.family.components, device, torch.float32)
         optimizer = torch.optim.AdamW(values, lr=1e-4)
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
         seconds = []

@@ -10,13 +10,14 @@ from peft import LoraConfig, PeftConfig, TinyLoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from svfit_dreambooth.bases.families import apply_svfit, find_projections
 from svfit_dreambooth.method.basis import model_basis
 from svfit_dreambooth.method.layer import as_matrix
-from svfit_dreambooth.method.targets import apply_svfit, find_projections, svfit_layers
-from svfit_dreambooth.method.word import learn_words
+from svfit_dreambooth.method.targets import svfit_layers
 from svfit_dreambooth.training.budget import allocate, score_values
 from svfit_dreambooth.training.examples import Examples
 from svfit_dreambooth.training.plan import Run
+from svfit_dreambooth.training.words import learn_words
 
 Values = dict[str, nn.Parameter]
 PutIn = Callable[[Run, Examples], Values]
@@ -151,7 +152,7 @@ def with_learned_word(put_in: PutIn) -> PutIn:
     """The embedding of the subject's rare word as well."""
 
     def both(run: Run, examples: Examples) -> Values:
-        words = learn_words(run.base.pipeline, run.config.learned_word)
+        words = learn_words(run.base.family, run.config.learned_word)
         return put_in(run, examples) | {f"text_encoder.{name}": delta for name, delta in words.items()}
 
     return both

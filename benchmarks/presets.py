@@ -23,12 +23,12 @@ from evidence import common, main_table
 from records import Record
 
 from svfit_dreambooth import TrainConfig, train
-from svfit_dreambooth.bases.opening import TOYBOX_SUBJECTS
+from svfit_dreambooth.bases.devices import default_device
+from svfit_dreambooth.bases.names import TOYBOX, TOYBOX_SUBJECTS
 from svfit_dreambooth.evaluation.features import open_features
 from svfit_dreambooth.evaluation.measures import MEASURES, number
 from svfit_dreambooth.evaluation.scoring import Candidate, evaluate_adapters
-from svfit_dreambooth.painting.generate import default_device, open_for_adapters
-from svfit_dreambooth.training.config import TOYBOX
+from svfit_dreambooth.painting.generate import open_for_adapters
 
 END = 0  # stands for the end of the run, whose length is the recipe's own
 

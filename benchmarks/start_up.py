@@ -25,9 +25,9 @@ sys.path.insert(0, str(REPOSITORY))
 from random_base import random_pipeline
 
 from svfit_dreambooth.adapter.file import Adapter
-from svfit_dreambooth.bases.opening import pipeline_components
+from svfit_dreambooth.bases.families import find_projections, pipeline_components
 from svfit_dreambooth.method.basis import cached_files, fingerprint, model_basis, weight_hashes
-from svfit_dreambooth.method.targets import find_projections, svfit_layers
+from svfit_dreambooth.method.targets import svfit_layers
 from svfit_dreambooth.painting.loading import load_adapter, merge_adapters, set_adapters
 
 COMMANDS = {

@@ -34,7 +34,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from svfit_dreambooth.method.targets import apply_svfit, find_projections
+from svfit_dreambooth.bases.families import apply_svfit, find_projections
 from svfit_dreambooth.training.slim import slim
 
 METHODS = ("frozen", "lora", "svfit", "slimlora")

@@ -8,9 +8,10 @@ from svfit_dreambooth.peft.register import register_with_peft
 
 if TYPE_CHECKING:
     from svfit_dreambooth.adapter.file import Adapter, read_adapter, save_adapter
+    from svfit_dreambooth.bases.families import apply_svfit
     from svfit_dreambooth.errors import SVFitError
     from svfit_dreambooth.method.layer import SVFitLinear, decompose
-    from svfit_dreambooth.method.targets import apply_svfit, remove_svfit
+    from svfit_dreambooth.method.targets import remove_svfit
     from svfit_dreambooth.painting.generate import generate
     from svfit_dreambooth.painting.loading import load_adapter, merge_adapters, set_adapters, unload_adapter
     from svfit_dreambooth.peft.method import SVFitConfig, adapter_from_peft
@@ -24,7 +25,7 @@ _HOME = {
     "Adapter": "adapter.file",
     "read_adapter": "adapter.file",
     "save_adapter": "adapter.file",
-    "apply_svfit": "method.targets",
+    "apply_svfit": "bases.families",
     "remove_svfit": "method.targets",
     "TrainConfig": "training.config",
     "SVFitError": "errors",

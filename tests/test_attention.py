@@ -10,11 +10,10 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from svfit_dreambooth.bases.families import apply_svfit, find_projections
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.layer import SVFitLinear
 from svfit_dreambooth.method.targets import (
-    apply_svfit,
-    find_projections,
     get_shifts,
     merge_shifts,
     merged,

@@ -14,14 +14,9 @@ from single_file import save_single_file
 from torch import nn
 
 from svfit_dreambooth import TrainConfig, load_adapter, read_adapter, train
-from svfit_dreambooth.bases.encoders import encode_tokens, tokenize
-from svfit_dreambooth.bases.opening import (
-    cast_pipeline,
-    noise_scheduler,
-    open_base_model,
-    pipeline_components,
-    text_encoders,
-)
+from svfit_dreambooth.bases.families import family_of, pipeline_components
+from svfit_dreambooth.bases.opening import open_base_model
+from svfit_dreambooth.bases.sdxl import SDXL
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.painting.generate import generate, open_for_adapters, open_named_base
 from svfit_dreambooth.training.examples import encode_examples
@@ -100,7 +95,9 @@ def test_runs_repeat_to_the_bit(tiny_base_xl, photo_folder, tmp_path):
 
 
 def encode_prompts(pipeline, prompts):
-    return encode_tokens(list(text_encoders(pipeline).values()), tokenize(pipeline, prompts))
+    family = family_of(pipeline)
+    conditions = family.encode_tokens(family.tokenize(prompts), family.text_encoders)
+    return conditions["prompt_embeds"], conditions.get("pooled_prompt_embeds")
 
 
 def test_prompts_are_encoded_as_the_pipeline_does_it():
@@ -128,7 +125,7 @@ def test_the_unet_is_told_where_its_window_was(tiny_base_xl, photo_folder, tmp_p
     run = prepare(TrainConfig(**options(tiny_base_xl, photo_folder, tmp_path, **changes)))
     pipeline = run.base.pipeline
     examples = encode_examples(run, CPU)
-    model = Denoiser(run, examples, Recording(), pipeline.text_encoder, CPU, torch.float32, pipeline.text_encoder_2)
+    model = Denoiser(run, examples, run.base.family.components | {"unet": Recording()}, CPU, torch.float32)
     model.loss(0, 0, 1)
     ((_, embeds, conditions),) = calls
     expected, pooled = encode_prompts(pipeline, [PROMPT])
@@ -163,7 +160,7 @@ def test_the_autoencoder_of_sdxl_stays_precise(tiny_base_xl, tmp_path):
     precise = paint(pipeline)
     assert np.asarray(picture.image).std() > 5
     assert np.abs(np.asarray(picture.image) / 255 - precise).mean() < 0.02
-    cast_pipeline(pipeline, torch.bfloat16)
+    family_of(pipeline).cast(torch.bfloat16)
     assert pipeline.vae.dtype == torch.bfloat16
 
 
@@ -211,7 +208,7 @@ def test_hub_ids_with_revision(tiny_base_xl, photo_folder, tmp_path):
     (cache / "refs").mkdir()
     (cache / "refs" / "v1.0").write_text("0123abc")
     base = open_base_model("someone/tiny-xl", revision="v1.0", local_files_only=True)
-    assert base.name == "someone/tiny-xl@v1.0" and base.is_sdxl
+    assert base.name == "someone/tiny-xl@v1.0" and isinstance(base.family, SDXL)
     with pytest.raises(SVFitError, match="someone/tiny-xl cannot be opened"):
         open_base_model("someone/tiny-xl", revision="v2.0", local_files_only=True)
     result = train(TrainConfig(**options("someone/tiny-xl", photo_folder, tmp_path, revision="v1.0")))
@@ -263,7 +260,7 @@ def test_single_files(kind, photo_folder, tmp_path):
     pipeline.to(torch.float32)
     base = open_base_model(str(path), base_config=str(configs))
     assert base.name == "my model" and same_weights(base.pipeline, pipeline)
-    assert noise_scheduler(base.pipeline).config.prediction_type == pipeline.scheduler.config.prediction_type
+    assert base.family.noising().prediction_type == pipeline.scheduler.config.prediction_type
     assert np.array_equal(paint(base.pipeline), paint(pipeline))
     changes = {"base_config": str(configs), "train_text_encoder": True}
     result = train(TrainConfig(**options(path, photo_folder, tmp_path / "run", **changes)))
@@ -281,7 +278,7 @@ def test_single_files_that_say_that_they_predict_v(said, tmp_path):
     metadata = {"modelspec.prediction_type": "v"} if said == "metadata" else None
     path = save_single_file(pipeline, tmp_path / "v.safetensors", extra=extra, metadata=metadata)
     base = open_base_model(str(path), base_config=str(tmp_path / "configs"))
-    schedule = noise_scheduler(base.pipeline)
+    schedule = base.family.noising().scheduler
     assert schedule.config.prediction_type == base.pipeline.scheduler.config.prediction_type == "v_prediction"
     assert (schedule.alphas_cumprod[-1] == 0) == (said == "entry")
 
@@ -313,7 +310,7 @@ def test_bases_of_another_kind_are_refused(tiny_base, tmp_path):
     index = tmp_path / "edm" / "model_index.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "scheduler": ["diffusers", "EDMEulerScheduler"]}))
     with pytest.raises(SVFitError, match="sampled with EDMEulerScheduler"):
-        noise_scheduler(open_base_model(str(tmp_path / "edm")).pipeline)
+        open_base_model(str(tmp_path / "edm")).family.noising()
     shutil.copytree(tiny_base, tmp_path / "inpaint")
     config = tmp_path / "inpaint" / "unet" / "config.json"
     unet = type(tiny_pipeline().unet).from_config({**json.loads(config.read_text()), "in_channels": 9})

@@ -11,9 +11,10 @@ from test_adapter_checks import refuses, write_with
 
 from svfit_dreambooth import TrainConfig, load_adapter, read_adapter, save_adapter, train
 from svfit_dreambooth.adapter.file import Adapter, describe_adapter
+from svfit_dreambooth.bases.families import apply_svfit, find_projections
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import model_basis
-from svfit_dreambooth.method.targets import apply_svfit, find_projections, svfit_layers
+from svfit_dreambooth.method.targets import svfit_layers
 from svfit_dreambooth.training.budget import allocate, choose_positions, narrowed, score_values, spread
 from svfit_dreambooth.training.examples import encode_examples
 from svfit_dreambooth.training.objective import Denoiser
@@ -182,7 +183,7 @@ def test_scores_are_mean_gradients_and_leave_the_base_untouched(config):
     bases = model_basis(run.weights)
     own = {name.partition(".")[2]: basis for name, basis in bases.items() if name.startswith("unet.")}
     shifts = apply_svfit(pipeline.unet, target_modules=list(own), basis=own)
-    denoiser = Denoiser(run, examples, pipeline.unet, pipeline.text_encoder, cpu, torch.float32)
+    denoiser = Denoiser(run, examples, run.base.family.components, cpu, torch.float32)
     name = next(iter(shifts))
     eps = 1e-2  # by differences of the loss, not by gradients
     losses = []

@@ -9,10 +9,10 @@ from test_learned_word import with_word
 from test_pipeline import make_adapter, paint
 
 from svfit_dreambooth import load_adapter, read_adapter, save_adapter, unload_adapter
+from svfit_dreambooth.bases.families import find_projections
 from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import fingerprint
-from svfit_dreambooth.method.targets import find_projections
 from svfit_dreambooth.sharing.combine import combine_adapters, combined_weights
 
 

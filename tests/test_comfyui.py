@@ -13,9 +13,10 @@ from conftest import tiny_pipeline
 from svfit_dreambooth import load_adapter, save_adapter
 from svfit_dreambooth.adapter.file import Adapter, read_adapter
 from svfit_dreambooth.adapter.words import LearnedWord
+from svfit_dreambooth.bases.families import find_projections
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import fingerprint
-from svfit_dreambooth.method.targets import find_projections, svfit_layers
+from svfit_dreambooth.method.targets import svfit_layers
 
 NODE = Path(__file__).resolve().parent.parent / "comfyui" / "svfit_loader.py"
 

@@ -13,8 +13,9 @@ import torch
 from conftest import tiny_pipeline
 from PIL import Image
 
+from svfit_dreambooth.bases.families import find_projections
 from svfit_dreambooth.evaluation.features import Features
-from svfit_dreambooth.method.targets import find_projections, svfit_layers
+from svfit_dreambooth.method.targets import svfit_layers
 from svfit_dreambooth.painting.sheets import CELL
 from svfit_dreambooth.training.examples import encode_examples
 

@@ -41,13 +41,13 @@ def denoiser(unet=None, prediction_type="epsilon", sizes=((8, 8),) * 3, weight=N
         weight=weight or [None] * photos,
         prompts=[[photo] for photo in range(photos)],
         time_ids=[torch.zeros(2, 6)] * photos,
-        input_ids=[torch.zeros(photos, 77, dtype=torch.long)],
-        prompt_embeds=torch.randn(photos, 77, 24, generator=generator),
-        pooled_prompt_embeds=None,
+        tokens={"text_encoder": torch.zeros(photos, 77, dtype=torch.long)},
+        conditions={"prompt_embeds": torch.randn(photos, 77, 24, generator=generator)},
     )
     config = TrainConfig(**{"train_batch_size": 4, "fixed_loss_examples": 3, **options})
     run = Run(config, [], BaseModel("tiny", pipeline), "test", {}, {})
-    return Denoiser(run, examples, unet or Constant(), pipeline.text_encoder, CPU, torch.float32)
+    networks = run.base.family.components | {"unet": unet or Constant()}
+    return Denoiser(run, examples, networks, CPU, torch.float32)
 
 
 def test_epsilon_is_the_distance_from_the_noise():
@@ -61,7 +61,7 @@ def test_v_prediction_is_the_distance_from_the_velocity():
     model = denoiser(Constant(0.5), "v_prediction")
     expected = []
     for draw in [model._draw(number) for number in range(4)]:
-        alpha = model.scheduler.alphas_cumprod[draw.timestep]
+        alpha = model.noising.scheduler.alphas_cumprod[draw.timestep]
         velocity = alpha.sqrt() * draw.noise - (1 - alpha).sqrt() * draw.latents
         expected.append((0.5 - velocity).square().mean())
     assert torch.allclose(model.loss(0, 0, 1).total, torch.stack(expected).mean())
@@ -99,14 +99,14 @@ def test_min_snr_weights_need_no_float64_of_the_device():
             raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
 
     plain, moved = denoiser(snr_gamma=5.0), denoiser(snr_gamma=5.0)
-    moved.scheduler.alphas_cumprod = moved.scheduler.alphas_cumprod.as_subclass(OnDevice)
+    moved.noising.scheduler.alphas_cumprod = moved.noising.scheduler.alphas_cumprod.as_subclass(OnDevice)
     assert torch.equal(moved.loss(0, 0, 1).total, plain.loss(0, 0, 1).total)
 
 
 def test_min_snr_weighs_every_example_by_its_timestep():
     plain, weighted = denoiser(), denoiser(snr_gamma=5.0)
     draws = [plain._draw(number) for number in range(4)]
-    alphas = plain.scheduler.alphas_cumprod[[draw.timestep for draw in draws]]
+    alphas = plain.noising.scheduler.alphas_cumprod[[draw.timestep for draw in draws]]
     errors = torch.stack([draw.noise.square().mean() for draw in draws])
     expected = (min_snr_weights(alphas, 5.0, "epsilon") * errors).mean()
     assert torch.allclose(weighted.loss(0, 0, 1).total.double(), expected)

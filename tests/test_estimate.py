@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from svfit_dreambooth.method.targets import apply_svfit, remove_svfit
+from svfit_dreambooth.bases.devices import available_memory
+from svfit_dreambooth.bases.families import apply_svfit
+from svfit_dreambooth.method.targets import remove_svfit
 from svfit_dreambooth.training import plan as preparation
 from svfit_dreambooth.training.estimate import _activations, _counting, estimate_memory
 from svfit_dreambooth.training.slim import slim, unslim
@@ -23,7 +25,7 @@ def test_activations_are_those_of_the_real_network(run, changes):
     apply_svfit(unet, rank=run.config.rank_value)
     slim(unet)
     batch = run.config.train_batch_size
-    with _counting(unet, run.config.gradient_checkpointing) as count:
+    with _counting(unet, run.base.family.checkpointed, run.config.gradient_checkpointing) as count:
         unet(torch.randn(batch, 4, 16, 16), torch.zeros(batch), torch.randn(batch, 77, 24))
     real = count()
     remove_svfit(unet)
@@ -73,8 +75,8 @@ def test_what_is_free_on_a_mac_is_shared_with_other_programs(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     for most in (1000, 2**60):
         monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda most=most: most)
-        assert 0 < preparation.available_memory() <= most
-    assert preparation.available_memory() < 2**50
+        assert 0 < available_memory() <= most
+    assert available_memory() < 2**50
 
 
 def test_a_base_that_is_open_is_not_counted_twice(tiny_run, monkeypatch):

@@ -14,11 +14,12 @@ from test_learned_word import with_word
 from test_pipeline import make_adapter, paint
 
 from svfit_dreambooth import load_adapter, save_adapter, unload_adapter
+from svfit_dreambooth.bases.families import find_projections
 from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import fingerprint
 from svfit_dreambooth.method.layer import as_matrix
-from svfit_dreambooth.method.targets import find_projections, matrix_layers
+from svfit_dreambooth.method.targets import matrix_layers
 from svfit_dreambooth.sharing import export as export_room
 from svfit_dreambooth.sharing.export import export_lora
 from svfit_dreambooth.sharing.lora_file import describe_lora, is_lora, lora_changes

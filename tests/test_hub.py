@@ -19,10 +19,10 @@ from PIL.PngImagePlugin import PngInfo
 from svfit_dreambooth import load_adapter, save_adapter
 from svfit_dreambooth.adapter.file import Adapter
 from svfit_dreambooth.adapter.words import LearnedWord
+from svfit_dreambooth.bases.families import find_projections
 from svfit_dreambooth.commands.main import main
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import fingerprint
-from svfit_dreambooth.method.targets import find_projections
 from svfit_dreambooth.painting.generate import open_for_adapters
 from svfit_dreambooth.sharing import hub
 from svfit_dreambooth.sharing.hub import check_login, find_adapter, push_adapter

@@ -1,7 +1,6 @@
 """A learned word: embeddings that change where a prompt holds it, and nowhere else; in the file and on pipelines."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,18 +14,19 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from svfit_dreambooth import TrainConfig, load_adapter, read_adapter, save_adapter, set_adapters, train, unload_adapter
 from svfit_dreambooth.adapter.file import Adapter, describe_adapter
 from svfit_dreambooth.adapter.words import LearnedWord, word_key
+from svfit_dreambooth.bases.families import family_of
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import fingerprint
 from svfit_dreambooth.method.word import (
     WordEmbedding,
     base_rows,
-    check_word,
     find_word,
     learn_word,
     remove_word_embedding,
     word_ends,
     word_pieces,
 )
+from svfit_dreambooth.training.words import check_word
 from toybox.tokenizer import build_tokenizer
 
 WORDS = ["a", "photo", "of", "dog", "sks"]
@@ -110,10 +110,11 @@ def test_what_is_no_word_is_refused(word):
 
 
 def test_the_word_must_be_in_every_caption():
-    pipeline = SimpleNamespace(text_encoder=nn.Identity(), tokenizer=TOKENIZER)
-    check_word(pipeline, "zwx", ["a photo of zwx dog", "zwx"])
+    family = family_of(tiny_pipeline())
+    family.pipeline.tokenizer = TOKENIZER
+    check_word(family, "zwx", ["a photo of zwx dog", "zwx"])
     with pytest.raises(SVFitError, match="'zwx' does not occur in the prompt 'a photo of zwxy dog'"):
-        check_word(pipeline, "zwx", ["a photo of zwx dog", "a photo of zwxy dog"])
+        check_word(family, "zwx", ["a photo of zwx dog", "a photo of zwxy dog"])
 
 
 # ---------------------------------------------------------------- the file

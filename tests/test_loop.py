@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from svfit_dreambooth import TrainConfig, read_adapter, train
-from svfit_dreambooth.bases.opening import open_base_model, pipeline_components
+from svfit_dreambooth.bases.families import pipeline_components
+from svfit_dreambooth.bases.opening import open_base_model
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.painting.generate import generate
 from svfit_dreambooth.sharing.export import export_lora

@@ -12,10 +12,11 @@ from diffusers.hooks import apply_group_offloading
 
 from svfit_dreambooth import load_adapter, merge_adapters, save_adapter, set_adapters, unload_adapter
 from svfit_dreambooth.adapter.file import Adapter
+from svfit_dreambooth.bases.families import apply_svfit, find_projections
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import fingerprint
 from svfit_dreambooth.method.layer import SVFitLayer
-from svfit_dreambooth.method.targets import apply_svfit, find_projections, svfit_layers
+from svfit_dreambooth.method.targets import svfit_layers
 from svfit_dreambooth.painting.loading import loaded_adapters
 
 CPU = torch.device("cpu")

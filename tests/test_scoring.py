@@ -11,7 +11,8 @@ from test_learned_word import with_word
 from test_pipeline import make_adapter
 
 from svfit_dreambooth import save_adapter
-from svfit_dreambooth.bases.opening import TOYBOX_SUBJECTS, open_base_model
+from svfit_dreambooth.bases.names import TOYBOX_SUBJECTS
+from svfit_dreambooth.bases.opening import open_base_model
 from svfit_dreambooth.commands.main import main
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.evaluation.features import Features

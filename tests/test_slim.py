@@ -9,7 +9,7 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from svfit_dreambooth.method.targets import apply_svfit
+from svfit_dreambooth.bases.families import apply_svfit
 from svfit_dreambooth.training.estimate import _counting
 from svfit_dreambooth.training.slim import _FrozenConv, _GatedGelu, _GroupNormSiLU, slim, unslim
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_pipeline
 
 from svfit_dreambooth import TrainConfig, load_adapter, read_adapter, train
 from svfit_dreambooth.commands.arguments import parse_config
@@ -313,8 +312,7 @@ def test_sequence_of_examples_covers_the_photos(config):
     from svfit_dreambooth.training.examples import encode_examples
 
     examples = encode_examples(run, torch.device("cpu"))
-    pipeline = tiny_pipeline()
-    model = Denoiser(run, examples, pipeline.unet, pipeline.text_encoder, torch.device("cpu"), torch.float32)
+    model = Denoiser(run, examples, run.base.family.components, torch.device("cpu"), torch.float32)
     photos = [model._draw(number).index for number in range(9)]
     assert all(sorted(photos[i : i + 3]) == [0, 1, 2] for i in (0, 3, 6))
     again, other = model._draw(4), model._draw(5)

@@ -6,12 +6,13 @@ import torch
 from PIL import Image
 
 from svfit_dreambooth import TrainConfig
+from svfit_dreambooth.bases.families import apply_svfit
 from svfit_dreambooth.evaluation.features import Features, open_features
-from svfit_dreambooth.method.targets import apply_svfit, get_shifts, set_shifts
-from svfit_dreambooth.method.word import learn_words
+from svfit_dreambooth.method.targets import get_shifts, set_shifts
 from svfit_dreambooth.training.events import Measured
 from svfit_dreambooth.training.plan import prepare
 from svfit_dreambooth.training.watch import Watch, cut, join, score, validation_prompts
+from svfit_dreambooth.training.words import learn_words
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_drift_is_measured_from_the_base_also_where_a_run_begins_away_from_it(ru
     shifts = apply_svfit(unet)
     given = {name: torch.full_like(shift, 0.5) for name, shift in shifts.items()}
     set_shifts(unet, given)
-    (delta,) = learn_words(run.base.pipeline, "sks").values()
+    (delta,) = learn_words(run.base.family, "sks").values()
     delta.data.fill_(0.5)
     watch = Watch(run, Features(subject=pixels))
     first = watch.look(0, None)

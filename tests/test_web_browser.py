@@ -244,9 +244,9 @@ def adapter_path(tmp_path_factory):
     import torch
 
     from svfit_dreambooth import Adapter, save_adapter
+    from svfit_dreambooth.bases.families import find_projections
     from svfit_dreambooth.bases.opening import open_base_model
     from svfit_dreambooth.method.basis import fingerprint
-    from svfit_dreambooth.method.targets import find_projections
 
     base = open_base_model()
     weights = {

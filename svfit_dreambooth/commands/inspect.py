@@ -120,7 +120,7 @@ def _presentable(metadata: dict[str, str]) -> dict[str, str]:
 def _plot(options: argparse.Namespace, adapter: Any) -> Any:
     from svfit_dreambooth.adapter.describe import read_thumbnail
     from svfit_dreambooth.adapter.plot import plot_adapter, strongest_layer
-    from svfit_dreambooth.bases.opening import TOYBOX_SUBJECTS
+    from svfit_dreambooth.bases.names import TOYBOX_SUBJECTS
     from svfit_dreambooth.photos.reading import open_photo
 
     layer = options.layer or strongest_layer(adapter)

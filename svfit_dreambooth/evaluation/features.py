@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from svfit_dreambooth.bases.names import TOYBOX
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.training.config import TOYBOX
 
 See = Callable[[Sequence[Image.Image]], Tensor]
 

@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 from svfit_dreambooth.adapter.file import read_adapter
-from svfit_dreambooth.bases.opening import TOYBOX_SUBJECTS, BaseModel
+from svfit_dreambooth.bases.names import TOYBOX, TOYBOX_SUBJECTS
+from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.evaluation import measures
 from svfit_dreambooth.evaluation.features import Features
@@ -33,7 +34,6 @@ from svfit_dreambooth.painting.picture import free_path, save_picture
 from svfit_dreambooth.painting.sheets import contact_sheet
 from svfit_dreambooth.photos.reading import find_photos, open_photo
 from svfit_dreambooth.sharing.hub import find_adapter
-from svfit_dreambooth.training.config import TOYBOX
 
 BASE = "base"
 COLUMNS = 8  # pictures in a row of the sheet

@@ -1,9 +1,9 @@
 """Which layers of a model SVFit adapts, and putting its layers in and taking them out.
 
-A diffusers attention processor computes with the projections of its attention module: `to_q`, `to_k`, `to_v`
-and `to_out.0` of a UNet, `q_proj`, `k_proj`, `v_proj` and `out_proj` of a CLIP text encoder.  Replacing those
-projections patches every processor that may be installed, now or later, and leaves the rest of the model alone.
-They are the default; the feed-forward layers beside them, the convolutions, or everything may be adapted too.
+An attention processor computes with the projections of its attention module.  Replacing those projections patches
+every processor that may be installed, now or later, and leaves the rest of the model alone.  They are the default;
+the feed-forward layers beside them, the convolutions, or everything may be adapted too.  What a kind of model calls
+them is for the caller to say, as `LayerNames`.
 
 Names are those that published checkpoints use ("canonical"): without the wrappers that PEFT and torch.compile
 put around layers and modules, and with the `text_model.` level that some transformers versions have dropped.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,12 +23,17 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.arithmetic import padded
 from svfit_dreambooth.method.layer import Rank, SVFitConv2d, SVFitLayer, SVFitLinear, as_matrix, decompose
 
-UNET_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
-TEXT_ENCODER_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
-UNET_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
-TEXT_ENCODER_FEED_FORWARD = ("mlp.fc1", "mlp.fc2")
 Layer = nn.Linear | nn.Conv2d
+Projections = dict[str, tuple[nn.Module, str, Layer]]  # canonical name -> (parent module, attribute, layer)
 PLAIN_LAYERS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, nn.Conv2d, SVFitLinear, SVFitConv2d)
+
+
+@dataclass(frozen=True)
+class LayerNames:
+    """What a kind of model calls its layers."""
+
+    attention: tuple[tuple[str, ...], ...] = ()  # each: the projections that one attention module has all of
+    feed_forward: tuple[str, ...] = ()  # endings of names
 
 
 def canonical_name(model: nn.Module, path: str) -> str:
@@ -39,8 +45,8 @@ def canonical_name(model: nn.Module, path: str) -> str:
     return name
 
 
-def matrix_layers(model: nn.Module) -> dict[str, tuple[nn.Module, str, Layer]]:
-    """Every linear layer and 2-D convolution of `model`: canonical name -> (parent module, attribute, layer).
+def matrix_layers(model: nn.Module) -> Projections:
+    """Every linear layer and 2-D convolution of `model`.
 
     The layers of PEFT's own adapters are neighbours and not among them.  Raises SVFitError where attention
     projections are fused into copies of the weights, on which a patch would have no effect.
@@ -69,13 +75,13 @@ def check_plain(name: str, layer: Layer) -> None:
 
 
 def find_projections(
-    model: nn.Module, target_modules: Sequence[str] | None = None
-) -> dict[str, tuple[nn.Module, str, Layer]]:
+    model: nn.Module, target_modules: Sequence[str] | None = None, names: LayerNames = LayerNames()
+) -> Projections:
     """The layers of `model` to adapt, as `matrix_layers` gives them.
 
     `target_modules`: any of
-        "attention"      every attention projection of the two kinds above
-        "feed-forward"   the two linear layers behind each attention, of UNet and text encoder
+        "attention"      every attention projection, as `names` calls them
+        "feed-forward"   the linear layers behind each attention, as `names` calls them
         "conv"           every convolution
         "all-linear"     every linear layer
         "all"            every linear layer and convolution
@@ -85,10 +91,10 @@ def find_projections(
     """
     layers = matrix_layers(model)
     linears = {name for name, (_, _, layer) in layers.items() if isinstance(layer, nn.Linear)}
-    attention = _attention_names(model, layers)
+    attention = _attention_names(model, layers, names.attention)
     words = {
         "attention": attention,
-        "feed-forward": _ending(linears, *UNET_FEED_FORWARD, *TEXT_ENCODER_FEED_FORWARD),
+        "feed-forward": _ending(linears, *names.feed_forward),
         "conv": set(layers) - linears,
         "all-linear": linears,
         "all": set(layers),
@@ -121,17 +127,18 @@ def apply_svfit(
     rank: Rank = "full",
     target_modules: Sequence[str] | None = None,
     *,
+    names: LayerNames = LayerNames(),
     energy: float | None = None,
     basis: Mapping[str, tuple[Tensor, Tensor]] | None = None,
 ) -> dict[str, nn.Parameter]:
     """Freezes `model` and replaces its targeted layers by SVFit layers; returns the trainable shifts by name.
 
-    `rank`, `energy`: how many singular values to train in each layer, see `svfit.resolve_rank`.
-    `target_modules`: see `find_projections`.  `basis`: name -> U (out, r), Vh (r, in) of every targeted layer, in
+    `rank`, `energy`: how many singular values to train in each layer, see `layer.resolve_rank`.
+    `target_modules`, `names`: see `find_projections`.  `basis`: name -> U (out, r), Vh (r, in) of every targeted layer, in
     place of the decomposition here and with it of `rank` and `energy`; `basis.model_basis` makes one.
     The model computes what it computed before, to the bit, until a shift changes.
     """
-    found = find_projections(model, target_modules)
+    found = find_projections(model, target_modules, names)
     if any(isinstance(layer, SVFitLayer) for _, _, layer in found.values()):
         raise SVFitError(f"{type(_unwrapped(model)).__name__} has SVFit layers already: call remove_svfit first.")
 
@@ -261,10 +268,10 @@ def _ending(names: Iterable[str], *endings: str) -> set[str]:
     return {name for name in names for ending in endings if name == ending or name.endswith("." + ending)}
 
 
-def _attention_names(model: nn.Module, layers: Mapping[str, object]) -> set[str]:
+def _attention_names(model: nn.Module, layers: Mapping[str, object], groups: Sequence[tuple[str, ...]]) -> set[str]:
     names = set()
     for path, module in model.named_modules():
-        for projections in (UNET_PROJECTIONS, TEXT_ENCODER_PROJECTIONS):
+        for projections in groups:
             if all(hasattr(module, projection.partition(".")[0]) for projection in projections):
                 prefix = canonical_name(model, f"{path}.x")[:-1]
                 names |= {prefix + projection for projection in projections} & set(layers)

@@ -22,9 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svfit_dreambooth.adapter.file import Adapter
-from svfit_dreambooth.adapter.words import LearnedWord, word_key
-from svfit_dreambooth.bases.opening import text_encoders
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.arithmetic import kept_precise
 
@@ -121,22 +118,6 @@ def word_pieces(tokenizer: Any, word: str) -> Pieces:
     return pieces
 
 
-def check_word(pipeline: Any, word: str, captions: Sequence[str]) -> None:
-    """Raises SVFitError if `word` is none, or if one of `captions` does not hold it."""
-    for component in text_encoders(pipeline):
-        tokenizer = tokenizer_of(pipeline, component)
-        pieces, ends = word_pieces(tokenizer, word), word_ends(tokenizer, len(tokenizer))
-        for caption in captions:
-            ids = tokenizer(caption, truncation=True, max_length=tokenizer.model_max_length).input_ids
-            if not find_word(torch.tensor(ids), pieces, ends).any():
-                raise SVFitError(f"learned_word {word!r} does not occur in the prompt {caption!r}: use it there.")
-
-
-def tokenizer_of(pipeline: Any, component: str) -> Any:
-    """The tokenizer of "text_encoder" or "text_encoder_2"."""
-    return getattr(pipeline, component.replace("text_encoder", "tokenizer"))
-
-
 def base_rows(text_encoder: nn.Module, pieces: Pieces) -> Tensor:
     """The base's own embeddings of `pieces`, (k, dim)."""
     weight = text_encoder.get_input_embeddings().weight  # type: ignore[operator,union-attr]
@@ -161,44 +142,6 @@ def install_words(text_encoder: nn.Module, tokenizer: Any) -> WordEmbedding:
     return installed
 
 
-def learn_words(pipeline: Any, word: str | None, initial: Adapter | None = None) -> dict[str, nn.Parameter]:
-    """Makes `word` learnable in all text encoders: name of the tensor in the adapter file -> delta (k, dim).
-
-    Deltas start at zero, or where those of `initial` stand.  Without a word there is nothing to learn.
-    """
-    if word is None:
-        return {}
-    deltas = {
-        word_key(component, 0): learn_word(encoder, tokenizer_of(pipeline, component), word)
-        for component, encoder in text_encoders(pipeline).items()
-    }
-    for name, known in ({} if initial is None else initial.word_deltas()).items():
-        deltas[name].data.copy_(known)
-    return deltas
-
-
-def learned_words(pipeline: Any, word: str | None, deltas: Mapping[str, Tensor]) -> list[LearnedWord]:
-    """What `learn_words` has made, as an adapter holds it."""
-    if word is None:
-        return []
-    tokens, values = {}, {}
-    for component in text_encoders(pipeline):
-        tokenizer = tokenizer_of(pipeline, component)
-        tokens[component] = tokenizer.convert_ids_to_tokens(list(word_pieces(tokenizer, word)))
-        values[component] = deltas[word_key(component, 0)].detach()
-    return [LearnedWord(word, tokens, values)]
-
-
-def word_rows(pipeline: Any, *words: str | None) -> dict[str, Tensor]:
-    """The base's own embeddings of `words`, (k, dim) each, by the names under which they enter its fingerprint."""
-    return {
-        word_key(component, number): base_rows(encoder, word_pieces(tokenizer_of(pipeline, component), word))
-        for number, word in enumerate(words)
-        if word is not None
-        for component, encoder in text_encoders(pipeline).items()
-    }
-
-
 def learn_word(text_encoder: nn.Module, tokenizer: Any, word: str) -> nn.Parameter:
     """Makes `word` learnable: returns its delta (k, dim), zero and to be trained."""
     embedding = install_words(text_encoder, tokenizer)
@@ -207,12 +150,6 @@ def learn_word(text_encoder: nn.Module, tokenizer: Any, word: str) -> nn.Paramet
     delta = embedding.deltas()[pieces]
     delta.requires_grad_(True)
     return delta
-
-
-def remove_words(pipeline: Any) -> None:
-    """Puts plain token embeddings back: the base again, to the bit."""
-    for encoder in text_encoders(pipeline).values():
-        remove_word_embedding(encoder.eval())
 
 
 def remove_word_embedding(text_encoder: nn.Module) -> None:

@@ -9,26 +9,18 @@ import torch
 from PIL import Image
 
 from svfit_dreambooth.adapter.file import read_adapter
-from svfit_dreambooth.bases.encoders import decode_latents
-from svfit_dreambooth.bases.opening import (
-    BaseModel,
-    Pipeline,
-    cast_pipeline,
-    check_base_model,
-    is_cached,
-    open_base_model,
-)
+from svfit_dreambooth.bases.devices import default_device
+from svfit_dreambooth.bases.names import DEFAULT_BASE, split_revision
+from svfit_dreambooth.bases.opening import BaseModel, check_base_model, is_cached, open_base_model
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.painting.loading import load_adapter, loaded_adapters, merge_adapters
 from svfit_dreambooth.painting.picture import Picture
 from svfit_dreambooth.painting.prompts import check_text, prompt_arguments
 from svfit_dreambooth.sharing.hub import find_adapter
-from svfit_dreambooth.training.config import TOYBOX
 
 NAME_THE_BASE = "name the base yourself with pretrained_model_name_or_path"
 LARGEST = 8  # times the base's own side: what one may ask to paint
 MOST_IMAGES = 1_000_000  # of a prompt
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def split_strength(text: str) -> tuple[str, float]:
@@ -76,7 +68,7 @@ def open_for_adapters(
 ) -> BaseModel:
     """Opens `base` (None: the one that the first adapter names) and loads `adapters`, (file, strength) each.
 
-    A base that an adapter merely names is opened only if it is toybox or already on this disk: what a stranger's
+    A base that an adapter merely names is opened only if it is the embedded one or already on this disk: what a stranger's
     file says never starts a download.  `device`: None takes a GPU if there is one.  `base_options`: see
     `open_base_model`.  Raises SVFitError as `open_base_model` and `load_adapter` do.
     """
@@ -87,8 +79,8 @@ def open_for_adapters(
     if base is not None:
         model = open_base_model(base, **base_options)
     elif not read:
-        _check_options(TOYBOX, base_options)
-        model = open_base_model(TOYBOX, **base_options)
+        _check_options(DEFAULT_BASE, base_options)
+        model = open_base_model(DEFAULT_BASE, **base_options)
     else:
         model = open_named_base(read[0][0].base_model, Path(read[0][1]), **base_options)
     names = distinct_names(Path(path).stem for _, path, _ in read)
@@ -101,25 +93,25 @@ def open_for_adapters(
             allow_other_base=allow_other_base,
             basis_cache_dir=basis_cache_dir,
         )
-    cast_pipeline(model.pipeline, dtype)
+    model.family.cast(dtype)
     model.pipeline.to(device or default_device())
     return model
 
 
 def open_named_base(name: str, path: Path, **options: Any) -> BaseModel:
-    """The base that the adapter at `path` calls `name`: toybox, or a hub id that is on this disk; never downloaded.
+    """The base that the adapter at `path` calls `name`: the embedded one, or a hub id that is on this disk; never downloaded.
 
     `options`: see `open_base_model`; a `revision` among them takes the place of the one in `name`.
     """
-    repository, _, revision = name.partition("@")
-    if name != TOYBOX and "/" not in repository:
+    repository, revision = split_revision(name)
+    if name != DEFAULT_BASE and "/" not in repository:
         raise SVFitError(
             f"{path} was trained on a base called {name!r}, which cannot be found by that name: {NAME_THE_BASE}."
         )
     check_base_model(repository)
     _check_options(name, options)
     given = [f"{option} {options[option]}" for option in ("revision", "variant") if options.get(option)]
-    options |= {"revision": options.get("revision") or revision or None, "local_files_only": True}
+    options |= {"revision": options.get("revision") or revision, "local_files_only": True}
     try:
         return open_base_model(repository, **options)
     except SVFitError as error:
@@ -132,19 +124,12 @@ def open_named_base(name: str, path: Path, **options: Any) -> BaseModel:
 
 def _check_options(name: str, options: Mapping[str, Any]) -> None:
     """Raises SVFitError for options that the base `name`, which the user did not give, has no use for."""
-    for option in ("base_config", *(("revision", "variant") if name == TOYBOX else ())):
+    for option in ("base_config", *(("revision", "variant") if name == DEFAULT_BASE else ())):
         if options.get(option) is not None:
             raise SVFitError(
                 f"{option} {options[option]} does not apply to the base {name}: leave it out, or {NAME_THE_BASE}.",
                 option,
             )
-
-
-def default_device() -> torch.device:
-    """The machine's accelerator, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def generate(
@@ -185,7 +170,7 @@ def generate(
             words = prompt_arguments(pipeline, prompt, negative_prompt, prompt_weights)
             for i in range(num_images):
                 painted = _paint(
-                    pipeline,
+                    model,
                     on_denoising_step,
                     **words,
                     generator=torch.Generator().manual_seed(seed + i),
@@ -217,7 +202,7 @@ def generate(
 def _check_numbers(
     model: BaseModel, num_images: int, seed: int, steps: int, guidance_scale: float, height: int, width: int
 ) -> None:
-    multiple, largest = max(model.pipeline.vae_scale_factor, 8), LARGEST * model.resolution
+    multiple, largest = max(model.family.pixels_per_latent, 8), LARGEST * model.resolution
     for name, size in (("height", height), ("width", width)):
         if size < 1 or size % multiple or size > largest:
             raise SVFitError(
@@ -234,12 +219,12 @@ def _check_numbers(
 
 
 def _paint(
-    pipeline: Pipeline, on_denoising_step: Callable[[int, int], bool | None] | None, **arguments: Any
+    model: BaseModel, on_denoising_step: Callable[[int, int], bool | None] | None, **arguments: Any
 ) -> tuple[Image.Image, bool] | None:
     """The picture, and whether the content filter blacked it out; None: `on_denoising_step` stopped it."""
-    stopped = False
+    pipeline, family, stopped = model.pipeline, model.family, False
 
-    def after_step(pipeline: Pipeline, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
+    def after_step(pipeline: Any, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
         nonlocal stopped
         if on_denoising_step is not None and on_denoising_step(step + 1, pipeline.num_timesteps):
             stopped = pipeline._interrupt = True  # the pipeline passes over the steps that are left
@@ -247,9 +232,9 @@ def _paint(
 
     arguments |= {"num_images_per_prompt": 1, "callback_on_step_end": after_step}
     unfiltered = getattr(pipeline, "safety_checker", None) is None
-    if pipeline.vae.dtype != pipeline.unet.dtype and unfiltered:  # see cast_pipeline
+    if pipeline.vae.dtype != family.denoiser.dtype and unfiltered:  # see `Family.cast`
         latents = pipeline(**arguments, output_type="latent").images
-        return None if stopped else (decode_latents(pipeline, latents)[0], False)
+        return None if stopped else (family.decode_latents(latents)[0], False)
     output = pipeline(**arguments)
     flags = getattr(output, "nsfw_content_detected", None)
     return None if stopped else (output.images[0], bool(flags and flags[0]))

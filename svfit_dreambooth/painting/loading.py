@@ -1,6 +1,6 @@
 """Adapters on a diffusers pipeline: load, set strengths, unload.
 
-Each component (UNet, text encoder) carries its loaded adapters with it, so pipelines that share components share
+Each component (denoiser, text encoder) carries its loaded adapters with it, so pipelines that share components share
 adapters.  All adapters of a base lie along the same directions: what a layer computes with is the sum of their
 shifts, each times its strength.
 """
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from svfit_dreambooth.adapter.file import Adapter, read_adapter
 from svfit_dreambooth.adapter.words import word_key
-from svfit_dreambooth.bases.opening import pipeline_components
+from svfit_dreambooth.bases.families import family_of, pipeline_components
+from svfit_dreambooth.bases.family import Family
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.arithmetic import add_shifts
 from svfit_dreambooth.method.basis import model_basis, same_base, weight_hashes
@@ -36,7 +37,6 @@ from svfit_dreambooth.method.word import (
     install_words,
     overlap,
     remove_word_embedding,
-    tokenizer_of,
     word_embedding,
     word_pieces,
 )
@@ -77,13 +77,14 @@ def load_adapter(
         name = name or path.stem
         adapter = read_adapter(path)
     name = name or adapter.title or "adapter"
-    components = pipeline_components(pipeline)
+    family = family_of(pipeline)
+    components = family.components
     if name in loaded_adapters(pipeline):
         raise SVFitError(f"an adapter named {name!r} is loaded already: unload it first, or give another name.")
     shifts = {component: adapter.component_shifts(component) for component in adapter.components}
     with layers_exchanged(pipeline):
         weights = adapted_weights(pipeline, adapter, name)
-        words = _learned_words(pipeline, components, name, adapter)
+        words = _learned_words(family, name, adapter)
         hashes = weight_hashes(weights)
         _check_base(pipeline, adapter, name, weights, hashes, allow_other_base)
         for component in shifts:
@@ -96,7 +97,7 @@ def load_adapter(
             for component, own in shifts.items():
                 _registry(components[component])[name] = Loaded(own, float(scale), words.get(component, {}))
                 if component in words:
-                    install_words(components[component], tokenizer_of(pipeline, component))
+                    install_words(components[component], family.tokenizers[component])
                 _refresh(components[component])
         except BaseException:  # out of memory, Ctrl-C: as it was before
             for component in shifts:
@@ -176,7 +177,8 @@ def adapted_weights(pipeline: DiffusionPipeline, adapter: Adapter, name: str) ->
     "<component>.<path>" -> (out, in), and the embeddings (tokens, dim) of its words.  Raises SVFitError for another
     architecture than the adapter's.
     """
-    components = pipeline_components(pipeline)
+    family = family_of(pipeline)
+    components = family.components
     weights: dict[str, Tensor] = {}
     if missing := set(adapter.components) - set(components):
         raise SVFitError(f"the adapter {name!r} changes {', '.join(sorted(missing))}, which this pipeline lacks.")
@@ -194,19 +196,17 @@ def adapted_weights(pipeline: DiffusionPipeline, adapter: Adapter, name: str) ->
             weights[f"{component}.{path}"] = as_matrix(weight)
     for number, word in enumerate(adapter.learned_words):
         for component in word.deltas:
-            pieces = word_pieces(tokenizer_of(pipeline, component), word.word)
+            pieces = word_pieces(family.tokenizers[component], word.word)
             weights[word_key(component, number)] = base_rows(components[component], pieces)
     return weights
 
 
-def _learned_words(
-    pipeline: DiffusionPipeline, components: Mapping[str, nn.Module], name: str, adapter: Adapter
-) -> dict[str, dict[Pieces, Tensor]]:
+def _learned_words(family: Family, name: str, adapter: Adapter) -> dict[str, dict[Pieces, Tensor]]:
     """The adapter's words: component -> pieces -> (tokens, dim); a word can have only one meaning at a time."""
     words: dict[str, dict[Pieces, Tensor]] = {}
     for learned in adapter.learned_words:
         for component, delta in learned.deltas.items():
-            tokenizer, model = tokenizer_of(pipeline, component), components[component]
+            tokenizer, model = family.tokenizers[component], family.components[component]
             pieces = word_pieces(tokenizer, learned.word)
             embedding = model.get_input_embeddings()  # type: ignore[operator]
             spelling = tokenizer.convert_ids_to_tokens(list(pieces))

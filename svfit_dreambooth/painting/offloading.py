@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from diffusers.hooks.group_offloading import _is_group_offload_enabled, _maybe_remove_and_reapply_group_offloading
 from torch import nn
 
-from svfit_dreambooth.bases.opening import pipeline_components
+from svfit_dreambooth.bases.families import pipeline_components
 from svfit_dreambooth.method.targets import walk
 
 

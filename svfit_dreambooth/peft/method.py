@@ -23,9 +23,10 @@ from peft.utils import register_peft_method
 from torch import nn
 
 from svfit_dreambooth.adapter.file import Adapter
+from svfit_dreambooth.bases.families import known_layer_names
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import fingerprint
-from svfit_dreambooth.method.targets import TEXT_ENCODER_PROJECTIONS, UNET_PROJECTIONS, canonical_name
+from svfit_dreambooth.method.targets import canonical_name
 from svfit_dreambooth.peft.layer import SVFitPeftLinear
 
 NAME = "svfit"
@@ -150,7 +151,7 @@ def adapter_from_peft(
 
 
 def _default_targets(model: nn.Module) -> set[str] | str:
-    for projections in (UNET_PROJECTIONS, TEXT_ENCODER_PROJECTIONS):
+    for projections in known_layer_names().attention:
         parts = {projection.partition(".")[0] for projection in projections}
         if any(all(hasattr(module, part) for part in parts) for module in model.modules()):
             return set(projections)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from svfit_dreambooth.adapter.describe import hashes, lora_metadata
 from svfit_dreambooth.adapter.file import Adapter, read_adapter
-from svfit_dreambooth.bases.opening import BaseModel, pipeline_components
+from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import size_text
 from svfit_dreambooth.method.arithmetic import exact_delta
@@ -131,7 +131,7 @@ def _adapted_layers(base: BaseModel) -> dict[str, SVFitLayer]:
     """Those of the adapter that `base` carries, by its names."""
     return {
         f"{component}.{name}": layer
-        for component, model in pipeline_components(base.pipeline).items()
+        for component, model in base.family.components.items()
         for name, layer in svfit_layers(model).items()
     }
 

@@ -5,7 +5,6 @@ Nothing here was run against the hub itself, which the authors' machines do not 
 """
 
 import logging
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from huggingface_hub.errors import (
 from PIL import Image
 
 from svfit_dreambooth.adapter.file import read_adapter
+from svfit_dreambooth.bases.names import HUB_ID
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.sharing.model_card import model_card
 from svfit_dreambooth.training.events import End
@@ -33,7 +33,6 @@ from svfit_dreambooth.training.journal import RunFolder
 
 logger = logging.getLogger(__name__)
 
-HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w][\w./-]*))?")
 SUFFIX = ".safetensors"
 MAX_BYTES = 100_000_000  # an adapter of Stable Diffusion at full rank has 0.3 million: more is another kind of file
 

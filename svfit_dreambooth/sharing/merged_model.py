@@ -14,12 +14,12 @@ from torch import Tensor
 
 from svfit_dreambooth.adapter.describe import licence_note
 from svfit_dreambooth.adapter.file import Adapter, read_adapter
-from svfit_dreambooth.bases.opening import BaseModel, open_base_model, pipeline_components
+from svfit_dreambooth.bases.opening import BaseModel, open_base_model
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import size_text
 from svfit_dreambooth.method.arithmetic import exact_delta, merged_weight
 from svfit_dreambooth.method.targets import matrix_layers, svfit_layers
-from svfit_dreambooth.method.word import tokenizer_of, word_pieces
+from svfit_dreambooth.method.word import word_pieces
 from svfit_dreambooth.painting.loading import load_adapter, loaded_adapters, unload_adapter
 
 NOTE = "svfit.json"  # beside model_index.json: where the model comes from
@@ -117,7 +117,7 @@ def export_merged(
 def _merged_weights(base: BaseModel) -> dict[str, Tensor]:
     """W + U diag(shift) Vh of every adapted layer, at least float32: as the weight is shaped."""
     merged = {}
-    for component, model in pipeline_components(base.pipeline).items():
+    for component, model in base.family.components.items():
         for path, layer in svfit_layers(model).items():
             change = exact_delta(layer.U, layer.shift.detach(), layer.Vh)  # (out, in)
             merged[f"{component}.{path}"] = merged_weight(layer.weight.detach().to(change.dtype), change).cpu()
@@ -129,13 +129,13 @@ def _put_words(base: BaseModel, adapter: Adapter, scale: float) -> None:
     """Adds the deltas of the adapter's learned words to the rows of the token embeddings."""
     for word in adapter.learned_words:
         for component, delta in word.deltas.items():
-            pieces = word_pieces(tokenizer_of(base.pipeline, component), word.word)
+            pieces = word_pieces(base.family.tokenizers[component], word.word)
             if len(pieces) > 1:
                 raise SVFitError(
                     f"the adapter has learned the word {word.word!r}, which is {len(pieces)} tokens that other words "
                     "share, so it has no place in a model: add without_words and lose that part of the likeness."
                 )
-            weight = pipeline_components(base.pipeline)[component].get_input_embeddings().weight  # type: ignore[operator]
+            weight = base.family.components[component].get_input_embeddings().weight  # type: ignore[operator]
             weight[pieces[0]] += (scale * delta[0]).to(weight)
 
 
@@ -149,7 +149,7 @@ def _put(base: BaseModel, weights: Mapping[str, Tensor]) -> None:
 def _weights(base: BaseModel) -> dict[str, Tensor]:
     return {
         f"{component}.{path}": layer.weight
-        for component, model in pipeline_components(base.pipeline).items()
+        for component, model in base.family.components.items()
         for path, (_, _, layer) in matrix_layers(model).items()
     }
 

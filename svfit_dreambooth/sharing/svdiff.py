@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from svfit_dreambooth.adapter.checks import check_container
 from svfit_dreambooth.adapter.file import Adapter
-from svfit_dreambooth.bases.opening import BaseModel, pipeline_components
+from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import fingerprint, model_basis
 from svfit_dreambooth.method.layer import as_matrix, decompose
@@ -58,7 +58,7 @@ def import_svdiff(
     shifts: dict[str, Tensor] = {}
     unfit: dict[str, str] = {}
     weights: dict[str, Tensor] = {}
-    components = pipeline_components(base.pipeline)
+    components = base.family.components
     for file in _files(Path(path)):
         deltas = _read(file)
         component = _component(file, deltas, components)

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from svfit_dreambooth.bases.opening import pipeline_components
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import model_basis
 from svfit_dreambooth.method.targets import apply_svfit, remove_svfit
@@ -71,10 +70,10 @@ def choose_positions(run: Run, examples: Examples, device: torch.device, dtype: 
 
 def score_values(run: Run, examples: Examples, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """rate * |mean gradient| of every singular value, at the base model: "<component>.<layer>" -> (k,), float32."""
-    config, pipeline = run.config, run.base.pipeline
+    config, family = run.config, run.base.family
     bases = model_basis(run.weights, cache_dir=config.basis_cache_dir, hashes=run.hashes)
     shifts: dict[str, nn.Parameter] = {}
-    networks = pipeline_components(pipeline)
+    networks = family.components
     scale = FLOAT16_LOSS_SCALE if dtype == torch.float16 else 1.0
     try:
         for component, names in run.targets.items():
@@ -85,7 +84,7 @@ def score_values(run: Run, examples: Examples, device: torch.device, dtype: torc
             spare_memory(networks[component], config.gradient_checkpointing)
         for component in set(run.trained) - set(run.targets):  # text encoders that learn a word and nothing else
             networks[component].to(device).requires_grad_(False)
-        denoiser = Denoiser(run, examples, device=device, dtype=dtype, **networks)
+        denoiser = Denoiser(run, examples, networks, device=device, dtype=dtype)
         for number in tqdm(range(SCORING_BATCHES), desc="sharing out the budget", unit="batch", leave=False):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 loss = denoiser.loss(number, 0, 1).total
@@ -96,7 +95,7 @@ def score_values(run: Run, examples: Examples, device: torch.device, dtype: torc
             spend_memory(networks[component])
     scores = {}
     for name, shift in shifts.items():
-        rate = config.learning_rate if name.startswith("unet.") else config.text_encoder_lr
+        rate = config.rate_of(family.role(name))
         gradient = torch.zeros_like(shift) if shift.grad is None else shift.grad  # None: SDXL skips a last layer
         scores[name] = (rate * gradient.abs()).float().cpu()
         if not torch.isfinite(scores[name]).all():

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from svfit_dreambooth.bases.opening import BaseModel, Pipeline
+from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import write_atomically
 from svfit_dreambooth.method.basis import weight_hash
@@ -83,7 +83,7 @@ def paint_class_pictures(
     Pictures take the seeds `seed`, `seed + 1`, ...; one that the base's content filter blacked out, or that came out
     in one colour, is not kept and the next seed takes its place.  A picture that somebody deleted is not painted
     again: another is.  Interrupted painting goes on where it was.  `device`, `dtype`: where the base goes for it, and its
-    UNet's type from then on; None: they stay.  `options`: as for `generation.generate`.
+    denoiser's type from then on; None: they stay.  `options`: as for `generation.generate`.
     Raises SVFitError as `check_class_pictures` does, and when nothing usable comes out.
     """
     check_class_pictures(folder, class_prompt, base)
@@ -103,7 +103,7 @@ def paint_class_pictures(
     } | _read_note(folder)
     failures = 0
     bar = tqdm(total=missing, desc="painting class pictures", unit="picture")
-    with bar, _placed(base.pipeline, device or base.pipeline.device, dtype):
+    with bar, _placed(base, device or base.pipeline.device, dtype):
         while missing > 0:
             own_seed = note["next_seed"]
             (picture,) = generate(base, [class_prompt], seed=own_seed, **options)
@@ -127,21 +127,21 @@ def paint_class_pictures(
 
 
 @contextmanager
-def _placed(pipeline: Pipeline, device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
-    """Brings `pipeline` to `device`, its UNet in `dtype`, in which that computes within.
+def _placed(base: BaseModel, device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
+    """Brings the pipeline of `base` to `device`, its denoiser in `dtype`, in which that computes within.
 
     The autoencoder and the text encoders stay as they are: photos and captions are encoded with them afterwards.
     """
-    unet = pipeline.unet.to(device, dtype)  # before the rest, so that it never lies there in full size
-    pipeline.to(device)
+    denoiser = base.family.denoiser.to(device, dtype)  # before the rest, so that it never lies there in full size
+    base.pipeline.to(device)
     if dtype in (None, torch.float32):
         yield
         return
-    unet.forward = torch.autocast(device.type, dtype)(unet.forward)
+    denoiser.forward = torch.autocast(device.type, dtype)(denoiser.forward)
     try:
         yield
     finally:
-        del unet.forward
+        del denoiser.forward
 
 
 def class_picture_report(present: Sequence[Photo], count: int, folder: Path) -> str:
@@ -152,7 +152,7 @@ def class_picture_report(present: Sequence[Photo], count: int, folder: Path) -> 
 
 def _hash(base: BaseModel) -> str:
     """Tells copies and fine-tunes of one name apart, by the weights that every fine-tune moves."""
-    return weight_hash(base.pipeline.unet.conv_in.weight)
+    return weight_hash(next(base.family.denoiser.parameters()))
 
 
 def _read_note(folder: Path) -> dict[str, Any]:

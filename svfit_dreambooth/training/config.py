@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.training.options import (
-    TOYBOX,  # noqa: F401 - who wants the configuration often wants this word too
     AdapterOptions,
     ModelOptions,
     OptimizationOptions,
@@ -41,6 +40,10 @@ class TrainConfig(
             others = {"rank": self.rank != "full", "energy": self.energy, "init_adapter": self.init_adapter}
             for name in (name for name, given in others.items() if given):
                 raise SVFitError(f"budget chooses the singular values itself: leave {name} out.", "budget", name)
+
+    def rate_of(self, role: str) -> float:
+        """The learning rate of the singular values of components that are a "denoiser" or a "text_encoder"."""
+        return self.learning_rate if role == "denoiser" else self.text_encoder_lr
 
     def warn_of_lora_values(self) -> None:
         """Logs a warning where rank or learning rate look like those of a LoRA command."""

@@ -1,6 +1,6 @@
 """How much memory a run will need, before it starts.
 
-Activations are counted, not guessed: the UNet runs once on PyTorch's fake tensors, which have shapes but no numbers,
+Activations are counted, not guessed: the denoiser runs once on PyTorch's fake tensors, which have shapes but no numbers,
 and every tensor that it keeps for the backward pass is added up.
 """
 
@@ -11,20 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from svfit_dreambooth.bases.opening import pipeline_components
+from svfit_dreambooth.bases.devices import MIXED_PRECISION, default_device
 from svfit_dreambooth.method.targets import apply_svfit
-from svfit_dreambooth.painting.generate import default_device
 from svfit_dreambooth.training.config import TrainConfig
-from svfit_dreambooth.training.examples import WEIGHT_DTYPE
 from svfit_dreambooth.training.plan import Run
 from svfit_dreambooth.training.slim import slim
 
-CHECKPOINTED = (ResnetBlock2D, BasicTransformerBlock)
 WORKSPACE = 1.15  # peak over sum, measured on the SD 1.5 architecture: gradients of activations, fragments
 COUNTED_OPTIONS = ("mixed_precision", "train_batch_size", "rank", "energy", "gradient_checkpointing")
 RUNTIME = 600_000_000  # bytes of torch, diffusers and a device context themselves
@@ -34,7 +29,7 @@ RUNTIME = 600_000_000  # bytes of torch, diffusers and a device context themselv
 class Estimate:
     """Bytes that a run will need at its peak."""
 
-    networks: int  # UNet, text encoders and autoencoder, those that stay on the device, in the precision of each
+    networks: int  # denoiser, text encoders and autoencoder, those that stay on the device, in the precision of each
     bases: int  # U and Vh of every adapted layer
     activations: int  # kept for the backward pass
     available: int | None  # free on the device before the base was opened, which the rest counts; None: unknown
@@ -86,10 +81,10 @@ def estimate_memory(run: Run) -> Estimate:
 
 
 def _estimate(run: Run, config: TrainConfig) -> Estimate:
-    size = WEIGHT_DTYPE[config.mixed_precision].itemsize
+    size = MIXED_PRECISION[config.mixed_precision].itemsize
     aside = config.validation_steps == 0 and default_device().type != "cpu"  # on the CPU, as train._step_aside has it
     networks = 0
-    for component, module in {"vae": run.base.pipeline.vae, **pipeline_components(run.base.pipeline)}.items():
+    for component, module in {"vae": run.base.pipeline.vae, **run.base.family.components}.items():
         parameters = sum(parameter.numel() for parameter in module.parameters())
         if component in run.trained:
             networks += parameters * size
@@ -113,50 +108,38 @@ _counted: dict[str, int] = {}  # what `_activations` found, by all that it depen
 
 def _activations(run: Run, config: TrainConfig) -> int:
     """Bytes kept for the backward pass of one batch of square pictures; the text encoders' share is small beside."""
-    pipeline = run.base.pipeline
-    side = int(config.resolution or run.base.resolution) // pipeline.vae_scale_factor
+    family, resolution = run.base.family, int(config.resolution or run.base.resolution)
     shapes = {name: tuple(weight.shape) for name, weight in run.weights.items()}
     options = [getattr(config, name) for name in COUNTED_OPTIONS]
-    text_2 = getattr(pipeline, "text_encoder_2", None)
-    networks = (pipeline.unet.config, text_2 and text_2.config, pipeline.tokenizer.model_max_length)
-    key = repr((type(pipeline.unet), networks, shapes, side, options))
+    with FakeTensorMode():
+        inputs = repr(family.stand_in(1, resolution))
+    key = repr((type(family.denoiser), family.denoiser.config, inputs, shapes, options))
     if key not in _counted:
-        _counted[key] = _count_activations(run, config, side)
+        _counted[key] = _count_activations(run, config, resolution)
     return _counted[key]
 
 
-def _count_activations(run: Run, config: TrainConfig, side: int) -> int:
-    """`side`: of the latents."""
-    pipeline = run.base.pipeline
+def _count_activations(run: Run, config: TrainConfig, resolution: int) -> int:
+    family = run.base.family
     dtype = torch.float32 if config.mixed_precision == "no" else torch.bfloat16
-    batch, unet_config = config.train_batch_size, pipeline.unet.config
     with FakeTensorMode(), _default_dtype(dtype):
-        unet = type(pipeline.unet).from_config(unet_config).train()
+        denoiser = type(family.denoiser).from_config(family.denoiser.config).train()
         layers = {
             name.partition(".")[2]: torch.empty(weight.shape)
             for name, weight in run.weights.items()
-            if name.startswith("unet.")
+            if family.role(name) == "denoiser"
         }
         basis = {}
         for name, weight in layers.items():
             out, into, rank = _sizes(weight, config)
             basis[name] = (torch.empty(out, rank), torch.empty(rank, into))
-        shifts = apply_svfit(unet, target_modules=list(layers), basis=basis)
+        shifts = apply_svfit(denoiser, target_modules=list(layers), basis=basis)
         for shift in shifts.values():
             shift.requires_grad_(True)
-        slim(unet)
-        sample = torch.empty(batch, unet_config.in_channels, side, side)
-        tokens = pipeline.tokenizer.model_max_length
-        hidden = torch.empty(batch, tokens, unet_config.cross_attention_dim)
-        arguments: dict[str, Any] = {}
-        if getattr(unet_config, "addition_embed_type", None) == "text_time":
-            width = pipeline.text_encoder_2.config.projection_dim
-            arguments["added_cond_kwargs"] = {
-                "text_embeds": torch.empty(batch, width),
-                "time_ids": torch.empty(batch, 6),
-            }
-        with _counting(unet, config.gradient_checkpointing) as count:
-            unet(sample, torch.empty(batch), hidden, **arguments)
+        slim(denoiser)
+        inputs = family.stand_in(config.train_batch_size, resolution)
+        with _counting(denoiser, family.checkpointed, config.gradient_checkpointing) as count:
+            family.predict(denoiser, *inputs)
     return count()
 
 
@@ -171,10 +154,10 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 @contextmanager
-def _counting(model: nn.Module, checkpointing: bool) -> Iterator[Any]:
+def _counting(model: nn.Module, redone: tuple[type[nn.Module], ...], checkpointing: bool) -> Iterator[Any]:
     """Within it, what `model` keeps for its backward pass is added up; yields a function that tells how much.
 
-    With checkpointing, a block keeps its input alone, and the largest block's own tensors live while it is redone.
+    With checkpointing, a block of the kinds `redone` keeps its input alone, and the largest block's own tensors live while it is redone.
     """
     own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     kept: list[Tensor] = []  # holds them, so that no storage is counted twice or reused
@@ -204,7 +187,7 @@ def _counting(model: nn.Module, checkpointing: bool) -> Iterator[Any]:
 
     handles = []
     for module in model.modules():
-        if isinstance(module, CHECKPOINTED):
+        if isinstance(module, redone):
             handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -1,4 +1,4 @@
-"""Photos, captions and class pictures as the UNet sees them: encoded once, before the first step."""
+"""Photos, captions and class pictures as the denoiser sees them: encoded once, before the first step."""
 
 from __future__ import annotations
 
@@ -10,29 +10,26 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from svfit_dreambooth.bases.encoders import encode_images, encode_tokens, tokenize
-from svfit_dreambooth.bases.opening import text_encoders
+from svfit_dreambooth.bases.devices import MIXED_PRECISION
+from svfit_dreambooth.bases.family import Conditions, Tokens
 from svfit_dreambooth.photos.captions import shuffled
 from svfit_dreambooth.photos.crops import crop_photo
 from svfit_dreambooth.photos.reading import Photo, open_mask, open_photo
 from svfit_dreambooth.training.class_pictures import paint_class_pictures
 from svfit_dreambooth.training.plan import Run
 
-WEIGHT_DTYPE = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by mixed_precision
-
 
 @dataclass
 class Examples:
-    """Photos as the UNet sees them, on the CPU in float32; lists go by photo."""
+    """Photos as the denoiser sees them, on the CPU in float32; lists go by photo."""
 
     mean: list[Tensor]  # (variants, channels, h, w), mean of the latents of every window and mirror image
     spread: list[Tensor]  # the same shape: their standard deviation
     weight: list[Tensor | None]  # (variants, 1, h, w), of the loss, where a mask asks for one
-    time_ids: list[Tensor]  # (variants, 6), what SDXL is told of the windows
+    time_ids: list[Tensor]  # (variants, 6), where the windows were, see `Family.predict`
     prompts: list[list[int]]  # which rows of the following are the photo's captions: one of them is drawn
-    input_ids: list[Tensor]  # (prompts, tokens) for each text encoder
-    prompt_embeds: Tensor  # (prompts, tokens, dim)
-    pooled_prompt_embeds: Tensor | None  # (prompts, dim), SDXL's
+    tokens: Tokens  # (prompts, tokens) for each text encoder
+    conditions: Conditions  # (prompts, ...) each
     repeats: list[int] | None = None  # how often each photo is shown in a round; None: each once
     dropped: int | None = None  # the row of the empty prompt; None: captions are never dropped
     prior: Examples | None = None  # the class pictures; None: without prior preservation
@@ -41,7 +38,7 @@ class Examples:
 def make_class_pictures(run: Run, device: torch.device) -> list[Photo]:
     """The class pictures of the run, painted by the base on `device` as far as they are missing.
 
-    The UNet is left in the type in which the run trains it; `run.weights` stay as they are stored.
+    The denoiser is left in the type in which the run trains it; `run.weights` stay as they are stored.
     """
     config = run.config
     return paint_class_pictures(
@@ -51,7 +48,7 @@ def make_class_pictures(run: Run, device: torch.device) -> list[Photo]:
         config.num_class_images,
         seed=config.seed,
         device=device,
-        dtype=WEIGHT_DTYPE[config.mixed_precision],
+        dtype=MIXED_PRECISION[config.mixed_precision],
         height=config.resolution,
         width=config.resolution,
         num_inference_steps=config.num_inference_steps,
@@ -73,9 +70,8 @@ def encode_examples(run: Run, device: torch.device) -> Examples:
 @torch.no_grad()
 def _encode(run: Run, photos: list[Photo], prompt: str, device: torch.device, of_class: bool = False) -> Examples:
     """`photos` with `prompt` where they have no caption.  Class pictures are many: one window each, and no masks."""
-    config, pipeline = run.config, run.base.pipeline
-    encoders = list(text_encoders(pipeline).values())
-    for module in (pipeline.vae, *encoders):
+    config, family = run.config, run.base.family
+    for module in (run.base.pipeline.vae, *family.text_encoders.values()):
         module.to(device).eval()
     means: list[Tensor] = []
     spreads: list[Tensor] = []
@@ -92,7 +88,7 @@ def _encode(run: Run, photos: list[Photo], prompt: str, device: torch.device, of
             config.seed,
             photo.path.name,
         )
-        mean, spread = zip(*(encode_images(pipeline, window[None]) for window in crops.pixel_values), strict=True)
+        mean, spread = zip(*(family.encode_images(window[None]) for window in crops.pixel_values), strict=True)
         means.append(torch.cat(mean).cpu())  # (variants, channels, h, w)
         spreads.append(torch.cat(spread).cpu())
         time_ids.append(crops.time_ids)
@@ -110,17 +106,17 @@ def _encode(run: Run, photos: list[Photo], prompt: str, device: torch.device, of
         ]
     drops = config.caption_dropout_rate > 0 and not of_class
     different = list(dict.fromkeys([text for texts in captions for text in texts] + [""] * drops))
-    input_ids = tokenize(pipeline, different)
-    embeds, pooled = encode_tokens(encoders, [ids.to(device) for ids in input_ids])
+    tokens = family.tokenize(different)
+    on_device = {name: ids.to(device) for name, ids in tokens.items()}
+    conditions = family.encode_tokens(on_device, family.text_encoders)
     return Examples(
         means,
         spreads,
         weights,
         time_ids,
         [[different.index(text) for text in texts] for texts in captions],
-        input_ids,
-        embeds.float().cpu(),
-        None if pooled is None else pooled.float().cpu(),
+        tokens,
+        {name: rows.float().cpu() for name, rows in conditions.items()},
         [photo.repeats // math.gcd(*(each.repeats for each in photos)) for photo in photos],
         different.index("") if drops else None,
     )

@@ -1,18 +1,18 @@
-"""The training loss: noise on latents of the photos, and how well the UNet tells it.
+"""The training loss: noise on latents of the photos, and how well the denoiser tells it.
 
 Example number n of a run (which photo, which crop, which timestep, which noise) follows from (seed, n) and nothing
 else, so that a run repeats to the bit and does not depend on how many processes share a batch.
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from svfit_dreambooth.bases.encoders import encode_tokens
-from svfit_dreambooth.bases.opening import noise_scheduler
+from svfit_dreambooth.bases.family import Conditions
 from svfit_dreambooth.training.examples import Examples
 from svfit_dreambooth.training.plan import Run
 
@@ -33,30 +33,27 @@ class Draw:
     index: int  # of the photo among them
     latents: Tensor  # (channels, h, w)
     weight: Tensor | None  # (1, h, w), of the loss; None: everywhere the same
-    time_ids: Tensor  # (6,), what SDXL is told of the window
+    time_ids: Tensor  # (6,), where the window was
     noise: Tensor  # (channels, h, w)
-    timestep: int
+    timestep: float
     prompt: int  # its row among those of `source`
 
 
 class Denoiser:
-    """The loss of the UNet on noised latents of the photos, at examples that follow from their number."""
+    """The loss of the denoiser on noised latents of the photos, at examples that follow from their number."""
 
     def __init__(
         self,
         run: Run,
         examples: Examples,
-        unet: nn.Module,
-        text_encoder: nn.Module,
+        networks: Mapping[str, nn.Module],
         device: torch.device,
         dtype: torch.dtype,
-        text_encoder_2: nn.Module | None = None,
     ) -> None:
-        """`text_encoder_2`: SDXL's, where the text encoders are trained."""
-        self.config, self.examples = run.config, examples
-        self.unet, self.pipeline = unet, run.base.pipeline
-        self.text_encoders = [text_encoder] if text_encoder_2 is None else [text_encoder, text_encoder_2]
-        self.scheduler = noise_scheduler(run.base.pipeline)
+        """`networks`: the components of the base by name, maybe wrapped for training."""
+        self.config, self.examples, self.family = run.config, examples, run.base.family
+        self.networks, self.denoiser = networks, networks[self.family.denoiser_name]
+        self.noising = self.family.noising()
         self.device, self.dtype = device, dtype
 
     def loss(self, number: int, process_index: int, num_processes: int) -> Loss:
@@ -72,9 +69,8 @@ class Denoiser:
         errors = self._errors(draws)  # (batch,)
         if self.config.snr_gamma is not None:
             timesteps = torch.tensor([draw.timestep for draw in draws])
-            alphas_cumprod = self.scheduler.alphas_cumprod.cpu()[timesteps]  # by now on the device: MPS has no float64
-            prediction_type = self.scheduler.config.prediction_type
-            weights = min_snr_weights(alphas_cumprod, self.config.snr_gamma, prediction_type)  # (batch,)
+            alphas_cumprod = self.noising.alphas_cumprod(timesteps)  # (batch,)
+            weights = min_snr_weights(alphas_cumprod, self.config.snr_gamma, self.noising.prediction_type)  # (batch,)
             errors = errors * weights.float().to(errors)
         instance = errors[:size].mean()
         if self.examples.prior is None:
@@ -91,11 +87,10 @@ class Denoiser:
         count = self.config.fixed_loss_examples
         if count == 0:
             return None
-        steps = self.scheduler.config.num_train_timesteps
         total = 0.0
-        for i in range(count):
+        for i, timestep in enumerate(self.noising.even_timesteps(count)):
             draw = self._draw(i, "fixed")
-            draw.timestep = (2 * i + 1) * steps // (2 * count)
+            draw.timestep = timestep
             total += self._errors([draw]).item()
         return total / count
 
@@ -112,7 +107,7 @@ class Denoiser:
         variant = int(torch.randint(len(mean), (), generator=generator))
         latents = mean[variant] + spread[variant] * torch.randn(mean[variant].shape, generator=generator)
         noise = torch.randn(latents.shape, generator=generator)
-        timestep = int(torch.randint(self.scheduler.config.num_train_timesteps, (), generator=generator))
+        timestep = self.noising.draw_timestep(generator)
         if self.config.noise_offset and purpose != "fixed":  # drawn last: the other numbers are as without it
             noise = noise + self.config.noise_offset * torch.randn((len(noise), 1, 1), generator=generator)
         own_weight = None if weight is None else weight[variant]
@@ -127,7 +122,7 @@ class Denoiser:
         return source.dropped if dropped and source.dropped is not None and purpose != "fixed" else row
 
     def _errors(self, draws: list[Draw]) -> Tensor:
-        """Mean squared error of every example, (batch,); photos of one shape go through the UNet together."""
+        """Mean squared error of every example, (batch,); photos of one shape go through the denoiser together."""
         by_shape: dict[torch.Size, list[int]] = {}
         for place, draw in enumerate(draws):
             by_shape.setdefault(draw.latents.shape, []).append(place)
@@ -141,23 +136,12 @@ class Denoiser:
         latents = torch.stack([draw.latents for draw in draws]).to(self.device)  # (batch, channels, h, w)
         noise = torch.stack([draw.noise for draw in draws]).to(self.device)  # (batch, channels, h, w)
         timesteps = torch.tensor([draw.timestep for draw in draws], device=self.device)  # (batch,)
-        noisy_latents = self.scheduler.add_noise(latents, noise, timesteps)  # (batch, channels, h, w)
-        encoder_hidden_states, pooled = self._encode(draws)  # (batch, tokens, dim), (batch, dim)
-        conditions = {}
-        if pooled is not None:
-            time_ids = torch.stack([draw.time_ids for draw in draws]).to(self.device)  # (batch, 6)
-            conditions["added_cond_kwargs"] = {"text_embeds": pooled.to(self.dtype), "time_ids": time_ids}
-        model_pred = self.unet(
-            noisy_latents.to(self.dtype),
-            timesteps,
-            encoder_hidden_states.to(self.dtype),
-            return_dict=False,
-            **conditions,
-        )[0]
-        if self.scheduler.config.prediction_type == "epsilon":
-            target = noise
-        else:  # v, the only other that `noise_scheduler` lets through
-            target = self.scheduler.get_velocity(latents, noise, timesteps)
+        noisy_latents = self.noising.noisy_latents(latents, noise, timesteps)  # (batch, channels, h, w)
+        time_ids = torch.stack([draw.time_ids for draw in draws]).to(self.device)  # (batch, 6)
+        model_pred = self.family.predict(
+            self.denoiser, noisy_latents.to(self.dtype), timesteps, self._conditions(draws), time_ids
+        )  # (batch, channels, h, w)
+        target = self.noising.target(latents, noise, timesteps)  # (batch, channels, h, w)
         squares = (model_pred.float() - target.float()).square()  # (batch, channels, h, w)
         if all(draw.weight is None for draw in draws):
             return squares.flatten(1).mean(1)
@@ -165,17 +149,12 @@ class Denoiser:
         weight = torch.stack([everywhere if draw.weight is None else draw.weight for draw in draws])  # (batch, 1, h, w)
         return weighted_mean(squares, weight.to(squares))
 
-    def _encode(self, draws: list[Draw]) -> tuple[Tensor, Tensor | None]:
-        rows = [(draw.source, draw.prompt) for draw in draws]
-        if self.config.train_text_encoder or self.config.learned_word:
-            ids = [
-                torch.stack([source.input_ids[number][row] for source, row in rows]).to(self.device)
-                for number in range(len(self.text_encoders))
-            ]  # (batch, tokens) for each encoder
-            return encode_tokens(self.text_encoders, ids)
-        embeds = torch.stack([source.prompt_embeds[row] for source, row in rows]).to(self.device)
-        pooled = [source.pooled_prompt_embeds[row] for source, row in rows if source.pooled_prompt_embeds is not None]
-        return embeds, torch.stack(pooled).to(self.device) if pooled else None
+    def _conditions(self, draws: list[Draw]) -> Conditions:
+        """What the denoiser is told of the captions, (batch, ...) each; encoded anew where encoders are trained."""
+        anew = bool(self.config.train_text_encoder or self.config.learned_word)
+        rows = [(draw.source.tokens if anew else draw.source.conditions, draw.prompt) for draw in draws]
+        stacked = {name: torch.stack([table[name][row] for table, row in rows]).to(self.device) for name in rows[0][0]}
+        return self.family.encode_tokens(stacked, self.networks) if anew else stacked
 
 
 def weighted_mean(squares: Tensor, weight: Tensor) -> Tensor:

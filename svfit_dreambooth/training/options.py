@@ -5,19 +5,12 @@ far larger learning rates than LoRA matrices, and a rank of 4 would train four n
 """
 
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import ClassVar, Literal, get_type_hints
 
+from svfit_dreambooth.bases.names import DEFAULT_BASE
 from svfit_dreambooth.training.limits import checked, option
 
 Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
-
-TOYBOX = "toybox"  # the word that names the embedded base model
-
-
-def base_name(path: Path) -> str:
-    """What adapter files and the page call a base model that is a folder or a file, without the folders above it."""
-    return path.resolve().stem if path.is_file() else path.name or path.resolve().name
 
 
 @dataclass(frozen=True)
@@ -25,7 +18,9 @@ class ModelOptions:
     title: ClassVar[str] = "base model"
 
     pretrained_model_name_or_path: str = option(
-        TOYBOX, 'Folder, hub id or single .safetensors file of the base model; "toybox" is the embedded one.', path=True
+        DEFAULT_BASE,
+        'Folder, hub id or single .safetensors file of the base model; "toybox" is the embedded one.',
+        path=True,
     )
     revision: str | None = option(None, "Branch, tag or commit of a hub id; None: its main branch.")
     variant: str | None = option(None, 'Variant of the weight files, such as "fp16"; None: the plain ones.')

@@ -8,26 +8,18 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from svfit_dreambooth.adapter.file import Adapter
-from svfit_dreambooth.bases.opening import (
-    TOYBOX_SUBJECTS,
-    BaseModel,
-    check_base_model,
-    noise_scheduler,
-    open_base_model,
-    pipeline_components,
-)
+from svfit_dreambooth.bases.devices import available_memory, default_device
+from svfit_dreambooth.bases.names import DEFAULT_BASE, DEFAULT_SUBJECT, TOYBOX_SUBJECTS, subject_kind
+from svfit_dreambooth.bases.opening import BaseModel, check_base_model, open_base_model
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import weight_hashes
 from svfit_dreambooth.method.layer import as_matrix, resolve_rank
-from svfit_dreambooth.method.targets import find_projections
-from svfit_dreambooth.method.word import check_word, word_pieces
+from svfit_dreambooth.method.word import word_pieces
 from svfit_dreambooth.photos.captions import folder_words
 from svfit_dreambooth.photos.crops import Size, training_size
 from svfit_dreambooth.photos.reading import Photo, find_photos, photo_report
@@ -36,16 +28,13 @@ from svfit_dreambooth.training.class_pictures import (
     class_picture_report,
     usable_class_pictures,
 )
-from svfit_dreambooth.training.config import TOYBOX, TrainConfig
+from svfit_dreambooth.training.config import TrainConfig
 from svfit_dreambooth.training.initial import check_initial, read_initial
 from svfit_dreambooth.training.journal import RunFolder
 from svfit_dreambooth.training.presets import with_preset
+from svfit_dreambooth.training.words import check_word
 
 logger = logging.getLogger(__name__)
-
-Projections = dict[str, tuple[nn.Module, str, nn.Linear | nn.Conv2d]]  # canonical name -> parent, attribute, layer
-
-TOYBOX_SUBJECT = "dog_patch"
 
 
 @dataclass
@@ -73,9 +62,9 @@ class Run:
     @property
     def trained(self) -> list[str]:
         """The components that hold something to train: those with targets, and text encoders that learn a word."""
-        components = pipeline_components(self.base.pipeline)
-        learning = self.config.learned_word is not None
-        return [name for name in components if name in self.targets or (learning and name != "unet")]
+        family = self.base.family
+        learning = family.text_encoders if self.config.learned_word is not None else ()
+        return [name for name in family.components if name in self.targets or name in learning]
 
     @property
     def folder(self) -> RunFolder:
@@ -90,7 +79,7 @@ class Run:
         resolution = self.config.resolution or self.base.resolution
         if self.config.aspect_ratio == "square":
             return resolution, resolution
-        return training_size(photo.size, resolution, self.base.size_multiple)
+        return training_size(photo.size, resolution, self.base.family.size_multiple)
 
     def report(self) -> list[str]:
         """What would be trained on what, in plain lines."""
@@ -114,7 +103,7 @@ class Run:
             note = f", {capped} of them smaller than rank {self.config.rank}" if capped else ""
             lines.append(f"{component}: {len(names)} layers, {sum(ranks):,} singular values{note}")
         if self.config.learned_word is not None:
-            pieces = word_pieces(self.base.pipeline.tokenizer, self.config.learned_word)
+            pieces = word_pieces(next(iter(self.base.family.tokenizers.values())), self.config.learned_word)
             lines.append(f"learned word: {self.config.learned_word!r}, {len(pieces)} tokens")
         if self.config.with_prior_preservation:
             folder = Path(str(self.config.class_data_dir))
@@ -150,12 +139,13 @@ def prepare(config: TrainConfig, *, local_files_only: bool = False) -> Run:
 
     free = available_memory()
     base = open_run_base(config, local_files_only=local_files_only)
-    noise_scheduler(base.pipeline)  # raises for bases that are trained otherwise
+    family = base.family
+    family.noising()  # raises for bases that are trained otherwise
     config = with_preset(config, base.architecture)
-    quick = base.name == TOYBOX or torch.cuda.is_available() or torch.backends.mps.is_available()
+    quick = base.name == DEFAULT_BASE or default_device().type != "cpu"
     asked = config.dino_path is not None or config.clip_path is not None  # or they would be given for nothing
     looks = max(1, config.max_train_steps // 4) if asked or quick else 0
-    factor = base.pipeline.vae_scale_factor
+    factor = family.pixels_per_latent
     config = dataclasses.replace(
         config,
         validation_steps=looks if config.validation_steps is None else config.validation_steps,
@@ -171,14 +161,12 @@ def prepare(config: TrainConfig, *, local_files_only: bool = False) -> Run:
         )
     if config.learned_word is not None:
         captions = [text for photo in photos for text in photo.captions or (str(config.instance_prompt),)]
-        check_word(base.pipeline, config.learned_word, list(dict.fromkeys(captions)))
+        check_word(family, config.learned_word, list(dict.fromkeys(captions)))
     if config.with_prior_preservation:
         check_class_pictures(Path(str(config.class_data_dir)), str(config.class_prompt), base)
-    found = {"unet": find_projections(base.pipeline.unet, config.target_modules)}
+    found = {family.denoiser_name: family.find_projections(family.denoiser_name, config.target_modules)}
     if config.train_text_encoder:
-        for component, module in pipeline_components(base.pipeline).items():
-            if component != "unet":
-                found[component] = _text_projections(base, component, module)
+        found |= {component: family.find_projections(component) for component in family.text_encoders}
     targets = {component: list(layers) for component, layers in found.items()}
     weights = {
         f"{component}.{name}": as_matrix(layer.weight.detach())
@@ -189,15 +177,6 @@ def prepare(config: TrainConfig, *, local_files_only: bool = False) -> Run:
     if initial is not None:
         check_initial(initial, config, base, run.weights, run.hashes)
     return run
-
-
-def available_memory() -> int | None:
-    """Bytes that are free where training happens: on the GPU if there is one, else in main memory."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
-    if torch.backends.mps.is_available():
-        return int(min(torch.mps.recommended_max_memory(), psutil.virtual_memory().available))  # shared with the rest
-    return int(psutil.virtual_memory().available)
 
 
 def open_run_base(config: TrainConfig, *, local_files_only: bool = False) -> BaseModel:
@@ -212,26 +191,17 @@ def open_run_base(config: TrainConfig, *, local_files_only: bool = False) -> Bas
     )
 
 
-def _text_projections(base: BaseModel, component: str, module: Any) -> Projections:
-    """The layers of a text encoder to adapt.  SDXL reads its first encoder before the last layer, which stays out."""
-    found = find_projections(module)
-    if base.is_sdxl and component == "text_encoder":
-        unread = f"text_model.encoder.layers.{module.config.num_hidden_layers - 1}."
-        found = {name: layer for name, layer in found.items() if not name.startswith(unread)}
-    return found
-
-
 def _with_subject(config: TrainConfig) -> TrainConfig:
-    """Without photos, a bundled subject of toybox stands in, with its prompt."""
+    """Without photos, a bundled subject of the embedded base stands in, with its prompt."""
     if config.instance_data_dir is not None:
         return config
-    if config.pretrained_model_name_or_path != TOYBOX:
+    if config.pretrained_model_name_or_path != DEFAULT_BASE:
         raise SVFitError("instance_data_dir is missing: name the folder that holds the photos of your subject.")
-    kind = TOYBOX_SUBJECT.partition("_")[0]
+    kind = subject_kind(DEFAULT_SUBJECT)
     class_prompt = f"a photo of a {kind}" if config.with_prior_preservation else None
     return dataclasses.replace(
         config,
-        instance_data_dir=str(TOYBOX_SUBJECTS / TOYBOX_SUBJECT),
+        instance_data_dir=str(TOYBOX_SUBJECTS / DEFAULT_SUBJECT),
         instance_prompt=config.instance_prompt or f"a photo of sks {kind}",
         class_prompt=config.class_prompt or class_prompt,
     )

@@ -6,7 +6,8 @@ A preset fills the options that were left open (None in TrainConfig); whatever i
 from dataclasses import replace
 from typing import Any
 
-from svfit_dreambooth.training.config import TOYBOX, TrainConfig
+from svfit_dreambooth.bases.names import TOYBOX
+from svfit_dreambooth.training.config import TrainConfig
 
 # balanced: the default.  fast: a first look.  faithful: more likeness, at the price of more change elsewhere.
 # style: for the manner of many pictures rather than the looks of one thing, which wants small steps on all of them.

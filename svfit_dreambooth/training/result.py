@@ -13,12 +13,12 @@ from torch import nn
 
 from svfit_dreambooth.adapter.describe import annotate_adapter
 from svfit_dreambooth.adapter.file import Adapter, read_adapter, save_adapter
-from svfit_dreambooth.bases.opening import BaseModel, cast_pipeline
+from svfit_dreambooth.bases.devices import MIXED_PRECISION
+from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.sharing.export import export_lora
 from svfit_dreambooth.sharing.hub import push_adapter
 from svfit_dreambooth.training.config import TrainConfig
-from svfit_dreambooth.training.examples import WEIGHT_DTYPE
 from svfit_dreambooth.training.loop import stop_signals
 from svfit_dreambooth.training.plan import Run, open_run_base
 from svfit_dreambooth.training.showcase import Showing, show_result
@@ -118,11 +118,11 @@ def finish(result: TrainResult) -> None:
                 result.extras.append(_export(run))
         if config.final_pictures:
             with warned("the pictures at the end are missing", run.adapter_path):
-                result.showing = show_result(run, _stored_base(run), WEIGHT_DTYPE[config.mixed_precision])
+                result.showing = show_result(run, _stored_base(run), MIXED_PRECISION[config.mixed_precision])
                 if "modelspec.thumbnail" not in read_adapter(run.adapter_path).metadata:
                     annotate_adapter(run.adapter_path, thumbnail=result.showing.first)
                     result.file_bytes = run.adapter_path.stat().st_size
-    if not run.base.pipeline.unet.conv_in.weight.is_meta:  # as it stays where its files could not be opened again
+    if run.base.family.denoiser.device.type != "meta":  # as it stays where its files could not be opened again
         run.base.pipeline.to("cpu")
 
 
@@ -151,11 +151,11 @@ def _stored_base(run: Run) -> BaseModel:
 
     Rounded to float16 they are the same (see `basis.canonical_weight`); after bfloat16 the base is opened once more.
     """
-    pipeline = run.base.pipeline
-    if pipeline.unet.dtype == torch.float16:
-        cast_pipeline(pipeline, torch.float32)
-    elif pipeline.unet.dtype == torch.bfloat16:
-        for module in pipeline.components.values():
+    family = run.base.family
+    if family.denoiser.dtype == torch.float16:
+        family.cast(torch.float32)
+    elif family.denoiser.dtype == torch.bfloat16:
+        for module in family.pipeline.components.values():
             if isinstance(module, nn.Module):
                 module.to("meta")  # makes room, whoever else still holds it
         run.base = open_run_base(run.config)

@@ -20,13 +20,12 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 
 from svfit_dreambooth.adapter.describe import base_metadata
 from svfit_dreambooth.adapter.file import Adapter
-from svfit_dreambooth.bases.opening import pipeline_components
+from svfit_dreambooth.bases.devices import MIXED_PRECISION
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.evaluation.features import Features, open_features
 from svfit_dreambooth.files import write_atomically
 from svfit_dreambooth.method.basis import fingerprint
 from svfit_dreambooth.method.targets import get_shifts, remove_svfit
-from svfit_dreambooth.method.word import learn_words, learned_words, remove_words, word_rows
 from svfit_dreambooth.sharing.hub import check_login
 from svfit_dreambooth.training.budget import choose_positions, narrowed, spread
 from svfit_dreambooth.training.checkpoints import TrainState, delete_later, restore, resume_state, run_identity
@@ -34,7 +33,7 @@ from svfit_dreambooth.training.config import TrainConfig, config_to_yaml
 from svfit_dreambooth.training.curves import plot_run
 from svfit_dreambooth.training.estimate import estimate_memory
 from svfit_dreambooth.training.events import End, Start
-from svfit_dreambooth.training.examples import WEIGHT_DTYPE, encode_examples
+from svfit_dreambooth.training.examples import encode_examples
 from svfit_dreambooth.training.loop import Loop, Step, stop_signals
 from svfit_dreambooth.training.objective import Denoiser
 from svfit_dreambooth.training.plan import Run, prepare
@@ -51,6 +50,7 @@ from svfit_dreambooth.training.result import (
 from svfit_dreambooth.training.slim import spare_memory, spend_memory
 from svfit_dreambooth.training.trainable import patch_run
 from svfit_dreambooth.training.watch import Watch
+from svfit_dreambooth.training.words import learn_words, learned_words, remove_words, word_rows
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def train(config: TrainConfig, on_step: Callable[[Step], bool | None] | None = N
 def _train(
     run: Run, accelerator: Accelerator, features: Features, on_step: Callable[[Step], bool | None] | None
 ) -> TrainResult:
-    config, pipeline = run.config, run.base.pipeline
+    config, family = run.config, run.base.family
     identity = run_identity(run, accelerator.num_processes)
     resumed = resume_state(run, identity)
     if accelerator.is_main_process:
@@ -109,8 +109,8 @@ def _train(
         examples = encode_examples(run, accelerator.device)
     if config.with_prior_preservation:
         identity = run_identity(run, accelerator.num_processes)  # with the class pictures that are there by now
-    dtype = WEIGHT_DTYPE[config.mixed_precision]
-    of_word = word_rows(pipeline, config.learned_word)  # before the networks are cast
+    dtype = MIXED_PRECISION[config.mixed_precision]
+    of_word = word_rows(family, config.learned_word)  # before the networks are cast
     whole, positions = run, None
     _step_aside(run, accelerator)
     if config.budget is not None:
@@ -126,11 +126,11 @@ def _train(
     base_fingerprint = identity["base"] if known else fingerprint(run.weights | of_word, run.hashes)
     for each in (whole, run):
         each.release_weights()
-    words = learn_words(pipeline, config.learned_word, run.initial)
+    words = learn_words(family, config.learned_word, run.initial)
     networks = _place(run, accelerator)
-    model = Denoiser(run, examples, dtype=dtype, device=accelerator.device, **networks)
+    model = Denoiser(run, examples, networks, dtype=dtype, device=accelerator.device)
     values = {f"{component}.{name}": shift for component in shifts for name, shift in shifts[component].items()}
-    rates = {n: config.learning_rate if n.startswith("unet.") else config.text_encoder_lr for n in values}
+    rates = {name: config.rate_of(family.role(name)) for name in values}
     values |= words
     rates |= dict.fromkeys(words, config.learned_word_lr)
     watch = Watch(run, features) if config.validation_steps else None
@@ -164,7 +164,7 @@ def _train(
     learnt = {
         f"{component}.{name}": shift
         for component in shifts
-        for name, shift in get_shifts(getattr(pipeline, component)).items()
+        for name, shift in get_shifts(family.components[component]).items()
     }
     adapter = Adapter(
         shifts=learnt if positions is None else spread(learnt, positions),
@@ -176,7 +176,7 @@ def _train(
         title=run.adapter_name,
         architecture=run.base.architecture,
         metadata=base_metadata(run.base),
-        learned_words=learned_words(pipeline, config.learned_word, words),
+        learned_words=learned_words(family, config.learned_word, words),
     )
     if accelerator.is_main_process:
         save_result(adapter, run.adapter_path, config)
@@ -185,11 +185,11 @@ def _train(
     accelerator.wait_for_everyone()
     accelerator.end_training()
     for component in shifts:
-        module = getattr(pipeline, component)
+        module = family.components[component]
         remove_svfit(module)
         spend_memory(module)
         module.eval()
-    remove_words(pipeline)
+    remove_words(family)
     result = TrainResult(
         run.adapter_path, loop.step, kept, seconds, count, run.adapter_path.stat().st_size, loss_before, loss_after,
         stopped, run,
@@ -214,7 +214,7 @@ def _accelerator(config: TrainConfig) -> Accelerator:
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             log_with=config.report_to,
             project_dir=str(Path(config.output_dir) / "logs"),
-            # U and Vh are buffers, equal everywhere; and processes may call the UNet a different number of times
+            # U and Vh are buffers, equal everywhere; and processes may call the denoiser a different number of times
             kwargs_handlers=[
                 DistributedDataParallelKwargs(broadcast_buffers=False),
                 InitProcessGroupKwargs(timeout=PATIENCE),
@@ -245,17 +245,17 @@ def _step_aside(run: Run, accelerator: Accelerator) -> None:
     """Brings what has no part in the steps out of their way: only looks at the run need it on its device."""
     waiting = accelerator.device if run.config.validation_steps else torch.device("cpu")
     run.base.pipeline.vae.to(waiting)
-    for component, module in pipeline_components(run.base.pipeline).items():
+    for component, module in run.base.family.components.items():
         if component not in run.trained:
             module.to(waiting)
 
 
 def _place(run: Run, accelerator: Accelerator) -> dict[str, Any]:
-    """Brings the networks to where they work; returns UNet and text encoders by name, prepared where they train."""
+    """Brings the networks to where they work; returns denoiser and text encoders by name, prepared where they train."""
     config = run.config
-    placed: dict[str, Any] = pipeline_components(run.base.pipeline)
+    placed: dict[str, Any] = run.base.family.components
     for component in run.trained:
-        module = placed[component].to(accelerator.device, WEIGHT_DTYPE[config.mixed_precision]).train()
+        module = placed[component].to(accelerator.device, MIXED_PRECISION[config.mixed_precision]).train()
         spare_memory(module, config.gradient_checkpointing)
         placed[component] = accelerator.prepare(module)
     return placed

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from PIL import Image
 
-from svfit_dreambooth.bases.opening import BaseModel, cast_pipeline
+from svfit_dreambooth.bases.devices import default_device
+from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.evaluation.measures import as_text, table
 from svfit_dreambooth.evaluation.metrics import diversity, drift, subject_fidelity
 from svfit_dreambooth.evaluation.protocol import UNRELATED_PROMPTS, Scores, share_right, toybox_questions
 from svfit_dreambooth.files import save_png
-from svfit_dreambooth.painting.generate import default_device, generate
+from svfit_dreambooth.painting.generate import generate
 from svfit_dreambooth.painting.loading import load_adapter, loaded_adapters, set_adapters, unload_adapter
 from svfit_dreambooth.painting.sheets import contact_sheet
 from svfit_dreambooth.training.plan import Run
@@ -53,7 +54,7 @@ def show_result(run: Run, base: BaseModel, dtype: torch.dtype) -> Showing:
     """
     load_adapter(base.pipeline, run.adapter_path, basis_cache_dir=run.config.basis_cache_dir)
     try:
-        cast_pipeline(base.pipeline, dtype)
+        base.family.cast(dtype)
         base.pipeline.to(default_device())
         return _show(run, base)
     finally:

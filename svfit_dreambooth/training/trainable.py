@@ -4,7 +4,6 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from svfit_dreambooth.bases.opening import pipeline_components
 from svfit_dreambooth.method.basis import model_basis
 from svfit_dreambooth.method.targets import apply_svfit, set_shifts
 from svfit_dreambooth.training.plan import Run
@@ -12,7 +11,7 @@ from svfit_dreambooth.training.plan import Run
 
 def patch_run(run: Run, positions: Mapping[str, Tensor] | None = None) -> dict[str, dict[str, nn.Parameter]]:
     """Puts SVFit layers in; returns the shifts by component and name.  `positions`: see `choose_positions`."""
-    config, pipeline = run.config, run.base.pipeline
+    config, components = run.config, run.base.family.components
     bases = model_basis(
         run.weights,
         config.rank_value if positions is None else positions,
@@ -22,12 +21,12 @@ def patch_run(run: Run, positions: Mapping[str, Tensor] | None = None) -> dict[s
     )
     shifts: dict[str, dict[str, nn.Parameter]] = {}
     for component in run.targets:
-        module = getattr(pipeline, component)
+        module = components[component]
         own_bases = {name: bases[f"{component}.{name}"] for name in run.targets[component]}
         shifts[component] = apply_svfit(module, target_modules=run.targets[component], basis=own_bases)
         if run.initial is not None:
             set_shifts(module, run.initial.component_shifts(component))
-    for frozen in (pipeline.vae, *pipeline_components(pipeline).values()):
+    for frozen in (run.base.pipeline.vae, *components.values()):
         frozen.requires_grad_(False)
     for group in shifts.values():
         for shift in group.values():

@@ -3,14 +3,14 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from svfit_dreambooth.bases.opening import TOYBOX_SUBJECTS, Pipeline, pipeline_components
+from svfit_dreambooth.bases.family import Family
+from svfit_dreambooth.bases.names import bundled_subject
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.evaluation.features import Features
 from svfit_dreambooth.evaluation.metrics import drift, prompt_fidelity, subject_fidelity
@@ -21,7 +21,6 @@ from svfit_dreambooth.method.word import word_embedding
 from svfit_dreambooth.painting.generate import generate
 from svfit_dreambooth.painting.sheets import contact_sheet
 from svfit_dreambooth.photos.reading import open_photo
-from svfit_dreambooth.training.config import TOYBOX
 from svfit_dreambooth.training.events import Measured
 from svfit_dreambooth.training.plan import Run
 
@@ -93,7 +92,7 @@ class Watch:
 
         now = others()
         if self.untouched is None:
-            with nothing_learnt(model.pipeline) as was_learnt:  # a run that goes on from an adapter begins away from it
+            with nothing_learnt(model.family) as was_learnt:  # a run that goes on from an adapter begins away from it
                 self.untouched = others() if was_learnt else now
         return drift(now, self.untouched)
 
@@ -114,9 +113,9 @@ class Watch:
 
 
 @contextmanager
-def nothing_learnt(pipeline: Pipeline) -> Iterator[bool]:
-    """Within it all shifts and word deltas of `pipeline` are zero; gives whether they were not before."""
-    models = pipeline_components(pipeline).values()
+def nothing_learnt(family: Family) -> Iterator[bool]:
+    """Within it all shifts and word deltas of the base are zero; gives whether they were not before."""
+    models = family.components.values()
     values = [layer.shift for model in models for layer in svfit_layers(model).values()]
     embeddings = [embedding for embedding in map(word_embedding, models) if embedding is not None]
     values += [delta for embedding in embeddings for delta in embedding.deltas().values()]
@@ -157,8 +156,7 @@ def validation_prompts(run: Run) -> list[str]:
 
 def toybox_subject(run: Run) -> str | None:
     """The bundled subject that the run trains, if it does."""
-    path = Path(str(run.config.instance_data_dir)).resolve()
-    return path.name if run.base.name == TOYBOX and path.parent == TOYBOX_SUBJECTS.resolve() else None
+    return bundled_subject(run.base.name, str(run.config.instance_data_dir))
 
 
 def run_photos(run: Run) -> list[Image.Image]:

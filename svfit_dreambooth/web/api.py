@@ -7,8 +7,8 @@ from typing import Any
 
 import gradio as gr
 
+from svfit_dreambooth.bases.names import TOYBOX
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.training.config import TOYBOX
 from svfit_dreambooth.web.rooms import library, pictures
 from svfit_dreambooth.web.rooms.app import App
 from svfit_dreambooth.web.rooms.laid_out import add_photos

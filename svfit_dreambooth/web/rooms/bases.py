@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from svfit_dreambooth.bases.names import TOYBOX, base_name
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.training.config import TOYBOX
-from svfit_dreambooth.training.options import base_name
 
 FOR_PHOTOS = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # offered for training where it may be downloaded
 OFF = "downloads are off here: choose a base that is offered."
@@ -39,7 +38,7 @@ class Bases:
 
         `typed`: a person asked for it, rather than a file.  Raises SVFitError for what is not offered.
         """
-        from svfit_dreambooth.bases.opening import HUB_ID
+        from svfit_dreambooth.bases.names import is_hub_id
 
         name = name.strip()
         if name == TOYBOX:
@@ -53,7 +52,7 @@ class Bases:
                 if name == called(path):
                     return str(path), {}
         repository, _, revision = name.partition("@")
-        if not HUB_ID.fullmatch(repository) or repository.startswith(".") or Path(repository).exists():
+        if not is_hub_id(repository) or Path(repository).exists():
             raise SVFitError(
                 f"{name!r} is no base model that is offered here: put its folder into {self.models}, start the page "
                 "with --base FOLDER, or give a hub id such as owner/name."

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from svfit_dreambooth.bases.names import TOYBOX
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.training.config import TOYBOX
 from svfit_dreambooth.web.rooms.bases import OFF, Bases
 from svfit_dreambooth.web.rooms.turns import Line
 
@@ -64,7 +64,7 @@ class Studio:
 
     def __init__(self, bases: Bases, dtype: str | None = None):
         self.bases = bases
-        self.dtype = dtype  # in which the base works, by the names of generation.DTYPES; None: see `working_dtype`
+        self.dtype = dtype  # in which the base works, by the names of devices.DTYPES; None: see `working_dtype`
         self.line = Line(MAX_ORDERS, MAX_ORDERS_ALL)
         self._room_wanted = threading.Event()  # by a run, while somebody paints
         self._idle = threading.Timer(IDLE, self.make_room)
@@ -178,8 +178,8 @@ class Studio:
             self.line.give_back(person)
 
     def _open(self, name: str, typed: bool, adapter: str | None, tell: Callable[[Told], None]) -> Any:
-        from svfit_dreambooth.bases.opening import cast_pipeline, is_cached, open_base_model
-        from svfit_dreambooth.painting.generate import DTYPES, default_device
+        from svfit_dreambooth.bases.devices import DTYPES, default_device
+        from svfit_dreambooth.bases.opening import is_cached, open_base_model
 
         try:
             place, options = self.bases.resolve(name, typed=typed)
@@ -205,7 +205,7 @@ class Studio:
                     raise SVFitError(f"{name} is {partly} on this disk, and {why}") from error
                 raise
             device = default_device()
-            cast_pipeline(model.pipeline, DTYPES[self.dtype or working_dtype(device.type)])
+            model.family.cast(DTYPES[self.dtype or working_dtype(device.type)])
             model.pipeline.to(device)
             self._model, self._opened = model, key
         return self._model

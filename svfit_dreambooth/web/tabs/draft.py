@@ -9,9 +9,10 @@ from typing import Any
 
 import gradio as gr
 
+from svfit_dreambooth.bases.names import TOYBOX
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import write_atomically
-from svfit_dreambooth.training.config import TOYBOX, TrainConfig
+from svfit_dreambooth.training.config import TrainConfig
 from svfit_dreambooth.web.rooms.app import App
 from svfit_dreambooth.web.rooms.bases import FOR_PHOTOS
 from svfit_dreambooth.web.rooms.laid_out import (

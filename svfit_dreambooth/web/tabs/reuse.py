@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from svfit_dreambooth.training.config import TOYBOX
+from svfit_dreambooth.bases.names import TOYBOX
 from svfit_dreambooth.web.rooms import library
 from svfit_dreambooth.web.rooms.app import App
 from svfit_dreambooth.web.rooms.studio import AS_TRAINED

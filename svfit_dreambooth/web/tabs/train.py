@@ -4,7 +4,7 @@ from typing import Any
 
 import gradio as gr
 
-from svfit_dreambooth.training.config import TOYBOX
+from svfit_dreambooth.bases.names import TOYBOX
 from svfit_dreambooth.training.presets import DEFAULT, preset_names
 from svfit_dreambooth.web.rooms.app import App
 from svfit_dreambooth.web.rooms.laid_out import bundled_subjects

@@ -1,0 +1,205 @@
+"""What a family of base models must say, so that everything else can adapt it without knowing it.
+
+A family is one file: a class that holds a diffusers pipeline and answers for it.  Within, tensors are as the denoiser
+sees them: latents (n, channels, h, w) in its unit, conditions as `encode_tokens` makes them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils.torch_utils import get_module_execution_device
+from PIL import Image
+from torch import Tensor, nn
+
+from svfit_dreambooth.method.targets import LayerNames, Projections, find_projections
+
+Tokens: TypeAlias = dict[str, Tensor]  # what the tokenizers make of prompts, (prompts, tokens) each
+Conditions: TypeAlias = dict[str, Tensor]  # what the denoiser is told of prompts, (prompts, ...) each
+Role: TypeAlias = Literal["denoiser", "text_encoder"]
+
+
+class Noising(Protocol):
+    """How a family was taught: what noise does to latents, and what the denoiser is to answer."""
+
+    prediction_type: str  # "epsilon", "v_prediction"
+
+    def draw_timestep(self, generator: torch.Generator) -> float:
+        """A timestep, as often as the family is trained at it."""
+
+    def even_timesteps(self, count: int) -> list[float]:
+        """`count` timesteps that cover all of them evenly."""
+
+    def noisy_latents(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """(batch, channels, h, w) of latents and noise of that shape and timesteps (batch,)."""
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the denoiser should answer, (batch, channels, h, w)."""
+
+    def alphas_cumprod(self, timesteps: Tensor) -> Tensor:
+        """Share of the latents in the variance of the noisy ones at `timesteps` (n,), (n,) on the CPU."""
+
+
+class Family(ABC):
+    """A pipeline, and what is known of its kind.
+
+    Its denoiser and its text encoders are called "components", by the names that adapter files give them.
+    """
+
+    pipeline_class: ClassVar[type[DiffusionPipeline]]
+    denoiser_name: ClassVar[str]
+    text_encoder_names: ClassVar[tuple[str, ...]]  # those that adapters may change; prompts go through all of them
+    layer_names: ClassVar[Mapping[Role, LayerNames]]
+    checkpointed: ClassVar[tuple[type[nn.Module], ...]]  # the blocks that gradient checkpointing runs again
+    guidance_scale: ClassVar[float]  # that suits
+
+    def __init__(self, pipeline: Any) -> None:
+        self.pipeline = pipeline
+
+    @classmethod
+    @abstractmethod
+    def fits(cls, pipeline: DiffusionPipeline) -> bool:
+        """Whether `pipeline` is built of this family's networks, whatever it does with them."""
+
+    @classmethod
+    @abstractmethod
+    def load_options(cls, content_filter: bool) -> dict[str, Any]:
+        """What `from_pretrained` is told beside the type; without the content filter it must not ask for one."""
+
+    @abstractmethod
+    def check(self, name: str) -> None:
+        """Raises SVFitError where `name`, as the user called the base, is a variety that cannot be adapted."""
+
+    @property
+    @abstractmethod
+    def architecture(self) -> str:
+        """ModelSpec's word for the family."""
+
+    @property
+    @abstractmethod
+    def size_multiple(self) -> int:
+        """What both sides of a picture, in pixels, should be multiples of, for the denoiser to take it evenly."""
+
+    @property
+    @abstractmethod
+    def resolution(self) -> int:
+        """Side in pixels of the pictures that the base was trained on."""
+
+    # components
+
+    @property
+    def denoiser(self) -> Any:
+        return getattr(self.pipeline, self.denoiser_name)
+
+    @property
+    def text_encoders(self) -> dict[str, nn.Module]:
+        found = {name: getattr(self.pipeline, name, None) for name in self.text_encoder_names}
+        return {name: module for name, module in found.items() if module is not None}
+
+    @property
+    def tokenizers(self) -> dict[str, Any]:
+        """The tokenizer of each text encoder, by the encoder's name."""
+        return {
+            name: getattr(self.pipeline, name.replace("text_encoder", "tokenizer", 1)) for name in self.text_encoders
+        }
+
+    @property
+    def components(self) -> dict[str, nn.Module]:
+        """The networks that adapters may change, by name, the denoiser first."""
+        return {self.denoiser_name: self.denoiser, **self.text_encoders}
+
+    def role(self, component: str) -> Role:
+        """What a component does; also of the full name of a layer, "<component>.<path>"."""
+        return "denoiser" if component.partition(".")[0] == self.denoiser_name else "text_encoder"
+
+    def find_projections(self, component: str, target_modules: Sequence[str] | None = None) -> Projections:
+        """The layers of a component to adapt, see `method.targets.find_projections`; None: its attention."""
+        names = self.layer_names[self.role(component)]
+        return find_projections(self.components[component], target_modules, names)
+
+    # prompts
+
+    @abstractmethod
+    def tokenize(self, prompts: list[str]) -> Tokens:
+        """The tokens of prompts; one that is cut off is named in a warning."""
+
+    @abstractmethod
+    def encode_tokens(self, tokens: Tokens, encoders: Mapping[str, nn.Module]) -> Conditions:
+        """What the denoiser is told of tokens that lie where the `encoders` are.
+
+        `encoders`: the text encoders by name, maybe wrapped for training.
+        """
+
+    # pictures
+
+    @property
+    def pixels_per_latent(self) -> int:
+        return int(self.pipeline.vae_scale_factor)
+
+    def latent_unit(self) -> tuple[Tensor | float, Tensor | float]:
+        """Offset and factor from the autoencoder's latents z to the denoiser's, (z - offset) * factor."""
+        config = self.pipeline.vae.config
+        return getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
+
+    @torch.no_grad()
+    def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and spread of the latents of `pixel_values` (n, 3, height, width) in [-1, 1], float32.
+
+        Each (n, channels, h, w), in the denoiser's unit; an autoencoder without posterior has spread 0.
+        """
+        vae = self.pipeline.vae
+        encoded = vae.encode(pixel_values.to(vae.device, vae.dtype))
+        if hasattr(encoded, "latent_dist"):
+            mean, spread = encoded.latent_dist.mean, encoded.latent_dist.std
+        else:
+            mean, spread = encoded.latents, torch.zeros_like(encoded.latents)
+        offset, factor = (_like(value, mean) for value in self.latent_unit())
+        return (mean.float() - offset) * factor, spread.float() * factor
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> list[Image.Image]:
+        """The pictures of `latents` (n, channels, h, w), decoded in the autoencoder's own precision."""
+        pipeline, vae = self.pipeline, self.pipeline.vae
+        device = get_module_execution_device(vae)  # if offloaded, not where its weights wait
+        latents = latents.to(device, vae.dtype)
+        offset, factor = (_like(value, latents) for value in self.latent_unit())
+        pixels = vae.decode((latents / factor + offset).to(vae.dtype), return_dict=False)[0]
+        pipeline.maybe_free_model_hooks()
+        if getattr(pipeline, "watermark", None) is not None:
+            pixels = pipeline.watermark.apply_watermark(pixels)
+        return pipeline.image_processor.postprocess(pixels, output_type="pil")
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Casts every network of the pipeline to `dtype`."""
+        for module in self.pipeline.components.values():
+            if isinstance(module, nn.Module):
+                module.to(dtype)
+
+    # the loss
+
+    @abstractmethod
+    def noising(self) -> Noising:
+        """How the base was taught.  Raises SVFitError for bases that were taught in a way that is not known here."""
+
+    @abstractmethod
+    def predict(
+        self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions, time_ids: Tensor
+    ) -> Tensor:
+        """The denoiser's answer, (batch, channels, h, w), to noisy latents of that shape, whose type it works in.
+
+        `denoiser`: the family's own, maybe wrapped for training.  `timesteps`: (batch,), as `noising` draws them.
+        `conditions`: as `encode_tokens`, (batch, ...).  `time_ids`: (batch, 6), height and width of the photo, top and
+        left of the window, its height and width, in pixels.
+        """
+
+    @abstractmethod
+    def stand_in(self, batch: int, resolution: int) -> tuple[Tensor, Tensor, Conditions, Tensor]:
+        """What `predict` takes after the denoiser, of the right shapes and without meaning: to count memory."""
+
+
+def _like(value: Tensor | float, latents: Tensor) -> Tensor | float:
+    return value.to(latents.device, torch.float32) if isinstance(value, Tensor) else value

@@ -1,0 +1,42 @@
+"""How base models are called, and where the embedded one lies; asks neither torch nor the network."""
+
+import re
+from pathlib import Path
+
+TOYBOX = "toybox"  # the word that names the embedded base model
+DEFAULT_BASE = TOYBOX  # where none is named
+
+TOYBOX_HOME = Path(__file__).resolve().parents[2] / "toybox"
+TOYBOX_WEIGHTS = TOYBOX_HOME / "weights"
+TOYBOX_SUBJECTS = TOYBOX_HOME / "subjects"  # a folder of photos each
+DEFAULT_SUBJECT = "dog_patch"  # where no photos are named either
+
+HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>\w[\w./-]*))?")
+
+
+def base_name(path: Path) -> str:
+    """What adapter files and the page call a base model that is a folder or a file, without the folders above it."""
+    return path.resolve().stem if path.is_file() else path.name or path.resolve().name
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """The hub id and the revision, None if none is given, of "owner/name[@revision]"; other names stay as they are."""
+    match = HUB_ID.fullmatch(name)
+    return (match["id"], match["revision"]) if match else (name, None)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` reads "owner/name", without a revision."""
+    match = HUB_ID.fullmatch(name)
+    return match is not None and match["revision"] is None
+
+
+def bundled_subject(base: str, folder: str | Path) -> str | None:
+    """The name of the embedded base's own subject whose photos `folder` holds, where `base` is that base."""
+    path = Path(folder).resolve()
+    return path.name if base == TOYBOX and path.parent == TOYBOX_SUBJECTS.resolve() else None
+
+
+def subject_kind(subject: str) -> str:
+    """What a bundled subject is: "dog" of "dog_patch"."""
+    return subject.partition("_")[0]

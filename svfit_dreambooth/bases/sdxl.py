@@ -1,0 +1,67 @@
+"""SDXL (Podell et al., 2023, arXiv 2307.01952): two text encoders, and a UNet that is told how pictures were cut."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+from torch import Tensor, nn
+
+from svfit_dreambooth.bases.family import Conditions, Tokens
+from svfit_dreambooth.bases.stable_diffusion import StableDiffusion
+from svfit_dreambooth.method.targets import Projections
+
+
+class SDXL(StableDiffusion):
+    """The last but one hidden states of both encoders side by side, and the second's pooled projection."""
+
+    pipeline_class = StableDiffusionXLPipeline
+    text_encoder_names = ("text_encoder", "text_encoder_2")
+
+    @classmethod
+    def fits(cls, pipeline: DiffusionPipeline) -> bool:
+        return hasattr(pipeline, "unet") and hasattr(pipeline, "text_encoder_2")
+
+    @classmethod
+    def load_options(cls, content_filter: bool) -> dict[str, Any]:
+        return {} if content_filter else {"add_watermarker": False}
+
+    @property
+    def architecture(self) -> str:
+        return "stable-diffusion-xl-v1-base"
+
+    def find_projections(self, component: str, target_modules: Sequence[str] | None = None) -> Projections:
+        """The first encoder is read before its last layer, which stays out."""
+        found = super().find_projections(component, target_modules)
+        if component != "text_encoder":
+            return found
+        unread = f"text_model.encoder.layers.{self.pipeline.text_encoder.config.num_hidden_layers - 1}."
+        return {name: layer for name, layer in found.items() if not name.startswith(unread)}
+
+    def encode_tokens(self, tokens: Tokens, encoders: Mapping[str, nn.Module]) -> Conditions:
+        outputs = [encoders[name](tokens[name], output_hidden_states=True) for name in self.text_encoder_names]
+        return {
+            "prompt_embeds": torch.cat([output.hidden_states[-2] for output in outputs], dim=-1),
+            "pooled_prompt_embeds": outputs[1][0],  # (prompts, dim)
+        }
+
+    def predict(
+        self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions, time_ids: Tensor
+    ) -> Tensor:
+        embeds, pooled = (
+            conditions[name].to(noisy_latents.dtype) for name in ("prompt_embeds", "pooled_prompt_embeds")
+        )
+        added = {"text_embeds": pooled, "time_ids": time_ids}
+        return denoiser(noisy_latents, timesteps, embeds, added_cond_kwargs=added, return_dict=False)[0]
+
+    def stand_in(self, batch: int, resolution: int) -> tuple[Tensor, Tensor, Conditions, Tensor]:
+        latents, timesteps, conditions, time_ids = super().stand_in(batch, resolution)
+        width = self.pipeline.text_encoder_2.config.projection_dim
+        return latents, timesteps, conditions | {"pooled_prompt_embeds": torch.empty(batch, width)}, time_ids
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """SDXL's own autoencoder overflows in float16 and stays as it is."""
+        precise = dtype == torch.float16 and self.pipeline.vae.config.force_upcast
+        for name, module in self.pipeline.components.items():
+            if isinstance(module, nn.Module) and not (precise and name == "vae"):
+                module.to(dtype)

@@ -1,0 +1,92 @@
+"""Stable Diffusion 1.x and 2.x (Rombach et al., 2022, arXiv 2112.10752), and what is built like them."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+
+from svfit_dreambooth.bases.family import Conditions, Family, Role, Tokens
+from svfit_dreambooth.bases.noising import Diffusion
+from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.method.targets import LayerNames
+
+logger = logging.getLogger(__name__)
+
+UNET = LayerNames(attention=(("to_q", "to_k", "to_v", "to_out.0"),), feed_forward=("ff.net.0.proj", "ff.net.2"))
+CLIP = LayerNames(attention=(("q_proj", "k_proj", "v_proj", "out_proj"),), feed_forward=("mlp.fc1", "mlp.fc2"))
+
+
+class StableDiffusion(Family):
+    """A UNet that reads the last hidden states of one CLIP text encoder."""
+
+    pipeline_class = StableDiffusionPipeline
+    denoiser_name = "unet"
+    text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    layer_names: ClassVar[Mapping[Role, LayerNames]] = {"denoiser": UNET, "text_encoder": CLIP}
+    checkpointed = (ResnetBlock2D, BasicTransformerBlock)
+    guidance_scale = 7.5
+
+    @classmethod
+    def fits(cls, pipeline: DiffusionPipeline) -> bool:
+        return hasattr(pipeline, "unet") and not hasattr(pipeline, "text_encoder_2")
+
+    @classmethod
+    def load_options(cls, content_filter: bool) -> dict[str, Any]:
+        return {} if content_filter else {"safety_checker": None, "requires_safety_checker": False}
+
+    def check(self, name: str) -> None:
+        taken, given = self.denoiser.config.in_channels, self.pipeline.vae.config.latent_channels
+        if taken != given:
+            raise SVFitError(f"{name} takes {taken} channels, as inpainting models do: give the plain model.")
+
+    @property
+    def architecture(self) -> str:
+        width = self.denoiser.config.cross_attention_dim
+        return {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2"}.get(width, "stable-diffusion")
+
+    @property
+    def size_multiple(self) -> int:
+        """The UNet halves latents between its blocks."""
+        return self.pixels_per_latent * 2 ** (len(self.denoiser.config.block_out_channels) - 1)
+
+    @property
+    def resolution(self) -> int:
+        return int(self.denoiser.config.sample_size) * self.pixels_per_latent
+
+    def tokenize(self, prompts: list[str]) -> Tokens:
+        tokens: Tokens = {}
+        for name, tokenizer in self.tokenizers.items():
+            length = tokenizer.model_max_length
+            for prompt in prompts if not tokens else []:
+                count = len(tokenizer(prompt).input_ids)
+                if count > length:
+                    logger.warning(
+                        "the prompt %r has %d tokens, and only the first %d are read.", prompt, count, length
+                    )
+            text = tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+            tokens[name] = text.input_ids
+        return tokens
+
+    def encode_tokens(self, tokens: Tokens, encoders: Mapping[str, nn.Module]) -> Conditions:
+        return {"prompt_embeds": encoders["text_encoder"](tokens["text_encoder"])[0]}  # (prompts, tokens, dim)
+
+    def noising(self) -> Diffusion:
+        return Diffusion(self.pipeline.scheduler)
+
+    def predict(
+        self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions, time_ids: Tensor
+    ) -> Tensor:
+        embeds = conditions["prompt_embeds"].to(noisy_latents.dtype)
+        return denoiser(noisy_latents, timesteps, embeds, return_dict=False)[0]
+
+    def stand_in(self, batch: int, resolution: int) -> tuple[Tensor, Tensor, Conditions, Tensor]:
+        config, side = self.denoiser.config, resolution // self.pixels_per_latent
+        tokens = self.pipeline.tokenizer.model_max_length
+        conditions = {"prompt_embeds": torch.empty(batch, tokens, config.cross_attention_dim)}
+        latents = torch.empty(batch, config.in_channels, side, side)
+        return latents, torch.empty(batch), conditions, torch.empty(batch, 6)
