@@ -186,9 +186,9 @@ def test_class_pictures_carry_their_own_prompt(config):
     (Path(config["class_data_dir"]) / "a.txt").write_text("a dog in the snow")
     examples = encode_examples(run, CPU)
     assert len(examples.mean) == 3 and len(examples.prior.mean) == 3
-    assert examples.prior.prompts == [[0], [1], [1]] and len(examples.prior.prompt_embeds) == 2
-    assert not torch.equal(examples.prior.prompt_embeds[0], examples.prior.prompt_embeds[1])
-    assert not torch.equal(examples.prior.prompt_embeds[1], examples.prompt_embeds[0])
+    assert examples.prior.prompts == [[0], [1], [1]] and len(examples.prior.conditions["prompt_embeds"]) == 2
+    assert not torch.equal(examples.prior.conditions["prompt_embeds"][0], examples.prior.conditions["prompt_embeds"][1])
+    assert not torch.equal(examples.prior.conditions["prompt_embeds"][1], examples.conditions["prompt_embeds"][0])
 
 
 @pytest.mark.parametrize("text_encoder", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -89,11 +89,11 @@ def predict(unet, text):
 def test_every_method_starts_at_the_base_and_learns(run, name):
     examples = encode_examples(run, torch.device("cpu"))
     pipeline = run.base.pipeline
-    before = predict(pipeline.unet, examples.prompt_embeds)
+    before = predict(pipeline.unet, examples.conditions["prompt_embeds"])
     method = (methods.METHODS | methods.ABLATIONS)[name]
     run.config = dataclasses.replace(run.config, **method.options, class_prompt="a photo of a dog")
     values = method.put_in(run, examples)
-    assert torch.allclose(predict(pipeline.unet, examples.prompt_embeds), before, atol=1e-5)
+    assert torch.allclose(predict(pipeline.unet, examples.conditions["prompt_embeds"]), before, atol=1e-5)
     trainable = [p for p in pipeline.unet.parameters() if p.requires_grad]
     inside = [value for key, value in values.items() if not key.startswith("text_encoder.")]
     assert {id(p) for p in trainable} <= {id(v) for v in inside}  # nothing else moves
@@ -101,7 +101,11 @@ def test_every_method_starts_at_the_base_and_learns(run, name):
         assert not values
         return
     target = torch.zeros_like(before)
-    loss = (pipeline.unet(torch.ones(1, 4, 8, 8), 500, examples.prompt_embeds).sample - target).square().mean()
+    loss = (
+        (pipeline.unet(torch.ones(1, 4, 8, 8), 500, examples.conditions["prompt_embeds"]).sample - target)
+        .square()
+        .mean()
+    )
     loss.backward()
     assert any(value.grad is not None and value.grad.abs().sum() > 0 for value in inside)
 

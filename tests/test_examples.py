@@ -24,7 +24,10 @@ def folder(photo_folder, tmp_path):
 def test_every_caption_is_encoded_once(tiny_run, folder):
     examples = encode_examples(tiny_run(instance_data_dir=str(folder)), CPU)
     assert examples.prompts == [[0, 1], [2], [2]]
-    assert len(examples.prompt_embeds) == len(examples.input_ids[0]) == 3 and examples.dropped is None
+    assert (
+        len(examples.conditions["prompt_embeds"]) == len(examples.tokens["text_encoder"]) == 3
+        and examples.dropped is None
+    )
 
 
 def test_orders_of_tags_and_the_empty_prompt_are_encoded_too(tiny_run, folder):
@@ -32,9 +35,9 @@ def test_orders_of_tags_and_the_empty_prompt_are_encoded_too(tiny_run, folder):
     examples = encode_examples(run, CPU)
     first, *others = examples.prompts
     assert len(first) == 3 and others == [[3], [3]]  # two orders of the tags behind the first, and the plain sentence
-    assert examples.dropped == 4 and len(examples.prompt_embeds) == 5
+    assert examples.dropped == 4 and len(examples.conditions["prompt_embeds"]) == 5
     empty = run.base.pipeline.tokenizer("", padding="max_length", return_tensors="pt").input_ids[0]
-    assert torch.equal(examples.input_ids[0][examples.dropped], empty)
+    assert torch.equal(examples.tokens["text_encoder"][examples.dropped], empty)
 
 
 def test_folders_of_several_counts_are_one_run(tiny_run, photo_folder, tmp_path):
@@ -42,7 +45,7 @@ def test_folders_of_several_counts_are_one_run(tiny_run, photo_folder, tmp_path)
         (tmp_path / "all" / f"{count}_sks dog").mkdir(parents=True, exist_ok=True)
         shutil.copy(photo_folder / f"photo {photo}.png", tmp_path / "all" / f"{count}_sks dog")
     examples = encode_examples(tiny_run(instance_data_dir=str(tmp_path / "all"), instance_prompt=None), CPU)
-    assert examples.repeats == [1, 2, 2] and len(examples.prompt_embeds) == 1
+    assert examples.repeats == [1, 2, 2] and len(examples.conditions["prompt_embeds"]) == 1
 
 
 def test_a_folders_own_name_may_be_the_instance_prompt(tiny_run, photo_folder, tmp_path):

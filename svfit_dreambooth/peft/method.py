@@ -23,7 +23,6 @@ from peft.utils import register_peft_method
 from torch import nn
 
 from svfit_dreambooth.adapter.file import Adapter
-from svfit_dreambooth.bases.families import known_layer_names
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import fingerprint
 from svfit_dreambooth.method.targets import canonical_name
@@ -151,6 +150,8 @@ def adapter_from_peft(
 
 
 def _default_targets(model: nn.Module) -> set[str] | str:
+    from svfit_dreambooth.bases.families import known_layer_names  # diffusers imports PEFT, and with it this file
+
     for projections in known_layer_names().attention:
         parts = {projection.partition(".")[0] for projection in projections}
         if any(all(hasattr(module, part) for part in parts) for module in model.modules()):
