@@ -2,7 +2,9 @@
 
 import io
 import os
+import re
 import secrets
+import unicodedata
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,9 @@ from PIL import Image
 
 from svfit_dreambooth.errors import SVFitError
 
+MAX_NAME = 60  # characters of a name that a person gives
+MAX_NAME_BYTES = 180  # with which the longest ending still fits into the 255 that disks take
+DEVICES = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])(\..*)?", re.IGNORECASE)
 TEMPORARY = ".svfit-*.tmp"  # what a process that was killed while writing leaves
 
 
@@ -48,6 +53,29 @@ def save_png(image: Image.Image, path: str | Path, **options: Any) -> Path:
     content = io.BytesIO()
     image.save(content, format="PNG", **options)
     return write_atomically(path, content.getvalue())
+
+
+def file_name(text: str, what: str = "name") -> str:
+    """`text` as the name of a file on any system: letters, digits, '-', '_' and '.', at most 60 of them.
+
+    `what`: what a message calls it.  Raises SVFitError if nothing is left, or a name that Windows keeps for itself.
+    """
+    name = re.sub(r"[^\w.-]+", "-", unicodedata.normalize("NFC", text.strip())).strip("-.")[:MAX_NAME]
+    while len(name.encode()) > MAX_NAME_BYTES:
+        name = name[:-1]
+    name = name.strip("-.")
+    if not name:
+        raise SVFitError(f"the {what} {text!r} has no letters or digits: give one, such as my-dog.")
+    check_portable(name, what)
+    return name
+
+
+def check_portable(name: str, what: str = "name") -> None:
+    """Raises SVFitError for the name of a file that could not be moved to another system."""
+    if DEVICES.fullmatch(name):
+        raise SVFitError(f"the {what} {name!r} stands for a device on Windows: choose another, such as my-{name}.")
+    if len(name.encode()) > MAX_NAME_BYTES:
+        raise SVFitError(f"the {what} {name!r} is {len(name.encode())} bytes long: at most {MAX_NAME_BYTES} are safe.")
 
 
 def size_text(size: int) -> str:

@@ -10,11 +10,12 @@ import pytest
 from web_stand_ins import until
 
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.files import file_name
 from svfit_dreambooth.web.rooms import library
 from svfit_dreambooth.web.rooms import workspace as workspace_files
 from svfit_dreambooth.web.rooms.jobs import Jobs
 from svfit_dreambooth.web.rooms.queue import Queue
-from svfit_dreambooth.web.rooms.workspace import Workspace, file_name, serve
+from svfit_dreambooth.web.rooms.workspace import Workspace, serve
 
 
 @pytest.mark.parametrize("word", ["", "../../etc", "0" * 31, "G" * 32, "0" * 32 + "/.."])

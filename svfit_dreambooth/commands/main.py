@@ -176,9 +176,10 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _cache(options: argparse.Namespace) -> None:
-    from svfit_dreambooth.method.basis import cached_files, clear_cache, default_cache_dir
+    from svfit_dreambooth.folders import cache_dir
+    from svfit_dreambooth.method.basis import cached_files, clear_cache
 
-    folder = options.basis_cache_dir or default_cache_dir()
+    folder = options.basis_cache_dir or cache_dir()
     if options.clear:
         count, freed = clear_cache(folder)
         print(f"{count} decomposed weights deleted, {freed / 1e6:.1f} MB freed in {folder}")

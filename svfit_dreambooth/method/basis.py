@@ -27,6 +27,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from svfit_dreambooth import folders
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import write_atomically
 from svfit_dreambooth.method.layer import Rank, as_matrix, decompose, resolve_rank
@@ -37,13 +38,6 @@ CACHE_VERSION = "1"
 AT_ONCE = 16  # matrices that are decomposed: SDXL's widest take 0.3 GB each meanwhile
 SAMPLE_SIZE = 32  # weights of each component that the adapter file repeats, for comparison with a bfloat16 copy
 BF16_TOLERANCE = 2**-8  # relative rounding error of a bfloat16 value, with a margin of two
-
-
-def default_cache_dir() -> Path:
-    """$SVFIT_CACHE, or `svfit_dreambooth` under the user's cache folder."""
-    if "SVFIT_CACHE" in os.environ:
-        return Path(os.environ["SVFIT_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "svfit_dreambooth"
 
 
 def canonical_weight(weight: Tensor) -> Tensor:
@@ -176,11 +170,11 @@ def model_basis(
 
     `weights`: name -> (out, in), or (out, in, h, w) of a convolution.  `rank`, `energy`: see `svfit.resolve_rank`;
     a mapping gives every layer its own, and with tensors of positions (r,) not the leading directions but those.
-    `hashes`: as in `fingerprint`.  What is missing in `cache_dir` (None: `default_cache_dir()`) is decomposed, one
+    `hashes`: as in `fingerprint`.  What is missing in `cache_dir` (None: `folders.cache_dir()`) is decomposed, one
     weight on each core, with a progress bar, and put there.  A layer whose directions rounding decides is named in
     a warning.
     """
-    folder = Path(cache_dir or default_cache_dir()) / "basis"
+    folder = Path(cache_dir or folders.cache_dir()) / "basis"
     hashes = hashes or {}
     paths = {
         name: folder / f"{hashes.get(name) or weight_hash(weight)}.safetensors" for name, weight in weights.items()
@@ -263,7 +257,7 @@ def _write(path: Path, directions: Directions) -> None:
 
 def cached_files(cache_dir: Path | None = None) -> list[tuple[Path, int]]:
     """The files of the cache with their sizes in bytes."""
-    folder = (cache_dir or default_cache_dir()) / "basis"
+    folder = (cache_dir or folders.cache_dir()) / "basis"
     return [(path, path.stat().st_size) for path in sorted(folder.glob("*.safetensors"))]
 
 

@@ -17,6 +17,7 @@ from svfit_dreambooth.bases.devices import available_memory, default_device
 from svfit_dreambooth.bases.names import DEFAULT_BASE, DEFAULT_SUBJECT, TOYBOX_SUBJECTS, subject_kind
 from svfit_dreambooth.bases.opening import BaseModel, check_base_model, open_base_model
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.files import check_portable
 from svfit_dreambooth.method.basis import weight_hashes
 from svfit_dreambooth.method.layer import as_matrix, resolve_rank
 from svfit_dreambooth.method.word import word_pieces
@@ -131,6 +132,7 @@ def prepare(config: TrainConfig, *, local_files_only: bool = False) -> Run:
     adapter_name = config.adapter_name or _file_name(Path(str(config.instance_data_dir)).resolve().name)
     if adapter_name != _file_name(adapter_name):
         raise SVFitError(f"adapter_name {adapter_name!r} is no file name: use letters, digits, '-', '_' and '.'.")
+    check_portable(adapter_name, "adapter_name")
     config = dataclasses.replace(config, adapter_name=adapter_name)
     _check_output(config)
     if not config.dry_run:

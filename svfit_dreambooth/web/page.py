@@ -1,6 +1,7 @@
 """The page: its three tabs wired together, and the command that serves it."""
 
 import argparse
+import importlib.util
 import os
 import sys
 import threading
@@ -10,8 +11,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.folders import data_dir
 from svfit_dreambooth.web.door import Door, Hosts, RememberBrowser, before
-from svfit_dreambooth.web.rooms.workspace import Workspace, default_data_dir
+from svfit_dreambooth.web.rooms.workspace import Workspace
 
 PORT = 7860
 ADDRESS = "127.0.0.1"
@@ -23,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """`python app.py`: returns the exit code."""
     options = _parser().parse_args(arguments)
     try:
+        if importlib.util.find_spec("gradio") is None:
+            raise SVFitError('the page needs Gradio, which is not installed: pip install "svfit-dreambooth[web]".')
         serve_page(options)
     except SVFitError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -33,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="app.py", description="A page to train, generate and share adapters.")
+    parser = argparse.ArgumentParser(description="A page to train, generate and share adapters.")
     parser.add_argument("--adapter", action="append", default=[], type=Path, metavar="FILE", help="open with it loaded; may be repeated")  # fmt: skip
     parser.add_argument("--base", action="append", default=[], metavar="BASE", help="offer a folder, file or hub id as base model; may be repeated")  # fmt: skip
     parser.add_argument("--data_dir", type=Path, help="folder of runs, adapters and pictures; default: $SVFIT_HOME or the user's data folder")  # fmt: skip
@@ -59,7 +63,7 @@ def serve_page(options: argparse.Namespace) -> None:
             file=sys.stderr,
         )
     hosts = Hosts(options.listen or ADDRESS, options.allow_host)
-    folder = (options.data_dir or default_data_dir()).expanduser().resolve()
+    folder = (options.data_dir or data_dir()).expanduser().resolve()
     workspace = Workspace(folder, shared=not public and not accounts)
     try:
         for place in (workspace.models, workspace.jobs, workspace.served):

@@ -19,6 +19,7 @@ import yaml
 from filelock import FileLock
 
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.files import file_name
 from svfit_dreambooth.training.config import TrainConfig
 from svfit_dreambooth.training.events import End, Start
 from svfit_dreambooth.training.journal import RunFolder
@@ -28,7 +29,7 @@ from svfit_dreambooth.web.rooms.laid_out import photo_files
 from svfit_dreambooth.web.rooms.launch import complaint, log_end
 from svfit_dreambooth.web.rooms.processes import ask_to_stop, is_running
 from svfit_dreambooth.web.rooms.turns import in_turn
-from svfit_dreambooth.web.rooms.workspace import Visitor, Workspace, file_name, library_of
+from svfit_dreambooth.web.rooms.workspace import Visitor, Workspace, library_of
 
 MAX_QUEUED = 20  # runs that may wait on a computer's own page
 MAX_QUEUED_EACH = 5  # of one person, where strangers share it
@@ -205,7 +206,8 @@ class Jobs:
 
     def in_turn(self) -> list[Job]:
         """The waiting runs of everybody, in the order in which they will start."""
-        jobs, served = self.all(), {}
+        jobs = self.all()
+        served: dict[str, float] = {}
         for job in jobs:
             if job.started:
                 served[job.person] = max(job.started_at, served.get(job.person, 0.0))

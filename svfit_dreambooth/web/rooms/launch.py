@@ -9,8 +9,7 @@ from pathlib import Path
 import svfit_dreambooth
 
 COMMAND = ("-P", "-m", "svfit_dreambooth.commands.train")
-# a Ctrl-C for the server is none for the run; on Windows the run can then be asked to stop, by Ctrl-Break
-GROUP = {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0), "start_new_session": os.name == "posix"}
+GROUP = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # of Windows, which a Ctrl-Break then reaches alone
 
 
 def launch(folder: Path, device: str, *, resume: bool = False, offline: bool = False) -> subprocess.Popen[bytes]:
@@ -37,7 +36,8 @@ def launch(folder: Path, device: str, *, resume: bool = False, offline: bool = F
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            **GROUP,
+            start_new_session=True,  # a Ctrl-C for the server is none for the run
+            creationflags=GROUP,
         )
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.files import save_png, write_atomically
-from svfit_dreambooth.web.rooms.workspace import MAX_ADAPTER_BYTES, file_name, place
+from svfit_dreambooth.files import file_name, save_png, write_atomically
+from svfit_dreambooth.web.rooms.workspace import MAX_ADAPTER_BYTES, place
 
 if TYPE_CHECKING:  # the page opens before torch is imported
     from svfit_dreambooth.adapter.file import Adapter

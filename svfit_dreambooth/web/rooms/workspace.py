@@ -19,17 +19,8 @@ from svfit_dreambooth.errors import SVFitError
 
 MAX_ADAPTER_BYTES = 64 * 2**20  # Stable Diffusion XL at full rank in float32 needs 2 MB
 SERVED_SECONDS = 7 * 24 * 3600  # for which the web server hands out what nobody asks for again
-MAX_NAME = 60  # characters of a name that a person gives
 COOKIE = "svfit_visitor"  # in which a browser keeps its word
 WORD = re.compile(r"[0-9a-f]{32}")
-
-
-def default_data_dir() -> Path:
-    """$SVFIT_HOME, else the user's data folder."""
-    if home := os.environ.get("SVFIT_HOME"):
-        return Path(home)
-    base = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
-    return Path(base) / "svfit-dreambooth"
 
 
 @dataclass(frozen=True)
@@ -118,19 +109,11 @@ def network(client: tuple[str, int] | None) -> str:
     return str(getattr(address, "ipv4_mapped", None) or address)
 
 
-def file_name(text: str, kind: str = "name") -> str:
-    """`text` as the name of a file: letters, digits, '-', '_' and '.'.  Raises SVFitError if nothing is left."""
-    name = re.sub(r"[^\w.-]+", "-", text.strip()).strip("-.")[:MAX_NAME].strip("-.")
-    if not name:
-        raise SVFitError(f"the {kind} {text!r} has no letters or digits: give one, such as my-dog.")
-    return name
-
-
 def serve(workspace: Workspace, path: Path, name: str | None = None) -> str:
     """A copy of `path` (a link where the disk can) that the web server may hand out, called `name`."""
     stat = path.stat()
     key = f"{secret(workspace)} {path} {stat.st_mtime_ns} {stat.st_size}"
-    target = workspace.served / hashlib.sha256(key.encode()).hexdigest() / (name or path.name)
+    target = workspace.served / hashlib.sha256(key.encode()).hexdigest()[:32] / (name or path.name)
     if target.exists():
         # changes nothing but its ctime, which tells `empty_served` that it was asked for
         with suppress(OSError):  # not ours to change on some disks
@@ -148,7 +131,7 @@ def serve(workspace: Workspace, path: Path, name: str | None = None) -> str:
 
 def place_to_serve(workspace: Workspace, name: str) -> Path:
     """Where a file called `name` may be written for the web server to hand out, and for nothing else."""
-    folder = workspace.served / secrets.token_hex(32)
+    folder = workspace.served / secrets.token_hex(16)
     folder.mkdir(parents=True)
     return folder / name
 

@@ -8,9 +8,9 @@ from typing import Any
 import gradio as gr
 
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.files import file_name
 from svfit_dreambooth.web.rooms import library
 from svfit_dreambooth.web.rooms.app import App
-from svfit_dreambooth.web.rooms.workspace import file_name
 from svfit_dreambooth.web.tabs.cards import card
 from svfit_dreambooth.web.tabs.export import build_export
 from svfit_dreambooth.web.tabs.generate import OPEN, PRIVATE, GenerateTab
