@@ -5,13 +5,12 @@ from pathlib import Path
 
 from PIL import Image
 
-import toybox
+from svfit_dreambooth.bases.names import TOYBOX_SUBJECTS
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import save_png
 from svfit_dreambooth.photos.masks import masked_stem
 from svfit_dreambooth.photos.reading import Photo, open_mask, open_photo, photo_report
 
-SUBJECTS = Path(toybox.__file__).parent / "subjects"  # the photos that come with toybox
 BUNDLED = ".bundled"  # file beside the photos: the toy whose photos, untouched, they are
 MAX_PHOTOS = 100
 MAX_PHOTO_BYTES = 50 * 2**20
@@ -86,13 +85,13 @@ def remove_photos(folder: Path) -> None:
 
 def bundled_subjects() -> list[str]:
     """Names of the toys whose photos come with toybox."""
-    return sorted(path.name for path in SUBJECTS.glob("*") if re.fullmatch(r"\w+", path.name))
+    return sorted(path.name for path in TOYBOX_SUBJECTS.glob("*") if re.fullmatch(r"\w+", path.name))
 
 
 def take_bundled(folder: Path, subject: str) -> None:
     """The photos of a toy, in place of what was there."""
     remove_photos(folder)
-    add_photos(folder, sorted((SUBJECTS / subject).glob("*.png")))
+    add_photos(folder, sorted((TOYBOX_SUBJECTS / subject).glob("*.png")))
     (folder / BUNDLED).write_text(subject, encoding="utf-8")
 
 

@@ -9,14 +9,13 @@ from typing import Any
 
 import gradio as gr
 
-from svfit_dreambooth.bases.names import TOYBOX
+from svfit_dreambooth.bases.names import TOYBOX, TOYBOX_SUBJECTS
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import write_atomically
 from svfit_dreambooth.training.config import TrainConfig
 from svfit_dreambooth.web.rooms.app import App
 from svfit_dreambooth.web.rooms.bases import FOR_PHOTOS
 from svfit_dreambooth.web.rooms.laid_out import (
-    SUBJECTS,
     add_photos,
     bundled,
     bundled_subjects,
@@ -168,7 +167,7 @@ class Draft:
             del options["class_prompt"]
         subject = bundled(photos)
         if subject is not None and place == TOYBOX:
-            options["instance_data_dir"] = str(SUBJECTS / subject)  # so that the run's judge knows the toy
+            options["instance_data_dir"] = str(TOYBOX_SUBJECTS / subject)  # so that the run's judge knows the toy
         given = {n: value for n, value in options.items() if n in NAMES and value is not None and value != ""}
         return {name: value for name, value in given.items() if value is not False}  # 0 is an answer, False is none
 
