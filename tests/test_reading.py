@@ -2,12 +2,14 @@
 
 import io
 import logging
+import os
 import shutil
 
 import pytest
 from pictures import jpeg_bytes, picture
 
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.photos.crops import crop_photo
 from svfit_dreambooth.photos.reading import find_photos, open_photo, photo_report
 
 BROKEN = {
@@ -102,3 +104,14 @@ def test_report(tmp_path):
         "3 photos, 200x100 pixels",
         "captions: 3 of 3",
     ]
+
+
+def test_names_in_another_encoding_are_photos_like_others(tmp_path):
+    name = os.fsdecode(b"h\xfcnd.png")
+    try:
+        picture(20, 10).save(tmp_path / name, "PNG")
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    (photo,) = find_photos(tmp_path)
+    assert photo.path.name == name and name in "\n".join(photo_report([photo], 64))
+    assert len(crop_photo(open_photo(photo.path), (8, 8), crops=3, index=name).pixel_values) > 1

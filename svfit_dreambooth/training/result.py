@@ -190,5 +190,7 @@ def at_the_end(result: TrainResult) -> dict[str, Any]:
     showing = result.showing
     if showing is None:
         return {}
-    figures = showing.figures and {name: scores.known() for name, scores in showing.figures.items()}
+    figures = None
+    if showing.figures is not None:
+        figures = {name: scores.known() for name, scores in showing.figures.items()}
     return {"sheet": showing.sheet.name, "figures": figures}
