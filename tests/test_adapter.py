@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from svfit_dreambooth.adapter.file import Adapter, describe_adapter, read_adapter, save_adapter
+from svfit_dreambooth.adapter.describe import describe_adapter
+from svfit_dreambooth.adapter.file import Adapter, read_adapter, save_adapter
 from svfit_dreambooth.errors import SVFitError
 
 FINGERPRINT = {"unet": {"sha256": "ab" * 32, "sample": [0.25, -1.5]}}

@@ -10,7 +10,8 @@ from safetensors import safe_open
 from test_adapter_checks import refuses, write_with
 
 from svfit_dreambooth import TrainConfig, load_adapter, read_adapter, save_adapter, train
-from svfit_dreambooth.adapter.file import Adapter, describe_adapter
+from svfit_dreambooth.adapter.describe import describe_adapter
+from svfit_dreambooth.adapter.file import Adapter
 from svfit_dreambooth.bases.families import apply_svfit, find_projections
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import model_basis

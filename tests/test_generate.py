@@ -13,9 +13,10 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 
 from svfit_dreambooth import TrainConfig, read_adapter, save_adapter, train
+from svfit_dreambooth.adapter.source import distinct_names, split_strength
 from svfit_dreambooth.commands.main import main, main_train
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.painting.generate import distinct_names, generate, open_for_adapters, split_strength
+from svfit_dreambooth.painting.generate import generate, open_for_adapters
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -15,9 +15,12 @@ from huggingface_hub.errors import LocalEntryNotFoundError, LocalTokenNotFoundEr
 from huggingface_hub.hf_api import ModelInfo
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import save_file
 
 from svfit_dreambooth import load_adapter, save_adapter
+from svfit_dreambooth.adapter import source
 from svfit_dreambooth.adapter.file import Adapter
+from svfit_dreambooth.adapter.source import find_adapter
 from svfit_dreambooth.adapter.words import LearnedWord
 from svfit_dreambooth.bases.families import find_projections
 from svfit_dreambooth.commands.main import main
@@ -25,7 +28,7 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import fingerprint
 from svfit_dreambooth.painting.generate import open_for_adapters
 from svfit_dreambooth.sharing import hub
-from svfit_dreambooth.sharing.hub import check_login, find_adapter, push_adapter
+from svfit_dreambooth.sharing.hub import check_login, push_adapter
 from svfit_dreambooth.sharing.model_card import model_card
 from svfit_dreambooth.training.events import Start
 from svfit_dreambooth.training.journal import RunFolder
@@ -84,7 +87,8 @@ class Hub:
 @pytest.fixture
 def stub(tmp_path, monkeypatch):
     stub = Hub(tmp_path / "hub")
-    monkeypatch.setattr(hub, "HfApi", lambda: stub.api)
+    for module in (hub, source):
+        monkeypatch.setattr(module, "HfApi", lambda: stub.api)
     return stub
 
 
@@ -144,8 +148,9 @@ def test_push_and_load_again(stub, run):
         open_for_adapters([("somebody/my-dog", 1.0)])  # found, read, and its base not downloaded unasked
 
 
-def test_the_card_tells_what_the_run_knows(stub, run):
-    head, body = front_matter(push_adapter(run, "somebody/my-dog", dry_run=True).card)
+def test_the_card_tells_what_the_run_knows(stub, run, capsys):
+    assert main(["push", str(run), "somebody/my-dog", "--dry_run"]) == 0
+    head, body = front_matter(capsys.readouterr().out.partition("somebody/my-dog: would be")[0])
     assert not stub.was_called() and not stub.folder.exists()
     assert head["base_model"] == "stable-diffusion-v1-5/stable-diffusion-v1-5"
     assert head["license"] == "creativeml-openrail-m" and head["instance_prompt"] == 'a photo of sks "dog": <b>'
@@ -207,10 +212,11 @@ def test_the_command(stub, run, capsys):
     assert "is neither the folder of a run nor an adapter file" in capsys.readouterr().err
 
 
-def test_a_run_is_pushed_by_what_it_noted_whatever_lies_beside(stub, run):
-    shutil.copy(run / "dog.safetensors", run / "dog-kohya.safetensors")
+def test_a_run_is_pushed_by_what_it_noted_whatever_lies_beside(stub, run, capsys):
+    shutil.copy(run / "dog.safetensors", run / "older.safetensors")
     RunFolder(run).note(Start(adapter_name="dog"))
-    assert set(push_adapter(run, dry_run=True).files) >= {"dog.safetensors", "README.md"}
+    assert main(["push", str(run), "--dry_run"]) == 0
+    assert "  dog.safetensors, " in capsys.readouterr().out
 
 
 def test_a_folder_must_hold_one_adapter(stub, run):
@@ -221,9 +227,18 @@ def test_a_folder_must_hold_one_adapter(stub, run):
         push_adapter(stub.folder.parent)
 
 
-def test_figures_of_another_run_are_left_out(stub, run):
+def test_what_was_made_of_an_adapter_may_lie_beside_it(stub, run):
+    """As after a training with `also`: a LoRA, and the leavings of a killed run."""
+    save_file({"lora_unet_x.lora_down.weight": torch.ones(1, 2)}, run / "dog-kohya.safetensors")
+    shutil.copy(run / "dog.safetensors", run / ".dog.new.safetensors")
+    (run / "broken.safetensors").write_bytes(b"x" * 100)
+    assert set(push_adapter(run, "somebody/my-dog").files) == {"README.md", "dog.png", "dog.safetensors"}
+
+
+def test_figures_of_another_run_are_left_out(stub, run, capsys):
     os.rename(run / "dog.safetensors", run / "cat.safetensors")
-    assert "## Figures" not in push_adapter(run, dry_run=True).card
+    assert main(["push", str(run), "--dry_run"]) == 0
+    assert "## Training" in (out := capsys.readouterr().out) and "## Figures" not in out
 
 
 @pytest.mark.parametrize(

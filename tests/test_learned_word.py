@@ -12,7 +12,8 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from svfit_dreambooth import TrainConfig, load_adapter, read_adapter, save_adapter, set_adapters, train, unload_adapter
-from svfit_dreambooth.adapter.file import Adapter, describe_adapter
+from svfit_dreambooth.adapter.describe import describe_adapter
+from svfit_dreambooth.adapter.file import Adapter
 from svfit_dreambooth.adapter.words import LearnedWord, word_key
 from svfit_dreambooth.bases.families import family_of
 from svfit_dreambooth.errors import SVFitError

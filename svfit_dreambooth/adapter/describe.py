@@ -1,14 +1,11 @@
-"""What files say about themselves to other programs: ModelSpec fields, kohya's `ss_*`, licence, thumbnail, hashes.
+"""What adapter files say about themselves: what is in them, ModelSpec fields, licence, thumbnail.
 
-ModelSpec: https://github.com/Stability-AI/ModelSpec.  `ss_*` are the fields of sd-scripts that generators show or tell
-the base by; only those are written that we know.
+ModelSpec: https://github.com/Stability-AI/ModelSpec.
 """
 
 import base64
 import io
-import json
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,38 +14,21 @@ from PIL import Image, ImageOps
 from safetensors import safe_open
 
 from svfit_dreambooth.adapter.checks import SUFFIX
-from svfit_dreambooth.adapter.file import Adapter, read_adapter, save_adapter
-from svfit_dreambooth.bases.opening import BaseModel
+from svfit_dreambooth.adapter.file import Adapter, read_adapter, save_adapter, stored_values
+from svfit_dreambooth.adapter.licences import OF_THE_BASE, of_family
 from svfit_dreambooth.errors import SVFitError
 
 THUMBNAIL_SIDE = 256  # pixels, as ModelSpec recommends
 MAX_THUMBNAIL_BYTES = 1_000_000
 TEXT_FIELDS = ("title", "author", "description", "license", "tags", "usage_hint")  # what people may fill in
 
-OF_THE_BASE = "as the base model's"  # how the licence begins that files get by themselves
-LICENCES = {  # beginning of modelspec's architecture -> the licence that the family's original weights are under
-    "toybox": "Apache-2.0",
-    "stable-diffusion-v1": "CreativeML OpenRAIL-M",
-    "stable-diffusion-v2": "CreativeML OpenRAIL++-M",
-    "stable-diffusion-xl": "CreativeML OpenRAIL++-M",
-}
-KOHYA_VERSIONS = {  # beginning of modelspec's architecture -> ss_base_model_version
-    "stable-diffusion-v1": "sd_v1",
-    "stable-diffusion-v2": "sd_v2",
-    "stable-diffusion-xl": "sdxl_base_v1-0",
-}
-
-
-def _of_family(table: dict[str, str], architecture: str) -> str | None:
-    return next((value for key, value in table.items() if architecture.startswith(key)), None)
-
 
 def licence_note(adapter: Adapter) -> str:
     """The licence that whoever shares the adapter, or what is made of it, has to mind."""
     if "modelspec.license" in adapter.metadata:
         return adapter.metadata["modelspec.license"]
-    known = _of_family(LICENCES, adapter.architecture)
-    return f"{OF_THE_BASE}, {known}" if known else f"{OF_THE_BASE} ({adapter.base_model})"
+    known = of_family(adapter.architecture)
+    return f"{OF_THE_BASE}, {known.name}" if known else f"{OF_THE_BASE} ({adapter.base_model})"
 
 
 def prediction_type(scheduler_config: Any) -> str:
@@ -56,13 +36,16 @@ def prediction_type(scheduler_config: Any) -> str:
     return "v" if scheduler_config.get("prediction_type") == "v_prediction" else "epsilon"
 
 
-def base_metadata(base: BaseModel) -> dict[str, str]:
-    """ModelSpec fields that an adapter, and what is made of it, takes over from `base`: for `Adapter.metadata`."""
-    known = _of_family(LICENCES, base.architecture)
+def base_metadata(architecture: str, resolution: int, scheduler_config: Any) -> dict[str, str]:
+    """ModelSpec fields that an adapter, and what is made of it, takes over from its base: for `Adapter.metadata`.
+
+    `architecture`: ModelSpec's word.  `resolution`: pixels of a side.
+    """
+    known = of_family(architecture)
     return {
-        "modelspec.resolution": f"{base.resolution}x{base.resolution}",
-        "modelspec.prediction_type": prediction_type(base.pipeline.scheduler.config),
-        **({"modelspec.license": f"{OF_THE_BASE}, {known}"} if known else {}),
+        "modelspec.resolution": f"{resolution}x{resolution}",
+        "modelspec.prediction_type": prediction_type(scheduler_config),
+        **({"modelspec.license": f"{OF_THE_BASE}, {known.name}"} if known else {}),
     }
 
 
@@ -120,72 +103,54 @@ def stored_dtype(path: str | Path) -> torch.dtype:
     return torch.float16 if types == {"F16"} else torch.float32
 
 
-def lora_metadata(
-    adapter: Adapter,
-    *,
-    title: str,
-    scale: float,
-    ranks: dict[str, int],
-    alpha: float,
-    error: float,
-    base: BaseModel,
-) -> dict[str, str]:
-    """The header of a LoRA made from `adapter` at the strength `scale`, without hashes; all values are text.
+def describe_adapter(adapter: Adapter, path: str | Path | None = None) -> dict[str, Any]:
+    """What an adapter holds, as plain data for printing or JSON.
 
-    `ranks`: layer -> rank.  `error`: share of the adapter's change that is left out.
+    "components", "blocks" and "total" give projections, values, rank_min, rank_max and strength: the root mean square
+    of the shifts, in units of the base's singular values.  With `path`, "file_bytes" too.
     """
-    architecture, prediction = adapter.architecture, prediction_type(base.pipeline.scheduler.config)
-    if architecture == "stable-diffusion-v2":
-        architecture += "-768-v" if prediction == "v" else "-512"
-    metadata = {key: value for key, value in adapter.metadata.items() if key.startswith("modelspec.")}
-    metadata |= base_metadata(base) | {
-        "format": "pt",
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{architecture}/lora",
-        "modelspec.implementation": "diffusers",
-        "modelspec.title": title,
-        "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "modelspec.license": licence_note(adapter),
-        "ss_output_name": title,
-        "ss_sd_model_name": adapter.base_model,
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(max(ranks.values())),
-        "ss_network_alpha": f"{alpha:g}",
-        "svfit_source": json.dumps(
-            {
-                "base_model": adapter.base_model,
-                "payload_sha256": adapter.metadata.get("payload_sha256"),
-                "scale": scale,
-                "left_out": round(error, 6),
-            }
-        ),
+    by_component: dict[str, list[torch.Tensor]] = {}
+    by_block: dict[str, list[torch.Tensor]] = {}
+    for name in sorted(adapter.shifts, key=_natural):
+        by_component.setdefault(name.partition(".")[0], []).append(adapter.shifts[name])
+        by_block.setdefault(block_name(name), []).append(adapter.shifts[name])
+    description: dict[str, Any] = {
+        "title": adapter.title,
+        "base_model": adapter.base_model,
+        "instance_prompt": adapter.instance_prompt,
+        "class_prompt": adapter.class_prompt,
+        "training": dict(adapter.training),
+        "learned_words": [word.word for word in adapter.learned_words],
+        "components": {name: _summary(shifts) for name, shifts in by_component.items()},
+        "blocks": {name: _summary(shifts) for name, shifts in by_block.items()},
+        "total": _summary(list(adapter.shifts.values())),
     }
-    metadata.pop("modelspec.hash_sha256", None)  # of the adapter, not of this file
-    version = _of_family(KOHYA_VERSIONS, architecture)
-    if version is not None:
-        v = version == "sd_v2" and prediction == "v"
-        metadata |= {"ss_base_model_version": version + ("_v" if v else ""), "ss_v2": str(version == "sd_v2")}
-    training = adapter.training
-    for key, ours in (
-        ("ss_steps", "steps"),
-        ("ss_num_train_images", "photos"),
-        ("ss_learning_rate", "learning_rate"),
-        ("ss_seed", "seed"),
-    ):
-        if training.get(ours) is not None:
-            metadata[key] = str(training[ours])
-    if training.get("resolution") is not None:
-        metadata["ss_resolution"] = f"({training['resolution']}, {training['resolution']})"
-    if adapter.instance_prompt:
-        count = training.get("photos", 1)
-        metadata |= {
-            "modelspec.trigger_phrase": adapter.instance_prompt,
-            "ss_tag_frequency": json.dumps({"photos": {adapter.instance_prompt: count}}, ensure_ascii=False),
-        }
-        metadata.setdefault("modelspec.usage_hint", f"Write {adapter.instance_prompt!r} for the subject.")
-    return metadata
+    if path is not None:
+        description["file_bytes"] = Path(path).stat().st_size
+    return description
 
 
-def hashes(payload_sha256: str) -> dict[str, str]:
-    """The fields that name the hash of a file's tensor bytes, given in hexadecimal."""
-    return {"modelspec.hash_sha256": "0x" + payload_sha256, "sshs_model_hash": payload_sha256}
+def _summary(shifts: list[torch.Tensor]) -> dict[str, int | float]:
+    ranks = [stored_values(shift) for shift in shifts] or [0]
+    squares = sum(shift.double().square().sum().item() for shift in shifts)
+    return {
+        "projections": len(shifts),
+        "values": sum(ranks),
+        "rank_min": min(ranks),
+        "rank_max": max(ranks),
+        "strength": (squares / max(sum(ranks), 1)) ** 0.5,
+    }
+
+
+def block_name(name: str) -> str:
+    """'unet.down_blocks.0.attentions.1...' -> 'unet down_blocks.0'; a block without number keeps its plain name."""
+    component, *parts = name.split(".")
+    first_number = next((i for i, part in enumerate(parts) if part.isdecimal()), 0)
+    if first_number == 0 or parts[0].endswith("block"):
+        return f"{component} {parts[0]}"
+    return f"{component} {parts[first_number - 1]}.{parts[first_number]}"
+
+
+def _natural(name: str) -> str:
+    """Sorts layers.2 before layers.10."""
+    return re.sub(r"[0-9]+", lambda number: number[0].zfill(9), name)

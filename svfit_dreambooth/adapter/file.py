@@ -1,4 +1,4 @@
-"""The adapter file: write, read, check, describe.  The format itself is specified in docs/adapter-format.md.
+"""The adapter file: write, read, check.  The format itself is specified in docs/adapter-format.md.
 
 An adapter is one short vector a projection: `shift`, shape (rank,), along the base model's own singular directions
 (`W' = W + U diag(shift) Vh`, Sun et al. 2024, arXiv 2409.05926).  This room knows files, not models.
@@ -63,7 +63,7 @@ class Adapter:
     @property
     def ranks(self) -> dict[str, int]:
         """Projection name -> number of values that its file holds."""
-        return {name: len(_compact(shift)[0]) for name, shift in self.shifts.items()}
+        return {name: stored_values(shift) for name, shift in self.shifts.items()}
 
     @property
     def components(self) -> list[str]:
@@ -147,6 +147,11 @@ def _compact(shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     if len(positions) == 0 or sparse >= 2 * len(shift):
         return shift, None
     return shift[positions.long()].contiguous(), positions
+
+
+def stored_values(shift: torch.Tensor) -> int:
+    """How many values a file holds of `shift` (r,)."""
+    return len(_compact(shift)[0])
 
 
 def _payload_sha256(tensors: dict[str, torch.Tensor]) -> str:
@@ -262,57 +267,11 @@ def read_adapter(path: str | Path) -> Adapter:
     )
 
 
-# ---------------------------------------------------------------- describing
-
-
-def describe_adapter(adapter: Adapter, path: str | Path | None = None) -> dict[str, Any]:
-    """What an adapter holds, as plain data for printing or JSON.
-
-    "components", "blocks" and "total" give projections, values, rank_min, rank_max and strength: the root mean square
-    of the shifts, in units of the base's singular values.  With `path`, "file_bytes" too.
-    """
-    by_component: dict[str, list[torch.Tensor]] = {}
-    by_block: dict[str, list[torch.Tensor]] = {}
-    for name in sorted(adapter.shifts, key=_natural):
-        by_component.setdefault(name.partition(".")[0], []).append(adapter.shifts[name])
-        by_block.setdefault(block_name(name), []).append(adapter.shifts[name])
-    description: dict[str, Any] = {
-        "title": adapter.title,
-        "base_model": adapter.base_model,
-        "instance_prompt": adapter.instance_prompt,
-        "class_prompt": adapter.class_prompt,
-        "training": dict(adapter.training),
-        "learned_words": [word.word for word in adapter.learned_words],
-        "components": {name: _summary(shifts) for name, shifts in by_component.items()},
-        "blocks": {name: _summary(shifts) for name, shifts in by_block.items()},
-        "total": _summary(list(adapter.shifts.values())),
-    }
-    if path is not None:
-        description["file_bytes"] = Path(path).stat().st_size
-    return description
-
-
-def _summary(shifts: list[torch.Tensor]) -> dict[str, int | float]:
-    ranks = [len(_compact(shift)[0]) for shift in shifts] or [0]
-    squares = sum(shift.double().square().sum().item() for shift in shifts)
-    return {
-        "projections": len(shifts),
-        "values": sum(ranks),
-        "rank_min": min(ranks),
-        "rank_max": max(ranks),
-        "strength": (squares / max(sum(ranks), 1)) ** 0.5,
-    }
-
-
-def block_name(name: str) -> str:
-    """'unet.down_blocks.0.attentions.1...' -> 'unet down_blocks.0'; a block without number keeps its plain name."""
-    component, *parts = name.split(".")
-    first_number = next((i for i, part in enumerate(parts) if part.isdecimal()), 0)
-    if first_number == 0 or parts[0].endswith("block"):
-        return f"{component} {parts[0]}"
-    return f"{component} {parts[first_number - 1]}.{parts[first_number]}"
-
-
-def _natural(name: str) -> str:
-    """Sorts layers.2 before layers.10."""
-    return re.sub(r"[0-9]+", lambda number: number[0].zfill(9), name)
+def is_adapter(path: str | Path) -> bool:
+    """Whether the header at `path` says that it is an SVFit adapter; never raises, and reads nothing else."""
+    try:
+        check_container(Path(path))
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (SVFitError, SafetensorError, OSError, ValueError):
+        return False

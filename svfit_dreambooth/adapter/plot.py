@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from svfit_dreambooth.adapter.file import Adapter, block_name, describe_adapter
+from svfit_dreambooth.adapter.describe import block_name, describe_adapter
+from svfit_dreambooth.adapter.file import Adapter
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import write_atomically
 from svfit_dreambooth.method.layer import decompose, resolve_rank

@@ -35,11 +35,12 @@ def add_evaluate(commands: Any) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from svfit_dreambooth.adapter.source import split_strength
     from svfit_dreambooth.bases.devices import DTYPES
     from svfit_dreambooth.evaluation.features import open_features
     from svfit_dreambooth.evaluation.protocol import read_templates
     from svfit_dreambooth.evaluation.scoring import Candidate, adapter_files, evaluate_adapters, table
-    from svfit_dreambooth.painting.generate import open_for_adapters, split_strength
+    from svfit_dreambooth.painting.generate import open_for_adapters
 
     if options.num_images < 1:
         raise SVFitError(f"--num_images is {options.num_images}, but must be 1 or more.")

@@ -53,8 +53,8 @@ def _export(options: argparse.Namespace) -> None:
     import torch
 
     from svfit_dreambooth.adapter.file import read_adapter
+    from svfit_dreambooth.adapter.source import split_strength
     from svfit_dreambooth.files import size_text
-    from svfit_dreambooth.painting.generate import split_strength
     from svfit_dreambooth.sharing.export import export_lora
     from svfit_dreambooth.sharing.merged_model import export_merged, merged_bytes
 
@@ -105,7 +105,7 @@ def _combine(options: argparse.Namespace) -> None:
     import torch
 
     from svfit_dreambooth.adapter.file import read_adapter, save_adapter
-    from svfit_dreambooth.painting.generate import split_strength
+    from svfit_dreambooth.adapter.source import split_strength
     from svfit_dreambooth.sharing.combine import combine_adapters
 
     named = [split_strength(text) for text in options.adapters]

@@ -44,7 +44,8 @@ def _inspect(options: argparse.Namespace) -> None:
             raise SVFitError(f"{options.adapter} is a LoRA, --plot draws adapters: name the adapter that it came from.")
         _inspect_lora(options)
         return
-    from svfit_dreambooth.adapter.file import describe_adapter, read_adapter
+    from svfit_dreambooth.adapter.describe import describe_adapter
+    from svfit_dreambooth.adapter.file import read_adapter
 
     adapter = read_adapter(options.adapter)
     description = describe_adapter(adapter, options.adapter)

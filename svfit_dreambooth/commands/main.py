@@ -141,8 +141,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _generate(options: argparse.Namespace) -> None:
+    from svfit_dreambooth.adapter.source import split_strength
     from svfit_dreambooth.bases.devices import DTYPES
-    from svfit_dreambooth.painting.generate import generate, open_for_adapters, split_strength
+    from svfit_dreambooth.painting.generate import generate, open_for_adapters
     from svfit_dreambooth.painting.picture import free_path, save_picture
 
     adapters = [split_strength(text) for text in options.adapter]

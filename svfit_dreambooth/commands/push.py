@@ -1,6 +1,7 @@
 """`python -m svfit_dreambooth push`: parses and prints."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,16 @@ def add_push(commands: Any) -> None:
 
 
 def _push(options: argparse.Namespace) -> None:
-    from svfit_dreambooth.sharing.hub import push_adapter
+    from svfit_dreambooth.sharing.hub import adapter_of, push_adapter
+    from svfit_dreambooth.training.journal import RunFolder
 
+    run = RunFolder(options.folder)
+    noted = run.adapter_name is not None and run.adapter.is_file()
+    adapter = run.adapter if noted else adapter_of(options.folder)
     upload = push_adapter(
-        options.folder,
+        adapter,
         options.repository,
+        figures=_figures(adapter),
         private=not options.public,
         pictures=not options.no_pictures,
         licence=options.license,
@@ -36,3 +42,12 @@ def _push(options: argparse.Namespace) -> None:
         print(f"  {name}, {size / 1000:,.1f} kB")
     if any(name.endswith(".png") for name in upload.files):
         print("The picture shows some of the training photos; --no_pictures leaves it out.")
+
+
+def _figures(adapter: Path) -> Mapping[str, Mapping[str, float | None]] | None:
+    """What the run measured at its end, if it was the run that wrote this adapter."""
+    from svfit_dreambooth.training.events import End
+    from svfit_dreambooth.training.journal import RunFolder
+
+    ends = [event for event in RunFolder(adapter.parent).events() if isinstance(event, End)]
+    return ends[-1].figures if ends and ends[-1].adapter == adapter.name else None

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from svfit_dreambooth.adapter.file import read_adapter
+from svfit_dreambooth.adapter.source import distinct_names, find_adapter
 from svfit_dreambooth.bases.names import TOYBOX, TOYBOX_SUBJECTS
 from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.errors import SVFitError
@@ -28,12 +29,11 @@ from svfit_dreambooth.evaluation.protocol import (
     toybox_questions,
 )
 from svfit_dreambooth.files import save_png, write_atomically
-from svfit_dreambooth.painting.generate import distinct_names, generate
+from svfit_dreambooth.painting.generate import generate
 from svfit_dreambooth.painting.loading import merge_adapters, set_adapters
 from svfit_dreambooth.painting.picture import free_path, save_picture
 from svfit_dreambooth.painting.sheets import contact_sheet
 from svfit_dreambooth.photos.reading import find_photos, open_photo
-from svfit_dreambooth.sharing.hub import find_adapter
 
 BASE = "base"
 COLUMNS = 8  # pictures in a row of the sheet

@@ -1,7 +1,6 @@
 """Prompt and adapters to pictures."""
 
-import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from PIL import Image
 
 from svfit_dreambooth.adapter.file import read_adapter
+from svfit_dreambooth.adapter.source import check_finite, distinct_names, find_adapter
 from svfit_dreambooth.bases.devices import default_device
 from svfit_dreambooth.bases.names import DEFAULT_BASE, split_revision
 from svfit_dreambooth.bases.opening import BaseModel, check_base_model, is_cached, open_base_model
@@ -16,44 +16,10 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.painting.loading import load_adapter, loaded_adapters, merge_adapters
 from svfit_dreambooth.painting.picture import Picture
 from svfit_dreambooth.painting.prompts import check_text, prompt_arguments
-from svfit_dreambooth.sharing.hub import find_adapter
 
 NAME_THE_BASE = "name the base yourself with pretrained_model_name_or_path"
 LARGEST = 8  # times the base's own side: what one may ask to paint
 MOST_IMAGES = 1_000_000  # of a prompt
-
-
-def split_strength(text: str) -> tuple[str, float]:
-    """PATH[:WEIGHT] as every command spells it; split at the last colon, and only if a number follows.
-
-    Raises SVFitError for infinity and for what is no number but called one ("nan").
-    """
-    path, colon, weight = text.rpartition(":")
-    if colon and path:
-        try:
-            strength = float(weight)
-        except ValueError:
-            return text, 1.0
-        check_finite(f"the strength of {path}", strength)
-        return path, strength
-    return text, 1.0
-
-
-def check_finite(name: str, value: float) -> None:
-    """Raises SVFitError for infinity and NaN."""
-    if not math.isfinite(value):
-        raise SVFitError(f"{name} is {value}: give a finite number.")
-
-
-def distinct_names(stems: Iterable[str], reserved: Collection[str] = ()) -> list[str]:
-    """`stems`, each that was there before with the first free number: dog, dog-2, dog-3; none of these is `reserved`."""
-    names: list[str] = []
-    for stem in stems:
-        name, number = stem, 2
-        while name in names or (name != stem and name in reserved):
-            name, number = f"{stem}-{number}", number + 1
-        names.append(name)
-    return names
 
 
 def open_for_adapters(

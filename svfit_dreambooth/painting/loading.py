@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from svfit_dreambooth.adapter.file import Adapter, read_adapter
+from svfit_dreambooth.adapter.source import check_finite, find_adapter
 from svfit_dreambooth.adapter.words import word_key
 from svfit_dreambooth.bases.families import family_of, pipeline_components
 from svfit_dreambooth.bases.family import Family
@@ -41,7 +42,6 @@ from svfit_dreambooth.method.word import (
     word_pieces,
 )
 from svfit_dreambooth.painting.offloading import layers_exchanged, offloading_lifted, weights_at_hand
-from svfit_dreambooth.sharing.hub import find_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def load_adapter(
 ) -> str:
     """Loads an adapter onto `pipeline` beside those already there; `pipeline(prompt)` then uses it.
 
-    `adapter`: a file, or a repository on the Hugging Face Hub as "owner/name[@revision]", see `hub.find_adapter`.
+    `adapter`: a file, or a repository on the Hugging Face Hub as "owner/name[@revision]", see `source.find_adapter`.
     `scale`: its strength, 1 as trained.  `name`: how `set_adapters` and `unload_adapter` call it, by default the
     file's name without suffix; it is returned.  Offloaded pipelines stay offloaded.
     Raises SVFitError for a bad file, a name in use, and a pipeline that holds another base than the adapter was
@@ -77,6 +77,7 @@ def load_adapter(
         name = name or path.stem
         adapter = read_adapter(path)
     name = name or adapter.title or "adapter"
+    check_finite(f"the strength of {name}", scale)
     family = family_of(pipeline)
     components = family.components
     if name in loaded_adapters(pipeline):
@@ -109,6 +110,8 @@ def load_adapter(
 def set_adapters(pipeline: DiffusionPipeline, strengths: Mapping[str, float]) -> None:
     """Sets the strengths of loaded adapters by name; those not named rest at 0.  Nothing is reloaded."""
     _check_loaded(pipeline, *strengths)
+    for name, strength in strengths.items():
+        check_finite(f"the strength of {name}", strength)
     with offloading_lifted(pipeline):
         for model in pipeline_components(pipeline).values():
             for name, loaded in _registry(model).items():

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from svfit_dreambooth.adapter.file import Adapter
+from svfit_dreambooth.adapter.source import check_finite
 from svfit_dreambooth.adapter.words import LearnedWord, word_key
 from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.errors import SVFitError
@@ -24,6 +25,8 @@ def combined_weights(weights: Sequence[float], method: Method = "add", position:
     """
     if not weights:
         raise SVFitError("there is nothing to combine: name one or more adapters.")
+    for number in (*weights, position or 0.0):
+        check_finite("a strength or position of what is combined", number)
     if method == "average":
         total = sum(weights)
         if total == 0:

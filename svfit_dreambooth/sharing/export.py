@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from svfit_dreambooth.adapter.describe import hashes, lora_metadata
 from svfit_dreambooth.adapter.file import Adapter, read_adapter
 from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.errors import SVFitError
@@ -27,6 +26,7 @@ from svfit_dreambooth.method.layer import SVFitLayer
 from svfit_dreambooth.method.targets import svfit_layers
 from svfit_dreambooth.painting.loading import adapted_weights, load_adapter, loaded_adapters, unload_adapter
 from svfit_dreambooth.sharing.lora_file import lora_changes, pack_layer, peft_metadata
+from svfit_dreambooth.sharing.lora_metadata import hashes, lora_metadata
 from svfit_dreambooth.sharing.lora_names import Layout
 from svfit_dreambooth.sharing.lora_plan import LoraPlan, plan_lora
 

@@ -5,21 +5,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
+from huggingface_hub import ModelCard, ModelCardData
 
-from svfit_dreambooth.adapter.describe import OF_THE_BASE
 from svfit_dreambooth.adapter.file import Adapter
+from svfit_dreambooth.adapter.licences import OF_THE_BASE, of_base
 from svfit_dreambooth.evaluation.measures import in_words, table
 
-# The base's licence binds what is derived from it.  Known for these bases only: fine-tunes have their own.
-LICENCES = {
-    "toybox": "apache-2.0",
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
-    "CompVis/stable-diffusion-v1-4": "creativeml-openrail-m",
-    "stabilityai/stable-diffusion-2-1": "openrail++",
-    "stabilityai/stable-diffusion-2-1-base": "openrail++",
-    "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
-}
 HUB_LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")  # the hub's words for licences look so
 
 
@@ -41,14 +32,15 @@ def model_card(
     """
     base, _, revision = adapter.base_model.partition("@")
     note = adapter.metadata.get("modelspec.license", OF_THE_BASE)
-    licence = licence or (LICENCES.get(base) if note.startswith(OF_THE_BASE) else note)
+    known = of_base(base)
+    of_the_base = known.hub if known else None
+    licence = licence or (of_the_base if note.startswith(OF_THE_BASE) else note)
     on_hub = base.count("/") == 1
     made = (
         f"`{file_name}`, {file_bytes / 1000:,.0f} kB, is an adapter for {_base_link(base, revision, on_hub)}, made with "
         f"SVFit DreamBooth: {_origin(adapter)} ([SVFit, Sun et al. 2024](https://arxiv.org/abs/2409.05926))."
     )
-    front_matter = _front_matter(adapter, base if on_hub else None, licence, pictures)
-    parts = [front_matter, f"# {_line(title)}", made]
+    parts = [f"# {_line(title)}", made]
     if "modelspec.author" in adapter.metadata:
         parts.append(f"Author: {_line(adapter.metadata['modelspec.author'])}")
     if adapter.instance_prompt:
@@ -58,8 +50,9 @@ def model_card(
     parts += ["## Training", _settings(adapter)]
     if figures:
         parts += ["## Figures", _figures(figures)]
-    parts += ["## Licence and likeness", _licence(licence, base, on_hub), CONSENT]
-    return "\n\n".join(parts) + "\n"
+    parts += ["## Licence and likeness", _licence(licence, of_the_base, base, on_hub), CONSENT]
+    data = _card_data(adapter, base if on_hub else None, licence, pictures)
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"))
 
 
 CONSENT = (
@@ -79,19 +72,24 @@ def _origin(adapter: Adapter) -> str:
     return f"only {values} of its weights{learnt} were trained"
 
 
-def _front_matter(adapter: Adapter, base: str | None, licence: str | None, pictures: Sequence[str]) -> str:
-    data: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
-    data["license"] = licence if HUB_LICENCE.fullmatch(licence or "") else "other"
-    if data["license"] == "other":
-        data["license_name"] = licence or "that-of-the-base-model"
+def _card_data(adapter: Adapter, base: str | None, licence: str | None, pictures: Sequence[str]) -> ModelCardData:
+    """What the hub itself reads."""
+    more: dict[str, Any] = {}
+    if not HUB_LICENCE.fullmatch(licence or ""):
+        more["license_name"], licence = licence or "that-of-the-base-model", "other"
     if base is not None:
-        data |= {"base_model": base, "base_model_relation": "adapter"}
-    data["tags"] = ["svfit", "dreambooth", "diffusers", "text-to-image"]
+        more |= {"base_model": base, "base_model_relation": "adapter"}
     if adapter.instance_prompt:
-        data["instance_prompt"] = adapter.instance_prompt
+        more["instance_prompt"] = adapter.instance_prompt
         if pictures:
-            data["widget"] = [{"text": adapter.instance_prompt, "output": {"url": pictures[0]}}]
-    return "---\n" + yaml.safe_dump(data, sort_keys=False, allow_unicode=True) + "---"
+            more["widget"] = [{"text": adapter.instance_prompt, "output": {"url": pictures[0]}}]
+    return ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        license=licence,
+        tags=["svfit", "dreambooth", "diffusers", "text-to-image"],
+        **more,
+    )
 
 
 def _base_link(base: str, revision: str, on_hub: bool) -> str:
@@ -141,11 +139,11 @@ def _figures(figures: Mapping[str, Mapping[str, float | None]]) -> str:
     return _table(in_words(head), [[cell or "-" for cell in row] for row in rows])
 
 
-def _licence(licence: str | None, base: str, on_hub: bool) -> str:
+def _licence(licence: str | None, of_the_base: str | None, base: str, on_hub: bool) -> str:
     if licence:
         return (
             f"Licence: `{licence}`, which is that of the base model."
-            if licence == LICENCES.get(base)
+            if licence == of_the_base
             else f"Licence: {_code(licence)}.  The licence of the base model holds beside it."
         )
     where = f"[its page](https://huggingface.co/{base})" if on_hub else "the place where you got it"

@@ -181,7 +181,8 @@ def _export(run: Run) -> str:
 def publish(result: TrainResult) -> None:
     """Uploads the run if it was asked for; after its end is noted, so that the card has the figures."""
     if result.run.config.push_to_hub:
-        upload = push_adapter(result.adapter_path, result.run.config.hub_model_id)
+        figures = at_the_end(result).get("figures")
+        upload = push_adapter(result.adapter_path, result.run.config.hub_model_id, figures=figures)
         result.extras.append(f"uploaded: {upload.url}")
 
 

@@ -175,7 +175,7 @@ def _train(
         training=training_record(run, accelerator.num_processes, loop.step, kept, loss_before, loss_after),
         title=run.adapter_name,
         architecture=run.base.architecture,
-        metadata=base_metadata(run.base),
+        metadata=base_metadata(run.base.architecture, run.base.resolution, run.base.pipeline.scheduler.config),
         learned_words=learned_words(family, config.learned_word, words),
     )
     if accelerator.is_main_process:

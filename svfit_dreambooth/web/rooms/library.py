@@ -106,7 +106,8 @@ _described: dict[tuple[str, int, int], dict[str, Any]] = {}
 
 
 def _describe(path: str, mtime: int, size: int) -> dict[str, Any]:
-    from svfit_dreambooth.adapter.file import describe_adapter, read_adapter
+    from svfit_dreambooth.adapter.describe import describe_adapter
+    from svfit_dreambooth.adapter.file import read_adapter
 
     key = (path, mtime, size)
     if key not in _described:

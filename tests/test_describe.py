@@ -14,13 +14,13 @@ from svfit_dreambooth.adapter.describe import (
     annotate_adapter,
     base_metadata,
     licence_note,
-    lora_metadata,
     read_thumbnail,
     stored_dtype,
     thumbnail_url,
 )
 from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.sharing.lora_metadata import lora_metadata
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +93,10 @@ def test_families(adapter, architecture, prediction, expected):
 
 def test_what_an_adapter_takes_over_from_its_base():
     """Toybox says Apache-2.0; a Stable Diffusion of unknown family leaves the licence to the reader."""
-    found = base_metadata(BaseModel("toybox", tiny_pipeline()))
+    found = base_metadata("toybox", 16, {})
     assert found == {
         "modelspec.resolution": "16x16",
         "modelspec.prediction_type": "epsilon",
         "modelspec.license": "as the base model's, Apache-2.0",
     }
-    assert "modelspec.license" not in base_metadata(BaseModel("someone/else", tiny_pipeline()))
+    assert "modelspec.license" not in base_metadata("stable-diffusion", 16, {})
