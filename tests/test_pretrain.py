@@ -125,17 +125,17 @@ def test_the_encoder_is_the_principal_components_of_patches():
     vae = build_autoencoder(TINY)
     fit_encoder(vae, pictures)
     pixel_values = as_tensor(pictures)
-    latents = vae.encode(pixel_values).latents.detach()  # (40, 12, 16, 16)
+    latents = vae.encode(pixel_values).latents.detach()  # (40, 20, 16, 16)
     patches = torch.nn.functional.pixel_unshuffle(pixel_values, 4).movedim(1, -1).flatten(0, -2).double()  # (n, 48)
     _, S, Vh = torch.linalg.svd(patches - patches.mean(0), full_matrices=False)
-    expected = (patches - patches.mean(0)) @ Vh[:12].mT / (S[:12] / len(patches) ** 0.5).sqrt()  # s^-1/2, half whitened
-    found = latents.movedim(1, -1).flatten(0, -2).double()  # (n, 12)
+    expected = (patches - patches.mean(0)) @ Vh[:20].mT / (S[:20] / len(patches) ** 0.5).sqrt()  # s^-1/2, half whitened
+    found = latents.movedim(1, -1).flatten(0, -2).double()  # (n, 20)
     found = found / found.std(0) * expected.std(0)
     agreement = (found * expected).sum(0).abs() / (found.norm(dim=0) * expected.norm(dim=0))
     assert agreement.min() > 0.999  # the same directions, either way round
     assert latents.square().mean().sqrt().item() == pytest.approx(0.5, rel=0.01)
     spread = latents.std(dim=(0, 2, 3))
-    assert torch.allclose(spread / spread[0], (S[:12] / S[0]).sqrt().float(), rtol=0.02)
+    assert torch.allclose(spread / spread[0], (S[:20] / S[0]).sqrt().float(), rtol=0.02)
 
 
 def test_the_toy_weighs_more_than_its_surroundings():
