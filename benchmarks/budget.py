@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from svfit_dreambooth import TrainConfig
 from svfit_dreambooth.bases.families import apply_svfit
-from svfit_dreambooth.bases.names import TOYBOX_SUBJECTS
+from svfit_dreambooth.bases.names import SUBJECTS_FOLDER
 from svfit_dreambooth.method.basis import model_basis
 from svfit_dreambooth.method.targets import remove_svfit
 from svfit_dreambooth.photos.reading import find_photos
@@ -93,7 +93,7 @@ def fit(run: Run, positions: Mapping[str, Tensor], photos: Denoiser, unseen: Den
 def compare(subject: str, options: argparse.Namespace, folder: Path) -> list[dict]:
     """All arrangements for one subject."""
     config = TrainConfig(
-        instance_data_dir=str(TOYBOX_SUBJECTS / subject),
+        instance_data_dir=str(SUBJECTS_FOLDER / subject),
         instance_prompt=f"a photo of sks {subject.partition('_')[0]}",
         output_dir=str(folder / "run"),
         learning_rate=options.learning_rate,

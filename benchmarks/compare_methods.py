@@ -35,9 +35,9 @@ from methods import ABLATIONS, METHODS, Method
 
 from svfit_dreambooth import TrainConfig
 from svfit_dreambooth.bases.devices import default_device
-from svfit_dreambooth.bases.names import TOYBOX, TOYBOX_SUBJECTS
+from svfit_dreambooth.bases.names import SUBJECTS_FOLDER, TOYBOX
 from svfit_dreambooth.evaluation.features import Features, open_features
-from svfit_dreambooth.evaluation.protocol import Answers, Questions, ask, score, subject_questions, toybox_questions
+from svfit_dreambooth.evaluation.protocol import Answers, Questions, ask, bundled_questions, score, subject_questions
 from svfit_dreambooth.files import save_png
 from svfit_dreambooth.method.targets import svfit_layers
 from svfit_dreambooth.photos.reading import find_photos, open_photo
@@ -71,7 +71,7 @@ class Setting:
 
     def questions(self, subject: str) -> Questions:
         if self.base == TOYBOX:
-            return toybox_questions(subject, self.pictures_per_prompt)
+            return bundled_questions(subject, self.pictures_per_prompt)
         photos = [open_photo(photo.path) for photo in find_photos(Path(self.subjects) / subject)]
         words = class_words(subject)
         return subject_questions(photos, f"sks {words}", words, pictures_per_prompt=self.pictures_per_prompt)
@@ -249,7 +249,7 @@ def setting_of(options: argparse.Namespace) -> Setting:
     """Tuning and test subjects are those named in this file for toybox, else the first two folders and the rest."""
     base = options.pretrained_model_name_or_path
     if base == TOYBOX:
-        subjects, tuning, test = TOYBOX_SUBJECTS, TOYBOX_TUNING, TOYBOX_TEST
+        subjects, tuning, test = SUBJECTS_FOLDER, TOYBOX_TUNING, TOYBOX_TEST
     else:
         subjects = options.subjects.resolve()
         names = sorted(path.name for path in subjects.iterdir() if path.is_dir())

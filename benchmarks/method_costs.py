@@ -24,7 +24,7 @@ from methods import METHODS
 from training_step import resident
 
 from svfit_dreambooth import TrainConfig
-from svfit_dreambooth.bases.names import TOYBOX_SUBJECTS
+from svfit_dreambooth.bases.names import SUBJECTS_FOLDER
 from svfit_dreambooth.training.examples import encode_examples
 from svfit_dreambooth.training.objective import Denoiser
 from svfit_dreambooth.training.plan import prepare
@@ -39,7 +39,7 @@ def measure(name: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         run = prepare(
             TrainConfig(
-                instance_data_dir=str(TOYBOX_SUBJECTS / "dog_patch"),
+                instance_data_dir=str(SUBJECTS_FOLDER / "dog_patch"),
                 instance_prompt="a photo of sks dog",
                 output_dir=folder,
                 learning_rate=1e-4,

@@ -24,7 +24,7 @@ from records import Record
 
 from svfit_dreambooth import TrainConfig, train
 from svfit_dreambooth.bases.devices import default_device
-from svfit_dreambooth.bases.names import TOYBOX, TOYBOX_SUBJECTS
+from svfit_dreambooth.bases.names import SUBJECTS_FOLDER, TOYBOX
 from svfit_dreambooth.evaluation.features import open_features
 from svfit_dreambooth.evaluation.measures import MEASURES, number
 from svfit_dreambooth.evaluation.scoring import Candidate, evaluate_adapters
@@ -37,7 +37,7 @@ def measure(recipe: str, subject: str, seed: int) -> Record:
     """Trains once, and asks the judge."""
     preset, *changes = recipe.split()
     options = {name: yaml.safe_load(value) for name, _, value in (change.partition("=") for change in changes)}
-    photos = TOYBOX_SUBJECTS / subject
+    photos = SUBJECTS_FOLDER / subject
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if options.get("with_prior_preservation"):

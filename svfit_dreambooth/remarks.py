@@ -13,7 +13,7 @@ REMARKS = {
     "diffusers.configuration_utils": "were passed to AutoencoderTiny, but are not expected",
     # the list of modules in question is empty
     "diffusers.models.modeling_utils": "should be kept in float32: []",
-    # toybox's AutoencoderTiny, which the pipeline takes as well
+    # the embedded base's AutoencoderTiny, which the pipeline takes as well
     "diffusers.pipelines.pipeline_utils": "Expected types for vae",
     # a long prompt is read in parts
     "transformers.tokenization_utils_base": "Token indices sequence length is longer than",

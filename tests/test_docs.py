@@ -12,7 +12,7 @@ from test_pipeline import make_adapter
 from transformers import ViTConfig, ViTForImageClassification
 
 from svfit_dreambooth import save_adapter
-from svfit_dreambooth.bases.opening import TOYBOX_SUBJECTS, open_base_model
+from svfit_dreambooth.bases.opening import SUBJECTS_FOLDER, open_base_model
 from svfit_dreambooth.commands.arguments import OPTION_NAMES, parse_config
 from svfit_dreambooth.commands.main import _parser, main, main_train
 
@@ -76,7 +76,7 @@ def workplace(tmp_path, monkeypatch):
         adapter.instance_prompt, adapter.base_model = "a photo of sks dog", "toybox"
         save_adapter(adapter, tmp_path / f"{name}.safetensors")
     for folder in ("photos/my_dog", "more_photos_of_the_dog"):
-        shutil.copytree(TOYBOX_SUBJECTS / "dog_patch", tmp_path / folder)
+        shutil.copytree(SUBJECTS_FOLDER / "dog_patch", tmp_path / folder)
     Image.new("RGB", (64, 64), "red").save(tmp_path / "dog.png")
     monkeypatch.chdir(tmp_path)
     return tmp_path

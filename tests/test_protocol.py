@@ -11,11 +11,11 @@ from svfit_dreambooth.evaluation.protocol import (
     Answers,
     Questions,
     ask,
+    bundled_questions,
     read_templates,
     score,
     subject_questions,
     subject_words,
-    toybox_questions,
 )
 from toybox.world import PHOTO_SETTINGS
 
@@ -70,7 +70,7 @@ def test_prompts_that_are_none_are_a_sentence(tmp_path, text, reason):
 
 
 def test_toybox_asks_for_places_without_a_photo():
-    questions = toybox_questions("dog_patch", 2)
+    questions = bundled_questions("dog_patch", 2)
     assert len(questions.prompts) == 7 and len(questions.references) == 28
     assert not {want["setting"] for want in questions.wanted} & set(PHOTO_SETTINGS["dog_patch"])
 

@@ -11,7 +11,7 @@ from test_learned_word import with_word
 from test_pipeline import make_adapter
 
 from svfit_dreambooth import save_adapter
-from svfit_dreambooth.bases.names import TOYBOX_SUBJECTS
+from svfit_dreambooth.bases.names import SUBJECTS_FOLDER
 from svfit_dreambooth.bases.opening import open_base_model
 from svfit_dreambooth.commands.main import main
 from svfit_dreambooth.errors import SVFitError
@@ -71,7 +71,7 @@ def test_the_command_measures_a_bundled_subject_by_the_judge(capsys, tmp_path):
     adapter.instance_prompt, adapter.base_model = "a photo of sks dog", "toybox"
     saved = save_adapter(adapter, tmp_path / "dog.safetensors")
     code, output = run(
-        capsys, "--adapter", f"{saved}:0.5", "--instance_data_dir", TOYBOX_SUBJECTS / "dog_patch",
+        capsys, "--adapter", f"{saved}:0.5", "--instance_data_dir", SUBJECTS_FOLDER / "dog_patch",
         "--output_dir", tmp_path / "out", "--num_images", 1, "--num_inference_steps", 1,
     )  # fmt: skip
     assert code == 0, output.err

@@ -57,7 +57,7 @@ def check_container(path: Path) -> int:
 
 def check_kind(path: Path, keys: list[str], metadata: dict[str, str]) -> None:
     """Refuse other safetensors files, by what they are, and versions to come."""
-    if any(re.search(r"lora_(A|B|up|down|unet|te)|\.lora\.|\.alpha$", key) for key in keys):
+    if any(re.search(r"^lora_|lora_(A|B|up|down)|\.lora\.|\.alpha$", key) for key in keys):
         raise SVFitError(f"'{path}' is a LoRA, not an SVFit adapter: load it with pipeline.load_lora_weights.")
     if metadata.get("format") != FORMAT:
         if any(key.endswith(".delta") for key in keys):

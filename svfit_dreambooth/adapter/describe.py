@@ -143,7 +143,7 @@ def _summary(shifts: list[torch.Tensor]) -> dict[str, int | float]:
 
 
 def block_name(name: str) -> str:
-    """'unet.down_blocks.0.attentions.1...' -> 'unet down_blocks.0'; a block without number keeps its plain name."""
+    """'text_encoder.text_model.encoder.layers.0...' -> 'text_encoder layers.0'; one without number keeps its name."""
     component, *parts = name.split(".")
     first_number = next((i for i, part in enumerate(parts) if part.isdecimal()), 0)
     if first_number == 0 or parts[0].endswith("block"):

@@ -50,7 +50,7 @@ class Adapter:
     """What an adapter file holds."""
 
     shifts: dict[str, torch.Tensor]  # canonical projection name, without ".shift" -> (rank,), float32, leading first
-    base_model: str  # hub id (with "@revision"), "toybox", or a display name
+    base_model: str  # hub id (with "@revision"), the embedded base's word, or a display name
     base_fingerprint: dict[str, Any]
     instance_prompt: str | None = None
     class_prompt: str | None = None
@@ -67,7 +67,7 @@ class Adapter:
 
     @property
     def components(self) -> list[str]:
-        """The model parts that are adapted, such as ["text_encoder", "unet"]."""
+        """The model parts that are adapted, such as "text_encoder", by name."""
         learned = {component for word in self.learned_words for component in word.deltas}
         return sorted({name.partition(".")[0] for name in self.shifts} | learned)
 

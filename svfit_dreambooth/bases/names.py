@@ -6,9 +6,8 @@ from pathlib import Path
 TOYBOX = "toybox"  # the word that names the embedded base model
 DEFAULT_BASE = TOYBOX  # where none is named
 
-TOYBOX_HOME = Path(__file__).resolve().parents[2] / "toybox"
-TOYBOX_WEIGHTS = TOYBOX_HOME / "weights"
-TOYBOX_SUBJECTS = TOYBOX_HOME / "subjects"  # a folder of photos each
+EMBEDDED_WEIGHTS = Path(__file__).resolve().parents[2] / "toybox" / "weights"
+SUBJECTS_FOLDER = EMBEDDED_WEIGHTS.parent / "subjects"  # a folder of photos each
 DEFAULT_SUBJECT = "dog_patch"  # where no photos are named either
 
 HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>\w[\w./-]*))?")
@@ -34,7 +33,7 @@ def is_hub_id(name: str) -> bool:
 def bundled_subject(base: str, folder: str | Path) -> str | None:
     """The name of the embedded base's own subject whose photos `folder` holds, where `base` is that base."""
     path = Path(folder).resolve()
-    return path.name if base == TOYBOX and path.parent == TOYBOX_SUBJECTS.resolve() else None
+    return path.name if base == TOYBOX and path.parent == SUBJECTS_FOLDER.resolve() else None
 
 
 def subject_kind(subject: str) -> str:

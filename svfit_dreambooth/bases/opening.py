@@ -13,7 +13,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from svfit_dreambooth.bases.families import family_named, family_of
 from svfit_dreambooth.bases.family import Family
-from svfit_dreambooth.bases.names import TOYBOX, TOYBOX_WEIGHTS, base_name, is_hub_id
+from svfit_dreambooth.bases.names import DEFAULT_BASE, EMBEDDED_WEIGHTS, base_name, is_hub_id
 from svfit_dreambooth.bases.single_file import read_single_file
 from svfit_dreambooth.errors import SVFitError
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 class BaseModel:
     """A base model ready for use: a diffusers pipeline and the name that adapter files give it."""
 
-    name: str  # "toybox", hub id with "@revision", or the name of a folder or file
+    name: str  # the embedded one's word, hub id with "@revision", or the name of a folder or file
     pipeline: Any  # a DiffusionPipeline of one of the families
 
     @cached_property
@@ -50,11 +50,9 @@ class BaseModel:
 
 def check_base_model(name: str, base_config: str | None = None) -> None:
     """Raises SVFitError if `name` cannot be a base model; quick, opens no weights and asks no network."""
-    if name == TOYBOX:
-        if not (TOYBOX_WEIGHTS / "model_index.json").is_file():
-            raise SVFitError(
-                f"the embedded base model is missing: there is no {TOYBOX_WEIGHTS.name} folder in toybox/."
-            )
+    if name == DEFAULT_BASE:
+        if not (EMBEDDED_WEIGHTS / "model_index.json").is_file():
+            raise SVFitError(f"the embedded base model is missing: there is no {EMBEDDED_WEIGHTS}.")
         return
     path = Path(name)
     if path.is_dir():
@@ -62,7 +60,7 @@ def check_base_model(name: str, base_config: str | None = None) -> None:
         if kind is None:
             raise SVFitError(
                 f"{name} is not a diffusers model folder, it has no readable model_index.json: "
-                f'give such a folder, a hub id, a .safetensors checkpoint, or "{TOYBOX}".'
+                f'give such a folder, a hub id, a .safetensors checkpoint, or "{DEFAULT_BASE}".'
             )
         family_named(kind, name)
     elif path.is_file():
@@ -73,12 +71,12 @@ def check_base_model(name: str, base_config: str | None = None) -> None:
     elif not is_hub_id(name):
         raise SVFitError(
             f"{name} is no base model: there is no such folder or file, and a hub id reads owner/name; "
-            f'give one of these, or "{TOYBOX}".'
+            f'give one of these, or "{DEFAULT_BASE}".'
         )
 
 
 def open_base_model(
-    name: str = TOYBOX,
+    name: str = DEFAULT_BASE,
     *,
     revision: str | None = None,
     variant: str | None = None,
@@ -86,14 +84,14 @@ def open_base_model(
     content_filter: bool = True,
     local_files_only: bool = False,
 ) -> BaseModel:
-    """The base model `name`: "toybox", a diffusers folder, a hub id, or a single-file .safetensors checkpoint.
+    """The base model `name`: the embedded one's word, a diffusers folder, a hub id, or a single-file .safetensors checkpoint.
 
     Weights are float32 on the CPU, whatever their file holds, so that bases are taken from the stored precision;
     cast and move the pipeline afterwards.  `content_filter`: load the safety checker where the base has one.
     `local_files_only`: never download.  Raises SVFitError for anything that is not such a model.
     """
     check_base_model(name, base_config)
-    path = TOYBOX_WEIGHTS if name == TOYBOX else Path(name)
+    path = EMBEDDED_WEIGHTS if name == DEFAULT_BASE else Path(name)
     location: dict[str, Any] = {"local_files_only": local_files_only or path.exists()}
     if not path.exists():
         location["revision"] = revision
@@ -137,7 +135,7 @@ def open_base_model(
             hint = "; its configs were looked for on the hub, base_config names a folder with them"
         raise SVFitError(f"the base model {name} cannot be opened: {reason}{hint}") from error
     pipeline.set_progress_bar_config(disable=True)
-    display = name if name == TOYBOX or not path.exists() else base_name(path)
+    display = name if name == DEFAULT_BASE or not path.exists() else base_name(path)
     if revision is not None and not path.exists():
         display += f"@{revision}"
     model = BaseModel(display, pipeline)

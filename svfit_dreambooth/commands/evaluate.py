@@ -19,7 +19,7 @@ def add_evaluate(commands: Any) -> None:
     evaluate.add_argument("--output_dir", type=Path, required=True, help="for scores.json, sheet.png and the pictures")
     evaluate.add_argument(
         "--prompts", type=Path, metavar="FILE",
-        help="one prompt a line, {} for the subject's words; default: 12 of ours, for toybox subjects their own",
+        help="one prompt a line, {} for the subject's words; default: 12 of ours, for bundled subjects their own",
     )  # fmt: skip
     evaluate.add_argument("--subject_words", help='such as "sks dog"; default: from the adapter')
     evaluate.add_argument("--class_words", help='such as "dog"; default: from the adapter')

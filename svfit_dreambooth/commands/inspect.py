@@ -121,7 +121,7 @@ def _presentable(metadata: dict[str, str]) -> dict[str, str]:
 def _plot(options: argparse.Namespace, adapter: Any) -> Any:
     from svfit_dreambooth.adapter.describe import read_thumbnail
     from svfit_dreambooth.adapter.plot import plot_adapter, strongest_layer
-    from svfit_dreambooth.bases.names import TOYBOX_SUBJECTS
+    from svfit_dreambooth.bases.names import SUBJECTS_FOLDER
     from svfit_dreambooth.photos.reading import open_photo
 
     layer = options.layer or strongest_layer(adapter)
@@ -135,7 +135,7 @@ def _plot(options: argparse.Namespace, adapter: Any) -> Any:
         print(f"singular values are not drawn: {with_dashes(str(error), vars(options), error.parameters)}")
         spectrum = None
     picture = read_thumbnail(adapter.metadata)
-    bundled = sorted(TOYBOX_SUBJECTS.glob("*/*.png"))
+    bundled = sorted(SUBJECTS_FOLDER.glob("*/*.png"))
     if options.picture is not None:
         picture = open_photo(options.picture)
     elif picture is None and bundled:

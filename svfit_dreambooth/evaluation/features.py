@@ -1,4 +1,4 @@
-"""The networks that see for the metrics: DINO and CLIP where their weights are given, the judge on toybox.
+"""The networks that see for the metrics: DINO and CLIP where their weights are given, the judge where the base has one.
 
 Whatever they are, they give rows of features for `metrics.py`; nothing else depends on which ones they are.
 """
@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from svfit_dreambooth.bases.names import TOYBOX
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.evaluation.reference import open_judge
 
 See = Callable[[Sequence[Image.Image]], Tensor]
 
@@ -36,7 +36,7 @@ class Features:
 def open_features(
     base_model: str, dino_path: str | None = None, clip_path: str | None = None, device: str | torch.device = "cpu"
 ) -> Features:
-    """The networks that were asked for (folders or hub ids), else the judge if `base_model` is toybox, else none.
+    """The networks that were asked for (folders or hub ids), else the judge of `base_model`, else none.
 
     Raises SVFitError for weights that cannot be opened.
     """
@@ -48,10 +48,7 @@ def open_features(
     if dino_path is not None:
         model, processor = _open("AutoModel", dino_path, device)
         features.subject = partial(_dino_pictures, model, processor)
-    if features.any is None and base_model == TOYBOX:
-        from toybox.judge import load_judge
-
-        judge = load_judge(str(device))
+    if features.any is None and (judge := open_judge(base_model, str(device))) is not None:
         features = Features(judge.identity_features, judge.image_features, judge.text_features, judge.attributes)
     return features
 

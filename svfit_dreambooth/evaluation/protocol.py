@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from svfit_dreambooth.bases.names import subject_kind
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.evaluation.features import Features
 from svfit_dreambooth.evaluation.metrics import diversity, drift, prompt_fidelity, subject_fidelity
+from svfit_dreambooth.evaluation.reference import shown, true_pictures, unseen_settings
 
 Paint = Callable[[Sequence[str], int], list[Image.Image]]  # prompts, seed of the first; one picture each, counting up
 
@@ -27,7 +29,7 @@ UNRELATED_PROMPTS = (
     "a photo of a purple boat under water",
     "a photo of a white rocket in space",
 )
-TRUE_PICTURES = 4  # of a toybox subject in each setting
+TRUE_PICTURES = 4  # of a bundled subject in each setting
 PROMPTS = (  # {} is the subject; the 25 of Ruiz et al. come from a file
     "a photo of {} on the beach",
     "a photo of {} in the snow",
@@ -52,7 +54,7 @@ class Questions:
     plain_prompts: list[str]  # the same without it, as networks that see were taught to read
     class_prompts: list[str]
     references: list[Image.Image]  # real pictures of it
-    wanted: list[dict[str, str]] | None = None  # toybox: the attributes that each prompt names
+    wanted: list[dict[str, str]] | None = None  # for a judge: what each prompt names
     unrelated_prompts: Sequence[str] = UNRELATED_PROMPTS
     pictures_per_prompt: int = 1
 
@@ -72,7 +74,7 @@ class Scores:
 
     subject: float | None = None  # DINO, CLIP-I, the judge's identity
     prompt: float | None = None  # CLIP-T, the judge
-    right: float | None = None  # toybox's judge alone
+    right: float | None = None  # by a judge that names things
     drift: float | None = None
     preservation: float | None = None  # PRES
     diversity: float | None = None  # DIV; None: one picture of each prompt
@@ -82,21 +84,21 @@ class Scores:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-def toybox_questions(subject: str, pictures_per_prompt: int = 1, seed: int = 1000) -> Questions:
-    """A bundled subject in the settings of which it has no photo; references are true renderings in those settings."""
-    from toybox.world import PHOTO_SETTINGS, SETTING_PHRASES, SUBJECTS, render, sample_scene
+def bundled_questions(
+    subject: str, words: str | None = None, pictures_per_prompt: int = 1, seed: int = 1000
+) -> Questions:
+    """A bundled subject in the settings of which it has no photo; references are true renderings in those settings.
 
-    individual = SUBJECTS[subject]
-    places = [place for place in SETTING_PHRASES if place not in PHOTO_SETTINGS[subject]]
-    rng = np.random.default_rng(seed)
-    scenes = [sample_scene(rng, individual, place, "photo") for place in places for _ in range(TRUE_PICTURES)]
-    plain = [f"a photo of a {individual.kind} {SETTING_PHRASES[place]}" for place in places]
+    `words`: what stands for it in prompts; None: "sks" and its kind.
+    """
+    settings, kind = unseen_settings(subject), subject_kind(subject)
+    plain = [f"a photo of a {kind} {place}" for place in settings.values()]
     return Questions(
-        [f"a photo of sks {individual.kind} {SETTING_PHRASES[place]}" for place in places],
+        [f"a photo of {words or f'sks {kind}'} {place}" for place in settings.values()],
         plain,
         plain[:4],
-        [render(scene) for scene in scenes],
-        [{"kind": individual.kind, "setting": place} for place in places],
+        true_pictures(subject, list(settings), TRUE_PICTURES, seed),
+        [shown(subject, setting) for setting in settings],
         pictures_per_prompt=pictures_per_prompt,
     )
 

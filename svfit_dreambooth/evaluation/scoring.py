@@ -12,7 +12,7 @@ from PIL import Image
 
 from svfit_dreambooth.adapter.file import read_adapter
 from svfit_dreambooth.adapter.source import distinct_names, find_adapter
-from svfit_dreambooth.bases.names import TOYBOX, TOYBOX_SUBJECTS
+from svfit_dreambooth.bases.names import bundled_subject
 from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.evaluation import measures
@@ -23,10 +23,10 @@ from svfit_dreambooth.evaluation.protocol import (
     Questions,
     Scores,
     ask,
+    bundled_questions,
     score,
     subject_questions,
     subject_words,
-    toybox_questions,
 )
 from svfit_dreambooth.files import save_png, write_atomically
 from svfit_dreambooth.painting.generate import generate
@@ -75,7 +75,7 @@ def evaluate_adapters(
     """One row for the base on every subject, then one for every candidate, in the order given.
 
     `model` carries the `adapter_files` of the candidates, in that order, each once however many strengths it has.
-    `templates`: None takes the settings without a photo for a bundled subject of toybox, compared with true
+    `templates`: None takes the settings without a photo for a bundled subject, compared with true
     renderings, else `PROMPTS`, compared with the photos.  `painting`: options of `generate`. Writes into `output_dir`:
     scores.json, sheet.png, and every picture with its settings under pictures/. Raises SVFitError where nothing can be
     measured, for photos that cannot be used, and where an earlier evaluation is.
@@ -163,11 +163,8 @@ def _questions(candidate: Candidate, model: BaseModel, templates: Sequence[str] 
             raise SVFitError(f'{candidate.path} does not name its subject: add subject_words, such as "sks dog".')
         words = subject_words(adapter.instance_prompt)
     class_words = candidate.class_words or subject_words(adapter.class_prompt or words.split()[-1])
-    if templates is None and model.name == TOYBOX and photos.parent == TOYBOX_SUBJECTS.resolve():
-        questions = toybox_questions(photos.name, num_images)
-        kind = photos.name.partition("_")[0]
-        questions.prompts = [prompt.replace(f"sks {kind}", words) for prompt in questions.prompts]
-        return questions
+    if templates is None and (subject := bundled_subject(model.name, photos)) is not None:
+        return bundled_questions(subject, words, num_images)
     references = [open_photo(photo.path) for photo in find_photos(photos)]
     return subject_questions(references, words, class_words, templates or PROMPTS, num_images)
 

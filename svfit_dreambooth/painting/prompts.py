@@ -28,7 +28,7 @@ def prompt_arguments(
 ) -> dict[str, Any]:
     """What to call `pipeline` with for `prompt`: the texts themselves, or their embeddings where those say more.
 
-    Text encoders of CLIP read 77 tokens at once (toybox's 48) and would drop the rest.  A longer prompt is read in
+    Text encoders of CLIP read 77 tokens at once, the embedded base's 48, and would drop the rest.  A longer prompt is read in
     parts that end with a sentence or phrase, which stand side by side in the embeddings.  `prompt_weights`: compel's syntax counts,
     "a ball++", "a (red ball)1.3", and so does "a (red ball:1.3)"; without it such signs are text.
     Raises SVFitError for weights that cannot be read, and for a base with other text encoders that is asked for them;

@@ -1,4 +1,4 @@
-"""SVFit as a method of PEFT: `get_peft_model(model, SVFitConfig(rank=...))`, `unet.add_adapter(SVFitConfig(...))`.
+"""SVFit as a method of PEFT: `get_peft_model(model, SVFitConfig(rank=...))`, `denoiser.add_adapter(SVFitConfig(...))`.
 
 PEFT (https://github.com/huggingface/peft) keeps its methods in four dictionaries under the members of an enum.
 Importing this module adds a member SVFIT and files the classes below under it, which is all that PEFT needs for
@@ -51,7 +51,7 @@ _add_peft_type()
 class SVFitConfig(PeftConfig):  # type: ignore[misc]
     """What to train: the leading singular values of the targeted layers.
 
-    `target_modules`: as everywhere in PEFT.  None takes the attention projections of a diffusers UNet or a CLIP-like
+    `target_modules`: as everywhere in PEFT.  None takes the attention projections of a diffusers denoiser or a CLIP-like
     encoder (`to_q`, ... or `q_proj`, ..., `out_proj`), and in any other model "all-linear".
     """
 
@@ -133,7 +133,7 @@ def adapter_from_peft(
 ) -> Adapter:
     """The PEFT adapter `adapter_name` on parts of a pipeline, ready for `save_adapter`: our own, far smaller file.
 
-    `components`: such as {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}.  `base_model`: hub id or
+    `components`: networks by the names that files give them, such as {"text_encoder": pipeline.text_encoder}.  `base_model`: hub id or
     display name of the base.  `described`: further fields of `Adapter`, such as instance_prompt.
     Raises SVFitError where no layer carries that adapter.
     """

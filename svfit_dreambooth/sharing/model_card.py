@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from svfit_dreambooth.adapter.file import Adapter
 from svfit_dreambooth.adapter.licences import OF_THE_BASE, of_base
+from svfit_dreambooth.bases.names import DEFAULT_BASE
 from svfit_dreambooth.evaluation.measures import in_words, table
 
 HUB_LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")  # the hub's words for licences look so
@@ -98,7 +99,7 @@ def _base_link(base: str, revision: str, on_hub: bool) -> str:
 
 
 def _usage(adapter: Adapter, base: str, revision: str, on_hub: bool, repository: str) -> str:
-    if base == "toybox":
+    if base == DEFAULT_BASE:
         opening = [
             "from svfit_dreambooth.bases.opening import open_base_model",
             "pipeline = open_base_model().pipeline",

@@ -19,7 +19,7 @@ class ModelOptions:
 
     pretrained_model_name_or_path: str = option(
         DEFAULT_BASE,
-        'Folder, hub id or single .safetensors file of the base model; "toybox" is the embedded one.',
+        f"Folder, hub id or single .safetensors file of the base model; {DEFAULT_BASE} is the embedded one.",
         path=True,
     )
     revision: str | None = option(None, "Branch, tag or commit of a hub id; None: its main branch.")
@@ -41,7 +41,7 @@ class PhotoOptions:
     instance_data_dir: str | None = option(
         None,
         "Folder of the subject's photos; photo.txt beside photo.jpg is its caption, several lines are alternatives.  "
-        "None: a toybox subject.",
+        "None: a bundled subject.",
         path=True,
     )
     instance_prompt: str | None = option(
@@ -216,12 +216,12 @@ class WatchOptions:
     guidance_scale: float | None = option(None, "Guidance of these pictures; None: the base's own.", least=0, most=1000)
     dino_path: str | None = option(
         None,
-        "Folder or hub id of a DINO model, to measure likeness to the photos; None: CLIP, or toybox's judge.",
+        "Folder or hub id of a DINO model, to measure likeness to the photos; None: CLIP, or the embedded base's judge.",
         path=True,
     )
     clip_path: str | None = option(
         None,
-        "Folder or hub id of a CLIP model, to measure prompts and drift; None: toybox's judge, else nothing.",
+        "Folder or hub id of a CLIP model, to measure prompts and drift; None: the embedded base's judge, else nothing.",
         path=True,
     )
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from svfit_dreambooth.adapter.file import Adapter
 from svfit_dreambooth.bases.devices import available_memory, default_device
-from svfit_dreambooth.bases.names import DEFAULT_BASE, DEFAULT_SUBJECT, TOYBOX_SUBJECTS, subject_kind
+from svfit_dreambooth.bases.names import DEFAULT_BASE, DEFAULT_SUBJECT, SUBJECTS_FOLDER, subject_kind
 from svfit_dreambooth.bases.opening import BaseModel, check_base_model, open_base_model
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import check_portable
@@ -203,7 +203,7 @@ def _with_subject(config: TrainConfig) -> TrainConfig:
     class_prompt = f"a photo of a {kind}" if config.with_prior_preservation else None
     return dataclasses.replace(
         config,
-        instance_data_dir=str(TOYBOX_SUBJECTS / DEFAULT_SUBJECT),
+        instance_data_dir=str(SUBJECTS_FOLDER / DEFAULT_SUBJECT),
         instance_prompt=config.instance_prompt or f"a photo of sks {kind}",
         class_prompt=config.class_prompt or class_prompt,
     )

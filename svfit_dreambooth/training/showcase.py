@@ -12,7 +12,14 @@ from svfit_dreambooth.bases.devices import default_device
 from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.evaluation.measures import as_text, table
 from svfit_dreambooth.evaluation.metrics import diversity, drift, subject_fidelity
-from svfit_dreambooth.evaluation.protocol import UNRELATED_PROMPTS, Scores, share_right, toybox_questions
+from svfit_dreambooth.evaluation.protocol import (
+    UNRELATED_PROMPTS,
+    Scores,
+    bundled_questions,
+    share_right,
+    subject_words,
+)
+from svfit_dreambooth.evaluation.reference import open_judge
 from svfit_dreambooth.files import save_png
 from svfit_dreambooth.painting.generate import generate
 from svfit_dreambooth.painting.loading import load_adapter, loaded_adapters, set_adapters, unload_adapter
@@ -20,9 +27,9 @@ from svfit_dreambooth.painting.sheets import contact_sheet
 from svfit_dreambooth.training.plan import Run
 from svfit_dreambooth.training.watch import (
     SEED,
+    own_subject,
     painting_options,
     run_photos,
-    toybox_subject,
     validation_prompts,
 )
 
@@ -67,8 +74,12 @@ def _show(run: Run, model: BaseModel) -> Showing:
     base = _paint(model, prompts, 0.0, options)
     rows = [("photos", run_photos(run)[: max(4, len(prompts))]), ("base", base), (run.adapter_name, adapted)]
     sheet = save_png(contact_sheet([row for row in rows if row[1]], prompts), run.folder.sheet)
-    subject = toybox_subject(run)
-    figures = None if subject is None else judge_subject(model, subject, options)
+    subject = own_subject(run)
+    figures = (
+        None
+        if subject is None
+        else judge_subject(model, subject, subject_words(str(run.config.instance_prompt)), options)
+    )
     return Showing(sheet, figures, adapted[0])
 
 
@@ -78,15 +89,13 @@ def _paint(model: BaseModel, prompts: Sequence[str], strength: float, options: d
     return [picture.image for picture in generate(model, prompts, **options)]
 
 
-def judge_subject(model: BaseModel, subject: str, options: dict[str, Any]) -> dict[str, Scores]:
-    """What the judge says of the bundled `subject`: rows "true pictures", "base" and "adapter".
+def judge_subject(model: BaseModel, subject: str, words: str, options: dict[str, Any]) -> dict[str, Scores]:
+    """What the judge says of the bundled `subject`, which prompts call `words`: rows "true pictures", "base" and "adapter".
 
     `model` carries one adapter.  Asked for are the settings of which the subject has no photo, one picture each, and
     prompts that have nothing to do with it; compared with are true renderings in the same settings.
     """
-    from toybox.judge import load_judge
-
-    judge, questions = load_judge(), toybox_questions(subject)
+    judge, questions = open_judge(model.name), bundled_questions(subject, words)
     true = judge.identity_features(questions.references)  # (n, d)
     options = {**options, "seed": SEED + 1}
     figures = {"true pictures": Scores(subject=1 - diversity(true[None]), right=1.0)}

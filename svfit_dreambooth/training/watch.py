@@ -15,6 +15,7 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.evaluation.features import Features
 from svfit_dreambooth.evaluation.metrics import drift, prompt_fidelity, subject_fidelity
 from svfit_dreambooth.evaluation.protocol import UNRELATED_PROMPTS
+from svfit_dreambooth.evaluation.reference import unseen_settings
 from svfit_dreambooth.files import save_png
 from svfit_dreambooth.method.targets import svfit_layers
 from svfit_dreambooth.method.word import word_embedding
@@ -145,16 +146,12 @@ def validation_prompts(run: Run) -> list[str]:
     """The prompts that the run was given, else the instance prompt in a few places where it has no photo."""
     if run.config.validation_prompts:
         return run.config.validation_prompts
-    subject = toybox_subject(run)
-    places: Sequence[str] = PLACES
-    if subject is not None:
-        from toybox.world import PHOTO_SETTINGS, SETTING_PHRASES
-
-        places = [SETTING_PHRASES[place] for place in SETTING_PHRASES if place not in PHOTO_SETTINGS[subject]][:4]
+    subject = own_subject(run)
+    places = PLACES if subject is None else list(unseen_settings(subject).values())[:4]
     return [f"{run.config.instance_prompt or run.photos[0].captions[0]} {place}" for place in places]
 
 
-def toybox_subject(run: Run) -> str | None:
+def own_subject(run: Run) -> str | None:
     """The bundled subject that the run trains, if it does."""
     return bundled_subject(run.base.name, str(run.config.instance_data_dir))
 

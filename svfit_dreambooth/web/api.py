@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from svfit_dreambooth.bases.names import TOYBOX
+from svfit_dreambooth.bases.names import DEFAULT_BASE
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web.rooms import library, pictures
 from svfit_dreambooth.web.rooms.app import App
@@ -164,7 +164,7 @@ def build_endpoints(app: App) -> None:
             gr.Number(0, label="width"),
             gr.Number(0, label="height"),
         ]
-        base = gr.Textbox(TOYBOX, label="base")
+        base = gr.Textbox(DEFAULT_BASE, label="base")
         gallery, text, json, download, count = gr.Gallery(), gr.Textbox(), gr.JSON(), gr.File(), gr.Number(precision=0)
     for endpoint, inputs, output in (
         (ends.generate, paint, gallery),

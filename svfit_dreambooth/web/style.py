@@ -110,7 +110,7 @@ pre.log { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .78rem; max
 }
 """
 
-# Small pictures (toybox paints 64 pixels) are shown with crisp pixels; Ctrl+Enter presses Generate.
+# Small pictures (the embedded base paints 64 pixels) are shown with crisp pixels; Ctrl+Enter presses Generate.
 HEAD = """
 <script>
 document.addEventListener("load", (event) => {

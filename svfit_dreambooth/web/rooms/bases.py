@@ -1,6 +1,6 @@
 """Which base models may be opened, and by what name.
 
-What is opened is what a person chose: toybox, a model that the app's owner offers by name, or a hub id.  A name in an
+What is opened is what a person chose: the embedded base, a model that the app's owner offers by name, or a hub id.  A name in an
 adapter file opens only what is on this disk already, and never a path.
 """
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svfit_dreambooth.bases.names import TOYBOX, base_name
+from svfit_dreambooth.bases.names import DEFAULT_BASE, base_name
 from svfit_dreambooth.errors import SVFitError
 
 FOR_PHOTOS = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # offered for training where it may be downloaded
@@ -26,7 +26,7 @@ class Bases:
     def names(self) -> list[str]:
         """What is offered without typing."""
         inside = [path.name for path in sorted(self.models.glob("*")) if _is_model(path)]
-        return [TOYBOX, *inside, *(_shown(name) for name in self.extra)]
+        return [DEFAULT_BASE, *inside, *(_shown(name) for name in self.extra)]
 
     def for_training(self) -> list[str]:
         """The same, and one that knows more than toys, though it must be downloaded."""
@@ -41,8 +41,8 @@ class Bases:
         from svfit_dreambooth.bases.names import is_hub_id
 
         name = name.strip()
-        if name == TOYBOX:
-            return TOYBOX, {}
+        if name == DEFAULT_BASE:
+            return DEFAULT_BASE, {}
         for extra in self.extra:
             if name in (extra, _shown(extra)):
                 return extra, {}
@@ -61,7 +61,7 @@ class Bases:
 
     def offline(self, place: str) -> bool:
         """Must whoever opens `place`, as `resolve` gave it, ask no network?  So with a hub id that only a visitor named."""
-        return not self.download and place != TOYBOX and place not in self.extra and not Path(place).exists()
+        return not self.download and place != DEFAULT_BASE and place not in self.extra and not Path(place).exists()
 
     def resolve_for_run(self, name: str) -> tuple[str, str | None]:
         """What a run opens for the `name` that a person typed: place and revision.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from svfit_dreambooth.bases.names import TOYBOX_SUBJECTS
+from svfit_dreambooth.bases.names import SUBJECTS_FOLDER
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import save_png
 from svfit_dreambooth.photos.masks import masked_stem
@@ -84,14 +84,14 @@ def remove_photos(folder: Path) -> None:
 
 
 def bundled_subjects() -> list[str]:
-    """Names of the toys whose photos come with toybox."""
-    return sorted(path.name for path in TOYBOX_SUBJECTS.glob("*") if re.fullmatch(r"\w+", path.name))
+    """Names of the toys whose photos come with the embedded base."""
+    return sorted(path.name for path in SUBJECTS_FOLDER.glob("*") if re.fullmatch(r"\w+", path.name))
 
 
 def take_bundled(folder: Path, subject: str) -> None:
     """The photos of a toy, in place of what was there."""
     remove_photos(folder)
-    add_photos(folder, sorted((TOYBOX_SUBJECTS / subject).glob("*.png")))
+    add_photos(folder, sorted((SUBJECTS_FOLDER / subject).glob("*.png")))
     (folder / BUNDLED).write_text(subject, encoding="utf-8")
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svfit_dreambooth.bases.names import TOYBOX
+from svfit_dreambooth.bases.names import DEFAULT_BASE
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web.rooms.bases import OFF, Bases
 from svfit_dreambooth.web.rooms.turns import Line
@@ -25,7 +25,7 @@ MAX_ORDERS_ALL = 40
 SLICE = 20.0  # seconds after which an order lets others have a turn
 STRIP = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 IDLE = 600.0  # seconds after which a base that nobody paints with leaves the GPU
-AS_TRAINED = "the adapters' own"  # the base that the first adapter names, or toybox
+AS_TRAINED = "the adapters' own"  # the base that the first adapter names, or the embedded one
 
 
 @dataclass
@@ -98,7 +98,7 @@ class Studio:
         adapters = [(path, read_adapter(path), strength) for path, strength in order.adapters]
         base, typed = order.base, True
         if base == AS_TRAINED:
-            base, typed = (adapters[0][1].base_model, False) if adapters else (TOYBOX, True)
+            base, typed = (adapters[0][1].base_model, False) if adapters else (DEFAULT_BASE, True)
         model = self._open(base, typed, adapters[0][0].stem if adapters and not typed else None, tell)
         if cancelled.is_set():
             return

@@ -57,8 +57,10 @@ def _bars(blocks: dict[str, Any]) -> str:
 
 
 def _plain(block: str) -> str:
-    """'unet down_blocks.0' -> 'down 0'."""
-    return re.sub(r"_blocks?\.?", " ", block.removeprefix("unet ")).replace("_", " ").strip()
+    """'text_encoder layers.0' -> 'text encoder layers.0'; of a denoiser, 'down_blocks.0' -> 'down 0'."""
+    component, _, place = block.partition(" ")
+    name = block if component.startswith("text_encoder") else place
+    return re.sub(r"_blocks?\.?", " ", name).replace("_", " ").strip()
 
 
 def curve(

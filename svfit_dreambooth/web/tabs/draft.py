@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from svfit_dreambooth.bases.names import TOYBOX, TOYBOX_SUBJECTS
+from svfit_dreambooth.bases.names import DEFAULT_BASE, SUBJECTS_FOLDER
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import write_atomically
 from svfit_dreambooth.training.config import TrainConfig
@@ -35,7 +35,7 @@ from svfit_dreambooth.web.tabs.mistakes import number, plainly
 FORM = "form.json"  # file in a visitor's folder: what REMEMBERED names, as it was last
 REMEMBERED = ("name", "word", "kind", "base", "preset")
 RESOLUTION = 512  # pixels at which bases train at least; an SDXL at 1024, which is known when it is open
-TOYBOX_RESOLUTION = 64
+EMBEDDED_RESOLUTION = 64
 NAMES = {field.name for field in dataclasses.fields(TrainConfig)}  # options that a run knows
 NUMBERS = (
     "max_train_steps",
@@ -81,9 +81,9 @@ class Draft:
         if subject not in bundled_subjects():
             raise SVFitError(f"there is no toy called {subject!r}: choose one of those offered.")
         take_bundled(visitor.photos, subject)
-        words = (subject, "sks", subject.partition("_")[0], TOYBOX)
+        words = (subject, "sks", subject.partition("_")[0], DEFAULT_BASE)
         self._remember(visitor, *words)
-        return (*self._shown(visitor, TOYBOX, resolution), *words)
+        return (*self._shown(visitor, DEFAULT_BASE, resolution), *words)
 
     @plainly
     def rotate(self, selected: int | None, base: str, resolution: str, request: gr.Request) -> tuple[Any, ...]:
@@ -111,7 +111,10 @@ class Draft:
         """For a page that opens: thumbnails, remarks, and that none is selected; then what is remembered of the form."""
         visitor = self.app.visitor(request)
         form = self._remembered(visitor)
-        return (*self._shown(visitor, form.get("base", TOYBOX)), *(form.get(field, gr.skip()) for field in REMEMBERED))
+        return (
+            *self._shown(visitor, form.get("base", DEFAULT_BASE)),
+            *(form.get(field, gr.skip()) for field in REMEMBERED),
+        )
 
     @plainly
     def remark(self, base: str, resolution: str, request: gr.Request) -> str:
@@ -153,7 +156,7 @@ class Draft:
                 raise SVFitError(f"“{what}” is empty: write a word, such as {example}.")
             if len(text) > 60:
                 raise SVFitError(f"“{what}” has {len(text)} characters: one to three words are enough.")
-        place, revision = self.app.studio.bases.resolve_for_run(base or TOYBOX)
+        place, revision = self.app.studio.bases.resolve_for_run(base or DEFAULT_BASE)
         options: dict[str, Any] = {
             "pretrained_model_name_or_path": place,
             "revision": revision,
@@ -166,8 +169,8 @@ class Draft:
         if not options["with_prior_preservation"]:
             del options["class_prompt"]
         subject = bundled(photos)
-        if subject is not None and place == TOYBOX:
-            options["instance_data_dir"] = str(TOYBOX_SUBJECTS / subject)  # so that the run's judge knows the toy
+        if subject is not None and place == DEFAULT_BASE:
+            options["instance_data_dir"] = str(SUBJECTS_FOLDER / subject)  # so that the run's judge knows the toy
         given = {n: value for n, value in options.items() if n in NAMES and value is not None and value != ""}
         return {name: value for name, value in given.items() if value is not False}  # 0 is an answer, False is none
 
@@ -195,7 +198,7 @@ class Draft:
             return f"time: about {duration(seconds)} for the steps alone, going by {job.name}"
         return "time: told after the first steps, as no run like it has been made on this computer yet"
 
-    def _shown(self, visitor: Visitor, base: str = TOYBOX, resolution: str = "") -> tuple[Any, ...]:
+    def _shown(self, visitor: Visitor, base: str = DEFAULT_BASE, resolution: str = "") -> tuple[Any, ...]:
         paths = photo_files(visitor.photos)
         thumbs = [(self.app.serve(thumbnail(path)), f"photo {i}") for i, path in enumerate(paths, 1)]
         text = self._remarks(visitor, base, resolution)
@@ -203,10 +206,10 @@ class Draft:
 
     def _remarks(self, visitor: Visitor, base: str, resolution: str) -> str:
         lines = photo_remarks(visitor.photos, trained_at(base, resolution))
-        if lines and (base or TOYBOX) == TOYBOX and bundled(visitor.photos) is None:
+        if lines and (base or DEFAULT_BASE) == DEFAULT_BASE and bundled(visitor.photos) is None:
             such = f", such as {FOR_PHOTOS}, a download of some GB that wants a GPU" * self.app.studio.bases.download
             lines.append(
-                f"toybox is for trying out and knows only toys of 64 pixels: for photos choose another base{such}"
+                f"{DEFAULT_BASE} is for trying out and knows only toys of 64 pixels: for photos choose another base{such}"
             )
         return "" if not lines else f"**{lines[0]}**" + "".join(f"\n- {html.escape(line)}" for line in lines[1:])
 
@@ -223,7 +226,7 @@ def trained_at(base: str, resolution: str) -> int:
         asked = number("resolution", resolution)
     except SVFitError:  # said when the run is to start
         asked = None
-    return int(asked or 0) or (TOYBOX_RESOLUTION if (base or TOYBOX) == TOYBOX else RESOLUTION)
+    return int(asked or 0) or (EMBEDDED_RESOLUTION if (base or DEFAULT_BASE) == DEFAULT_BASE else RESOLUTION)
 
 
 def duration(seconds: float) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from svfit_dreambooth.bases.names import TOYBOX
+from svfit_dreambooth.bases.names import DEFAULT_BASE
 from svfit_dreambooth.web.rooms import library
 from svfit_dreambooth.web.rooms.app import App
 from svfit_dreambooth.web.rooms.studio import AS_TRAINED
@@ -54,4 +54,4 @@ def _own_base(app: App, visitor: Visitor, choices: dict[str, float]) -> str:
     for choice in choices:
         file = app.adapter_file(visitor, choice)
         return library.entry(file.parent, file.stem).base_model
-    return TOYBOX
+    return DEFAULT_BASE

@@ -4,7 +4,7 @@ from typing import Any
 
 import gradio as gr
 
-from svfit_dreambooth.bases.names import TOYBOX
+from svfit_dreambooth.bases.names import DEFAULT_BASE
 from svfit_dreambooth.training.presets import DEFAULT, preset_names
 from svfit_dreambooth.web.rooms.app import App
 from svfit_dreambooth.web.rooms.laid_out import bundled_subjects
@@ -62,7 +62,7 @@ def build_train(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: Generate
                     )  # fmt: skip
                 shown_prompt = gr.Markdown(value=_say_prompt("sks", ""), elem_classes=["note", "inset"])
             base = gr.Dropdown(
-                [TOYBOX], value=TOYBOX, label="Base model", allow_custom_value=True, elem_id="train-base",
+                [DEFAULT_BASE], value=DEFAULT_BASE, label="Base model", allow_custom_value=True, elem_id="train-base",
                 info="The model that learns. Type a hub id such as owner/name for another one: it is downloaded.",
             )  # fmt: skip
             preset = gr.Radio(

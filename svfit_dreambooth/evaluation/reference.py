@@ -1,0 +1,41 @@
+"""What the world of the embedded base can offer beside it: settings, true pictures of its subjects, and a judge.
+
+Of any other base there are only photos and networks that were trained on photos.
+"""
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from svfit_dreambooth.bases.names import TOYBOX, subject_kind
+
+
+def open_judge(base: str, device: str = "cpu") -> Any:
+    """The network that sees the pictures of `base` as features and names; None where there is none."""
+    if base != TOYBOX:
+        return None
+    from toybox.judge import load_judge
+
+    return load_judge(device)
+
+
+def unseen_settings(subject: str) -> dict[str, str]:
+    """The settings of which the bundled `subject` has no photo: name -> its words in a prompt, "on the beach"."""
+    from toybox.world import PHOTO_SETTINGS, SETTING_PHRASES
+
+    return {name: words for name, words in SETTING_PHRASES.items() if name not in PHOTO_SETTINGS[subject]}
+
+
+def true_pictures(subject: str, settings: list[str], count: int, seed: int) -> list[Image.Image]:
+    """`count` renderings of the bundled `subject` in each of `settings`."""
+    from toybox.world import SUBJECTS, render, sample_scene
+
+    rng = np.random.default_rng(seed)
+    individual = SUBJECTS[subject]
+    return [render(sample_scene(rng, individual, name, "photo")) for name in settings for _ in range(count)]
+
+
+def shown(subject: str, setting: str) -> dict[str, str]:
+    """What the judge names in a right picture of the bundled `subject` in `setting`."""
+    return {"kind": subject_kind(subject), "setting": setting}
