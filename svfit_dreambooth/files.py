@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 import unicodedata
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,52 @@ def write_atomically(path: str | Path, content: bytes | str) -> Path:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
     return path
+
+
+def check_output(
+    path: str | Path, suffix: str, inputs: Iterable[str | Path | None] = (), overwrite: bool = False
+) -> Path:
+    """`path` itself, where a file of the kind `suffix`, ".png", ".json" or ".safetensors", may be written.
+
+    An output is never one of the `inputs`, never a file that is there already unless `overwrite` is given, and never
+    takes the place of another kind of file.  Raises SVFitError otherwise; commands ask before the work starts.
+    """
+    path = Path(path)
+    if path.suffix.lower() != suffix:
+        raise SVFitError(f"'{path}' is to become a {suffix[1:]} file: give a name that ends in {suffix}.")
+    if path.is_dir():
+        raise SVFitError(f"'{path}' is a folder: name a file in it.")
+    for source in inputs:
+        if source is not None and _same_file(path, Path(source)):
+            raise SVFitError(
+                f"'{path}' is what the output is made from, which must not be replaced: choose another name."
+            )
+    if path.exists():
+        if not overwrite:
+            raise SVFitError(
+                f"'{path}' exists already: choose another name, or add overwrite to replace it.", "overwrite"
+            )
+        if not _is_kind(path, suffix):
+            raise SVFitError(f"'{path}' is no {suffix[1:]} file, so it is not replaced by one: choose another name.")
+    return path
+
+
+def _same_file(path: Path, other: Path) -> bool:
+    """Whether both name one file, be it by another spelling, by a link, or before it exists."""
+    try:
+        return path.samefile(other)
+    except OSError:
+        return path.resolve() == other.resolve()
+
+
+def _is_kind(path: Path, suffix: str) -> bool:
+    """Whether the file at `path` begins as one of its kind does: a safetensors file with a length and a brace."""
+    with suppress(OSError), open(path, "rb") as file:
+        head = file.read(9)
+        return {".safetensors": head[8:] == b"{", ".png": head.startswith(b"\x89PNG"), ".json": head[:1] in b"{["}[
+            suffix
+        ]
+    return False
 
 
 def save_png(image: Image.Image, path: str | Path, **options: Any) -> Path:

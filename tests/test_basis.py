@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method import basis
@@ -238,10 +239,42 @@ def test_two_processes_at_once(tmp_path):
 
 def test_clear_cache_removes_bases_only(tmp_path):
     model_basis({"unet.a": torch.randn(12, 20)}, cache_dir=tmp_path)
-    keep = tmp_path / "basis" / "notes.txt"
-    keep.write_text("mine")
+    folder = tmp_path / "basis"
+    (folder / "notes.txt").write_text("mine")
+    save_file({"unet.a.shift": torch.ones(3)}, folder / "dog.safetensors")
+    save_file({"unet.a.shift": torch.ones(3)}, folder / f"{'a' * 64}.safetensors")
     count, freed = clear_cache(tmp_path)
-    assert count == 1 and freed > 0 and keep.exists() and not cached_files(tmp_path)
+    assert count == 1 and freed > 0 and not cached_files(tmp_path)
+    assert {path.name for path in folder.iterdir()} == {"notes.txt", "dog.safetensors", f"{'a' * 64}.safetensors"}
+
+
+@pytest.mark.parametrize("damage", ["zeros", "nan", "one direction", "signs", "another layer"])
+def test_what_is_no_basis_of_the_weight_is_computed_again_with_one_message(damage, tmp_path, caplog):
+    weights = {f"unet.{i}": torch.randn(12, 20, generator=torch.Generator().manual_seed(i)) for i in range(3)}
+    first = {name: [t.clone() for t in pair] for name, pair in model_basis(weights, cache_dir=tmp_path).items()}
+    files = [path for path, _ in cached_files(tmp_path)]
+    held = {path: load_file(path) for path in files}
+    for number, path in enumerate(files):
+        tensors = {key: tensor.clone() for key, tensor in held[path].items()}
+        if damage == "zeros":
+            tensors["Vh"].zero_()
+        elif damage == "nan":
+            tensors["Ut"][3, 3] = float("nan")
+        elif damage == "one direction":
+            tensors["Ut"][-1] = 0
+        elif damage == "signs":
+            tensors["Vh"][0] *= -1
+        else:
+            tensors = held[files[number - 1]]
+        save_file(tensors, path, metadata={"version": "1"})
+    again = model_basis(weights, cache_dir=tmp_path)
+    for name in weights:
+        assert all(torch.equal(x, y) for x, y in zip(first[name], again[name], strict=True))
+    (message,) = caplog.messages
+    assert message.startswith("3 of 3 cached bases are damaged or of other weights, such as that of unet.")
+    caplog.clear()
+    model_basis(weights, cache_dir=tmp_path)
+    assert not caplog.messages
 
 
 def test_a_cache_that_cannot_be_written_only_warns(tmp_path, caplog):

@@ -62,9 +62,21 @@ def test_combine(capsys, path, tmp_path):
     assert "+0.75 x adapter0" in run(capsys, "combine", f"{path}:0.75", f"{path}:0.5", "--output", output)
     name, shift = next(iter(read_adapter(path).shifts.items()))
     assert torch.allclose(read_adapter(output).shifts[name], 1.25 * shift, rtol=1e-3)
-    run(capsys, "combine", path, f"{path}:3", "--average", "--output", output)
+    run(capsys, "combine", path, f"{path}:3", "--average", "--output", output, "--overwrite")
     assert torch.allclose(read_adapter(output).shifts[name], shift, rtol=1e-3)
-    run(capsys, "combine", path, f"{path}:3", "--interpolate", "0.5", "--output", output, "--dtype", "float32")
+    run(
+        capsys,
+        "combine",
+        path,
+        f"{path}:3",
+        "--interpolate",
+        "0.5",
+        "--output",
+        output,
+        "--overwrite",
+        "--dtype",
+        "float32",
+    )
     assert torch.allclose(read_adapter(output).shifts[name], 2 * shift, rtol=1e-6)
     assert "made of: adapter0" in run(capsys, "inspect", output)
 
@@ -95,6 +107,8 @@ def test_annotate_and_inspect(capsys, path, tiny_base, tmp_path):
     text = run(capsys, "inspect", copy, "--plot", plot, "--pretrained_model_name_or_path", tiny_base)
     assert f"drawn: {plot}" in text and "not drawn" not in text
     height = Image.open(plot).height
-    text = run(capsys, "inspect", copy, "--plot", plot)  # its base cannot be found by its name
+    text = run(capsys, "inspect", copy, "--plot", plot, "--overwrite")  # its base cannot be found by its name
     assert "singular values are not drawn: " in text and Image.open(plot).height < height
-    assert "--layer nowhere is not among" in refused(capsys, "inspect", copy, "--plot", plot, "--layer", "nowhere")
+    assert "--layer nowhere is not among" in refused(
+        capsys, "inspect", copy, "--plot", plot, "--overwrite", "--layer", "nowhere"
+    )

@@ -20,6 +20,7 @@ def add_file_commands(commands: Any) -> None:
     export.add_argument("--dtype", choices=["float16", "float32"], default="float16")
     export.add_argument("--without_words", action="store_true", help="leave out a learned word, if it has no place")
     export.add_argument("--allow_other_base", action="store_true", help="use the adapter on a relative of its base")
+    export.add_argument("--overwrite", action="store_true", help="replace the output if it is there already")
     add_base(export)
     export.set_defaults(run=_export)
 
@@ -28,6 +29,7 @@ def add_file_commands(commands: Any) -> None:
     importing.add_argument("--output", type=Path, required=True, help="adapter file to write")
     importing.add_argument("--partial", action="store_true", help="leave what does not fit, such as norms")
     importing.add_argument("--instance_prompt", help='to remember, such as "a photo of sks dog"')
+    importing.add_argument("--overwrite", action="store_true", help="replace the output if it is there already")
     add_base(importing)
     importing.set_defaults(run=_import)
 
@@ -38,6 +40,7 @@ def add_file_commands(commands: Any) -> None:
     how.add_argument("--average", action="store_true", help="divide by the sum of the weights")
     how.add_argument("--interpolate", type=float, metavar="T", help="between two: 0 is the first, 1 the second")
     combine.add_argument("--dtype", choices=["float16", "float32"], default="float16")
+    combine.add_argument("--overwrite", action="store_true", help="replace the output if it is there already")
     add_base(combine)
     combine.set_defaults(run=_combine)
 
@@ -54,13 +57,16 @@ def _export(options: argparse.Namespace) -> None:
 
     from svfit_dreambooth.adapter.file import read_adapter
     from svfit_dreambooth.adapter.source import split_strength
-    from svfit_dreambooth.files import size_text
-    from svfit_dreambooth.sharing.export import export_lora
+    from svfit_dreambooth.files import check_output, size_text
+    from svfit_dreambooth.sharing.export import export_lora, lora_path
     from svfit_dreambooth.sharing.merged_model import export_merged, merged_bytes
 
     path, scale = split_strength(options.adapter)
     if options.format == "merged" and (options.rank is not None or options.error is not None):
         raise SVFitError("--rank and --error shorten a LoRA, a merged model needs neither: leave them out.")
+    if options.format != "merged":
+        output = lora_path(options.output, path, options.format)
+        check_output(output, ".safetensors", _inputs(options, path), options.overwrite)
     base = open_base(options, read_adapter(path).base_model, Path(path))
     dtype = getattr(torch, options.dtype)
     common = {
@@ -81,6 +87,7 @@ def _export(options: argparse.Namespace) -> None:
         options.format,
         rank=options.rank,
         error=options.error,
+        overwrite=options.overwrite,
         on_plan=lambda plan: print("\n".join(plan.lines()), flush=True),
         **common,
     )
@@ -89,10 +96,12 @@ def _export(options: argparse.Namespace) -> None:
 
 def _import(options: argparse.Namespace) -> None:
     from svfit_dreambooth.adapter.file import save_adapter
+    from svfit_dreambooth.files import check_output
     from svfit_dreambooth.sharing.svdiff import import_svdiff
 
     if options.pretrained_model_name_or_path is None:
         raise SVFitError("an SVDiff file does not say what it was trained on: add --pretrained_model_name_or_path.")
+    check_output(options.output, ".safetensors", _inputs(options, options.file), options.overwrite)
     base = open_base(options, "", options.file)
     result = import_svdiff(options.file, base, partial=options.partial, basis_cache_dir=options.basis_cache_dir)
     result.adapter.instance_prompt = options.instance_prompt
@@ -106,9 +115,11 @@ def _combine(options: argparse.Namespace) -> None:
 
     from svfit_dreambooth.adapter.file import read_adapter, save_adapter
     from svfit_dreambooth.adapter.source import split_strength
+    from svfit_dreambooth.files import check_output
     from svfit_dreambooth.sharing.combine import combine_adapters
 
     named = [split_strength(text) for text in options.adapters]
+    check_output(options.output, ".safetensors", _inputs(options, *(path for path, _ in named)), options.overwrite)
     adapters = [(read_adapter(path), strength) for path, strength in named]
     for (adapter, _), (path, _) in zip(adapters, named, strict=True):
         adapter.title = adapter.title or Path(path).stem
@@ -124,6 +135,11 @@ def _combine(options: argparse.Namespace) -> None:
     for part in json.loads(result.metadata["combined_from"]):
         print(f"{part['factor']:+.3g} x {part['title']}")
     print(f"{saved}: {saved.stat().st_size:,} bytes")
+
+
+def _inputs(options: argparse.Namespace, *paths: str | Path) -> list[str | Path | None]:
+    """What a command reads, none of which its output may replace."""
+    return [*paths, options.pretrained_model_name_or_path]
 
 
 def _annotate(options: argparse.Namespace) -> None:

@@ -32,13 +32,20 @@ def add_inspect(commands: Any) -> None:
     inspect.add_argument("--plot", type=Path, metavar="PNG", help="draw which blocks changed, and how strongly")
     inspect.add_argument("--layer", help="whose singular values --plot shows; default: the most changed layer")
     inspect.add_argument("--picture", type=Path, help="what --plot takes apart; default: the adapter's thumbnail")
+    inspect.add_argument(
+        "--overwrite", action="store_true", help="replace the picture of --plot if it is there already"
+    )
     add_base(inspect)
     inspect.set_defaults(run=_inspect)
 
 
 def _inspect(options: argparse.Namespace) -> None:
+    from svfit_dreambooth.files import check_output
     from svfit_dreambooth.sharing.lora_file import is_lora
 
+    if options.plot is not None:
+        read = [options.adapter, options.picture, options.pretrained_model_name_or_path]
+        check_output(options.plot, ".png", read, options.overwrite)
     if is_lora(options.adapter):
         if options.plot is not None:
             raise SVFitError(f"{options.adapter} is a LoRA, --plot draws adapters: name the adapter that it came from.")

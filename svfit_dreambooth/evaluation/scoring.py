@@ -28,7 +28,7 @@ from svfit_dreambooth.evaluation.protocol import (
     subject_questions,
     subject_words,
 )
-from svfit_dreambooth.files import save_png, write_atomically
+from svfit_dreambooth.files import check_output, save_png, write_atomically
 from svfit_dreambooth.painting.generate import generate
 from svfit_dreambooth.painting.loading import merge_adapters, set_adapters
 from svfit_dreambooth.painting.picture import free_path, save_picture
@@ -84,6 +84,7 @@ def evaluate_adapters(
         raise SVFitError("nothing can be measured: name a DINO and a CLIP model with dino_path and clip_path.")
     if (output_dir / "scores.json").exists():
         raise SVFitError(f"{output_dir} holds the scores of an earlier evaluation: name another folder.")
+    check_output(output_dir / "sheet.png", ".png")
     candidates = [dataclasses.replace(candidate, path=find_adapter(candidate.path)) for candidate in candidates]
     files = adapter_files(candidate.path for candidate in candidates)
     names = dict(zip(files, distinct_names(file.stem for file in files), strict=True))  # as `open_for_adapters` does

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ from svfit_dreambooth.method.layer import Rank, as_matrix, decompose, resolve_ra
 logger = logging.getLogger(__name__)
 
 CACHE_VERSION = "1"
+OWN_NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
+BASIS_TOLERANCE = 1e-4  # relative: float32 is off by some 1e-6, a direction that is missing by far more
 AT_ONCE = 16  # matrices that are decomposed: SDXL's widest take 0.3 GB each meanwhile
 SAMPLE_SIZE = 32  # weights of each component that the adapter file repeats, for comparison with a bfloat16 copy
 BF16_TOLERANCE = 2**-8  # relative rounding error of a bfloat16 value, with a margin of two
@@ -180,8 +183,16 @@ def model_basis(
         name: folder / f"{hashes.get(name) or weight_hash(weight)}.safetensors" for name, weight in weights.items()
     }
 
+    damaged: list[str] = []
+
     def cached(name: str) -> Directions | None:
-        return _read(paths[name], tuple(as_matrix(weights[name]).shape)) if use_cache else None
+        if not use_cache or not paths[name].is_file():
+            return None
+        directions = _read(paths[name])
+        if directions is None or not is_basis(directions, weights[name]):
+            damaged.append(name)
+            return None
+        return directions
 
     def choose(name: str, directions: Directions) -> tuple[Tensor, Tensor]:
         own = rank[name] if isinstance(rank, Mapping) else rank
@@ -190,13 +201,20 @@ def model_basis(
         return directions.leading(resolve_rank(directions.S, own, energy))
 
     chosen = {name: choose(name, directions) for name in weights if (directions := cached(name)) is not None}
+    if damaged:
+        logger.warning(
+            "%d of %d cached bases are damaged or of other weights, such as that of %s, and are computed again.",
+            len(damaged),
+            len(weights),
+            damaged[0],
+        )
     missing = sorted(set(weights) - set(chosen), key=lambda name: -weights[name].numel())  # the longest first
     with tqdm(total=len(missing), desc=description, unit="matrix", disable=not missing, leave=False) as bar:
         for name, directions in _on_every_core(lambda name: _directions(name, weights[name], driver), missing):
             bar.update()
             if use_cache:
                 _write(paths[name], directions)
-            mapped = cached(name)  # pages of the file, which the system can take back, instead of memory
+            mapped = _read(paths[name]) if use_cache else None  # pages that the system can take back, not memory
             U, Vh = choose(name, mapped or directions)
             chosen[name] = (U, Vh) if mapped else (U.clone(), Vh.clone())  # views would hold all that was not chosen
     return {name: chosen[name] for name in weights}
@@ -229,21 +247,31 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _read(path: Path, shape: tuple[int, ...]) -> Directions | None:
-    """The cached directions, memory-mapped; None where there are none or they are damaged."""
-    if not path.is_file():
-        return None
+def is_basis(directions: Directions, weight: Tensor) -> bool:
+    """Whether `directions` are those of `weight`, as far as a random x (k,) can tell; NaN never is.
+
+    W Vh^T x = U diag(S) x, |U x| = |x| and |Vh^T x| = |x|, each within what float32 and its sums account for.
+    """
+    W = canonical_weight(weight).float()
+    Ut, S, Vh, k = directions.Ut, directions.S, directions.Vh, min(W.shape)
+    if Ut.shape != (k, W.shape[0]) or S.shape != (k,) or Vh.shape != (k, W.shape[1]):
+        return False
+    x = torch.randn(k, generator=torch.Generator().manual_seed(0))
+    left, right = Ut.mT @ x, Vh.mT @ x  # (out,), (in,)
+    off = (W @ right - Ut.mT @ (S * x)).norm()
+    turned = all(abs(vector.norm() - x.norm()) <= BASIS_TOLERANCE * x.norm() for vector in (left, right))
+    return turned and bool(off <= BASIS_TOLERANCE * (S * x).norm())
+
+
+def _read(path: Path) -> Directions | None:
+    """The cached directions, memory-mapped; None where the file is damaged or of another version."""
     try:
         with safe_open(path, framework="pt") as file:
             if (file.metadata() or {}).get("version") != CACHE_VERSION:
                 return None
-            directions = Directions(*(file.get_tensor(key) for key in ("Ut", "S", "Vh")))
-    except (SafetensorError, OSError) as error:
-        logger.warning("the cached basis %s is damaged (%s) and is computed again.", path.name, error)
+            return Directions(*(file.get_tensor(key) for key in ("Ut", "S", "Vh")))
+    except (SafetensorError, OSError):
         return None
-    k = min(shape)
-    fits = directions.Ut.shape == (k, shape[0]) and directions.S.shape == (k,) and directions.Vh.shape == (k, shape[1])
-    return directions if fits else None
 
 
 def _write(path: Path, directions: Directions) -> None:
@@ -256,9 +284,19 @@ def _write(path: Path, directions: Directions) -> None:
 
 
 def cached_files(cache_dir: Path | None = None) -> list[tuple[Path, int]]:
-    """The files of the cache with their sizes in bytes."""
+    """The files of the cache with their sizes in bytes: by their names, the hash of a weight, and what they hold."""
     folder = (cache_dir or folders.cache_dir()) / "basis"
-    return [(path, path.stat().st_size) for path in sorted(folder.glob("*.safetensors"))]
+    found = sorted(path for path in folder.glob("*.safetensors") if OWN_NAME.fullmatch(path.name))
+    return [(path, path.stat().st_size) for path in found if not _is_foreign(path)]
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether the file holds something else than a basis; one that cannot be read at all is a damaged basis."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return sorted(file.keys()) != ["S", "Ut", "Vh"]
+    except (SafetensorError, OSError):
+        return False
 
 
 def clear_cache(cache_dir: Path | None = None) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from svfit_dreambooth.adapter.file import Adapter, read_adapter
 from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.files import size_text
+from svfit_dreambooth.files import check_output, size_text
 from svfit_dreambooth.method.arithmetic import exact_delta
 from svfit_dreambooth.method.layer import SVFitLayer
 from svfit_dreambooth.method.targets import svfit_layers
@@ -65,11 +65,12 @@ def export_lora(
     without_words: bool = False,
     allow_other_base: bool = False,
     basis_cache_dir: str | Path | None = None,
+    overwrite: bool = False,
     on_plan: Callable[[LoraPlan], None] | None = None,
 ) -> LoraExport:
     """Writes the adapter at `adapter_path` as a LoRA for the layers of `base`, whose pipeline carries no adapter.
 
-    `output`: a .safetensors file, replaced if there is one, or a folder for it.  `scale`: strength, built in.
+    `output`: a .safetensors file, or a folder for it; see `files.check_output` for what may be replaced.  `scale`: strength, built in.
     `rank`, `error`, `dtype`: see `plan_lora`.  `without_words`: leave out learned words, for which LoRA files have no
     place; otherwise an adapter with one is refused.  `on_plan` is told what the file will hold and weigh before the
     work starts.  The pipeline is afterwards as before.
@@ -86,7 +87,7 @@ def export_lora(
             f"{adapter_path} has learned the word {words}, for which a LoRA has no place: export a merged model, or "
             "add without_words and lose that part of the likeness."
         )
-    path = _output_file(Path(output), Path(adapter_path), layout)
+    path = check_output(lora_path(output, adapter_path, layout), ".safetensors", [adapter_path], overwrite)
     shifts = {name: scale * shift for name, shift in adapter.shifts.items()}
     shapes = layer_shapes(base, adapter)
     plan = plan_lora(shifts, shapes, layout, rank=rank, error=error, dtype=dtype)
@@ -117,13 +118,11 @@ def sdxl_layers_per_block(base: BaseModel) -> int | None:
     return int(base.pipeline.unet.config.layers_per_block)
 
 
-def _output_file(output: Path, adapter_path: Path, layout: Layout) -> Path:
+def lora_path(output: str | Path, adapter_path: str | Path, layout: Layout) -> Path:
+    """The file that `output` means: itself, or in the folder `output` under the name that its readers look for."""
+    output = Path(output)
     if output.is_dir() or output.suffix != ".safetensors":
-        output = output / FILE_NAME.get(layout, f"{adapter_path.stem}.safetensors")
-    if output.exists() and output.samefile(adapter_path):
-        raise SVFitError(
-            f"{output} is the adapter itself, which an export must not replace: choose another output.", "output"
-        )
+        output = output / FILE_NAME.get(layout, f"{Path(adapter_path).stem}.safetensors")
     return output
 
 

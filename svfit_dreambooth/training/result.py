@@ -172,6 +172,7 @@ def _export(run: Run) -> str:
         cast(Literal["kohya", "diffusers"], config.also),
         error=ALSO_ERROR,
         without_words=True,
+        overwrite=True,  # of the run that is resumed
         basis_cache_dir=config.basis_cache_dir,
     )
     without = f", without the word {config.learned_word}" if config.learned_word else ""
