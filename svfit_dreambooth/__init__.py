@@ -4,7 +4,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from svfit_dreambooth import remarks as remarks  # filters must be in place before diffusers is imported
-from svfit_dreambooth.peft.register import register_with_peft
 
 if TYPE_CHECKING:
     from svfit_dreambooth.adapter.file import Adapter, read_adapter, save_adapter
@@ -70,6 +69,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME})
-
-
-register_with_peft()

@@ -76,7 +76,11 @@ def node(monkeypatch, tmp_path):
     folder_paths.get_full_path = lambda kind, name: str(tmp_path / name)
     for module in (comfy, lora, folder_paths):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    spec = importlib.util.spec_from_file_location("svfit_loader", NODE)
+    return import_node(NODE)
+
+
+def import_node(path):
+    spec = importlib.util.spec_from_file_location("svfit_loader", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -148,6 +152,23 @@ def test_an_adapter_of_few_scattered_values(node, tmp_path):
         for name, layer in svfit_layers(getattr(pipeline, part)).items():
             expected = layer.weight + layer.delta()
             assert (holder.patched(key_of(f"{part}.{name}")) - expected).abs().max() < 1e-5
+
+
+def test_copies_of_the_node_that_people_have_still_work(node, tmp_path):
+    """They import from where the modules were when they were copied."""
+    text = NODE.read_text(encoding="utf-8")
+    for here, before in (
+        ("svfit_dreambooth.adapter.file import read_adapter", "svfit_dreambooth.adapter import read_adapter"),
+        ("svfit_dreambooth.method.basis import", "svfit_dreambooth.basis import"),
+    ):
+        assert here in text
+        text = text.replace(here, before)
+    (tmp_path / "old.py").write_text(text, encoding="utf-8")
+    layers = projections(tiny_pipeline())
+    write_adapter(layers, tmp_path)
+    old = import_node(tmp_path / "old.py")
+    model, _ = old.SVFitLoader().load(*loaded(layers, True), "dog.safetensors", 1.0, 1.0)
+    assert len(model.patches) == 32
 
 
 def test_another_model_is_refused(node, tmp_path):

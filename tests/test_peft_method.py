@@ -95,22 +95,30 @@ def test_training_lowers_the_loss():
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_a_saved_adapter_loads_where_the_package_is_merely_imported(tmp_path):
+def test_a_saved_adapter_loads_where_svfit_is_registered(tmp_path):
     model = get_peft_model(classifier(), SVFitConfig(rank=4))
     disturb(model)
     model.save_pretrained(tmp_path)
     torch.save({"expected": logits(model), "base": model.unload().state_dict(), "pixels": PIXELS}, tmp_path / "case.pt")
     script = f"""
-import importlib.util, sys
+import sys
 import svfit_dreambooth
 assert "torch" not in sys.modules and "peft" not in sys.modules
-assert importlib.util.find_spec("peft") is not None and "peft" not in sys.modules
 from peft import PeftModel
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 case = torch.load({str(tmp_path / "case.pt")!r})
 base = ViTForImageClassification(ViTConfig(**{classifier().config.to_diff_dict()!r})).eval()
 base.load_state_dict(case["base"])
+try:
+    PeftModel.from_pretrained(base, {str(tmp_path)!r})
+except KeyError as error:
+    assert str(error) == "'SVFIT'"  # what docs/peft.md explains
+else:
+    raise SystemExit("nobody registered SVFit, and PEFT knows it")
+from svfit_dreambooth.peft import register
+register()
+register()
 model = PeftModel.from_pretrained(base, {str(tmp_path)!r})
 assert torch.allclose(model(case["pixels"]).logits, case["expected"], atol=1e-6)
 """

@@ -9,6 +9,8 @@ from conftest import tiny_pipeline
 from PIL import Image
 from test_pipeline import make_adapter
 
+from svfit_dreambooth.adapter.describe import describe_adapter
+from svfit_dreambooth.adapter.file import Adapter
 from svfit_dreambooth.adapter.plot import plot_adapter, rebuild_picture, strength_table, strongest_layer
 from svfit_dreambooth.errors import SVFitError
 
@@ -28,6 +30,16 @@ def test_the_table_holds_the_root_mean_squares(adapter):
     assert table[rows.index("unet down_blocks.0"), columns.index("attn2 k")] == pytest.approx(expected, rel=1e-5)
     assert np.isnan(table[rows.index("unet down_blocks.0"), columns.index("self q")])
     assert table.shape == (len(rows), len(columns)) and not np.isnan(table).all(axis=1).any()
+
+
+def test_few_scattered_values_have_one_strength_everywhere():
+    name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    sparse = Adapter({name: torch.zeros(1000).index_fill(0, torch.tensor([3, 500, 999]), 2.0)}, "tiny", {})
+    described = describe_adapter(sparse)
+    _, _, table = strength_table(sparse)
+    assert (
+        table.item() == described["total"]["strength"] == described["blocks"]["unet down_blocks.0"]["strength"] == 2.0
+    )
 
 
 def test_the_strongest_layer(adapter):

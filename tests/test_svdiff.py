@@ -100,7 +100,10 @@ def test_norms_are_refused_or_left_out_when_asked(tmp_path):
         ({"mid.to_q.delta": torch.ones(3)}, "changes mid.to_q, which the unet of tiny lacks"),
         ({"down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.delta": torch.ones(99)}, "another base model"),
         ({"down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.delta": torch.full((16,), torch.nan)}, "finite"),
-        ({"conv_in.weight": torch.ones(3)}, "is no SVDiff file"),
+        ({"conv_in.weight": torch.ones(3)}, "safetensors is no SVDiff file"),
+        ({"lora_unet_x.lora_down.weight": torch.ones(3), "lora_unet_x.alpha": torch.ones(1)}, "is a LoRA, no SVDiff"),
+        ({"lora_unet_x.hada_w1_a": torch.ones(3), "lora_unet_x.alpha": torch.ones(1)}, "is a LoHa, no SVDiff file"),
+        ({"lora_unet_x.lokr_w1": torch.ones(3), "lora_unet_x.alpha": torch.ones(1)}, "is a LoKr, no SVDiff file"),
         ({"conv_in.delta": torch.zeros(16)}, "nothing in .* fits an adapter"),
     ],
 )

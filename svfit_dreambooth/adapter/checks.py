@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +56,29 @@ def check_container(path: Path) -> int:
     raise SVFitError(f"'{path}' isn't a safetensors file: name the .safetensors file that training wrote.")
 
 
+def other_kind(keys: Iterable[str]) -> str | None:
+    """What other small changes of a model are called, by the names of their tensors; None: none that is known."""
+    names = "\n".join(keys)
+    marks = {
+        "LoHa": r"\.hada_w[12]_[ab]$",
+        "LoKr": r"\.lokr_w[12](_[ab])?$",
+        "LoRA": r"^lora_|lora_(A|B|up|down)|\.lora\.|\.alpha$",
+        "SVDiff": r"\.delta$",
+    }
+    return next((kind for kind, mark in marks.items() if re.search(mark, names, re.MULTILINE)), None)
+
+
 def check_kind(path: Path, keys: list[str], metadata: dict[str, str]) -> None:
     """Refuse other safetensors files, by what they are, and versions to come."""
-    if any(re.search(r"^lora_|lora_(A|B|up|down)|\.lora\.|\.alpha$", key) for key in keys):
-        raise SVFitError(f"'{path}' is a LoRA, not an SVFit adapter: load it with pipeline.load_lora_weights.")
+    kind = other_kind(keys)
+    if kind == "SVDiff" and metadata.get("format") != FORMAT:
+        raise SVFitError(
+            f"'{path}' holds spectral shifts of SVDiff ('.delta'), not an SVFit adapter: the command import turns it "
+            "into one, or sharing.svdiff.import_svdiff from Python."
+        )
+    if kind not in (None, "SVDiff"):
+        raise SVFitError(f"'{path}' is a {kind}, not an SVFit adapter: load it with pipeline.load_lora_weights.")
     if metadata.get("format") != FORMAT:
-        if any(key.endswith(".delta") for key in keys):
-            raise SVFitError(f"'{path}' holds spectral shifts of SVDiff ('.delta'), not an SVFit adapter: train anew.")
         found = f"its format is {metadata['format']!r}" if "format" in metadata else "it names no format"
         raise SVFitError(
             f"'{path}' is a safetensors file but not an SVFit adapter ({found}, an adapter's is {FORMAT!r}): "

@@ -6,6 +6,7 @@ ModelSpec: https://github.com/Stability-AI/ModelSpec.
 import base64
 import io
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,14 +133,19 @@ def describe_adapter(adapter: Adapter, path: str | Path | None = None) -> dict[s
 
 def _summary(shifts: list[torch.Tensor]) -> dict[str, int | float]:
     ranks = [stored_values(shift) for shift in shifts] or [0]
-    squares = sum(shift.double().square().sum().item() for shift in shifts)
     return {
         "projections": len(shifts),
         "values": sum(ranks),
         "rank_min": min(ranks),
         "rank_max": max(ranks),
-        "strength": (squares / max(sum(ranks), 1)) ** 0.5,
+        "strength": strength(shifts),
     }
+
+
+def strength(shifts: Sequence[torch.Tensor]) -> float:
+    """The root mean square of the values that a file holds of `shifts`, (r,) each: of few scattered ones, theirs."""
+    squares = sum(shift.double().square().sum().item() for shift in shifts)
+    return (squares / max(sum(stored_values(shift) for shift in shifts), 1)) ** 0.5
 
 
 def block_name(name: str) -> str:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from svfit_dreambooth.adapter.describe import block_name, describe_adapter
+from svfit_dreambooth.adapter.describe import block_name, describe_adapter, strength
 from svfit_dreambooth.adapter.file import Adapter
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import write_atomically
@@ -60,7 +60,7 @@ def strength_table(adapter: Adapter) -> tuple[list[str], list[str], np.ndarray]:
     columns = sorted({column for _, column in cells}, key=_column_order)
     table = np.full((len(rows), len(columns)), np.nan)
     for (row, column), shifts in cells.items():
-        table[rows.index(row), columns.index(column)] = torch.cat(shifts).double().square().mean().sqrt().item()
+        table[rows.index(row), columns.index(column)] = strength(shifts)
     return rows, columns, table
 
 
@@ -100,7 +100,8 @@ def plot_adapter(
     heights = [0.9 + 0.27 * len(rows), *([3.2] if spectrum else []), *([3.4] if picture else [])]
     figure = Figure(figsize=(11, sum(heights) + 0.5), dpi=110, layout="constrained")
     parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights, hspace=0.06, squeeze=False)[:, 0]
-    _draw_table(parts[0], adapter.title or Path(path).stem, rows, columns, table)
+    by_block = [row["strength"] for row in describe_adapter(adapter)["blocks"].values()]
+    _draw_table(parts[0], adapter.title or Path(path).stem, rows, columns, table, by_block)
     if spectrum is not None:
         name, S = spectrum
         _draw_spectrum(parts[1], name, S.double().cpu().numpy(), adapter.shifts[name].double().numpy())
@@ -109,16 +110,16 @@ def plot_adapter(
     return _save(figure, Path(path))
 
 
-def _draw_table(part: Any, title: str, rows: list[str], columns: list[str], table: np.ndarray) -> None:
+def _draw_table(
+    part: Any, title: str, rows: list[str], columns: list[str], table: np.ndarray, by_block: list[float]
+) -> None:
     heat, bars = part.subplots(1, 2, sharey=True, width_ratios=[2, 1])
     image = heat.imshow(np.ma.masked_invalid(table), aspect="auto", cmap="YlOrRd", vmin=0)
     heat.set_yticks(range(len(rows)), rows, fontsize=8)
     heat.set_xticks(range(len(columns)), columns, fontsize=8, rotation=45, ha="right", rotation_mode="anchor")
     heat.set_title(f"{title}: strength of the change (root mean square of the shifts)", fontsize=10, loc="left")
     part.colorbar(image, ax=heat, pad=0.01)
-    with np.errstate(invalid="ignore"):
-        means = np.sqrt(np.nanmean(table**2, axis=1))
-    bars.barh(range(len(rows)), means, color=AFTER)
+    bars.barh(range(len(rows)), by_block, color=AFTER)
     bars.set_title("by block", fontsize=10, loc="left")
     bars.tick_params(labelsize=8, labelleft=False)
 

@@ -2,8 +2,8 @@
 
 PEFT (https://github.com/huggingface/peft) keeps its methods in four dictionaries under the members of an enum.
 Importing this module adds a member SVFIT and files the classes below under it, which is all that PEFT needs for
-training, saving, loading, switching and merging.  A saved adapter therefore loads wherever this package is
-imported, and nowhere else.
+training, saving, loading, switching and merging.  A saved adapter therefore loads where this module was imported, by
+`register()` or with `SVFitConfig`, and nowhere else.
 
 The numbers are those of `SVFitLinear`: W' = W + U diag(shift) Vh, with only `shift` trained and saved.  U and Vh
 are decomposed anew from the base at hand, in the canonical form that adapter files use (`basis.canonical_weight`),

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from svfit_dreambooth.adapter.checks import check_container
+from svfit_dreambooth.adapter.checks import FORMAT, check_container, other_kind
 from svfit_dreambooth.adapter.file import Adapter
 from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.errors import SVFitError
@@ -129,12 +129,14 @@ def _read(path: Path) -> dict[str, Tensor]:
     check_container(path)
     try:
         with safe_open(path, framework="pt") as file:
-            keys = list(file.keys())
-            if not keys or not all(key.endswith(SUFFIX) for key in keys):
-                raise SVFitError(f"{path} is no SVDiff file: the names of its tensors do not end in {SUFFIX!r}.")
-            deltas = {key.removesuffix(SUFFIX): file.get_tensor(key).float() for key in keys}
+            keys, metadata = list(file.keys()), file.metadata() or {}
+            deltas = {key.removesuffix(SUFFIX): file.get_tensor(key).float() for key in keys if key.endswith(SUFFIX)}
     except (SafetensorError, OSError, ValueError) as error:
         raise SVFitError(f"'{path}' is damaged or cut short ({error}): copy or download it again.") from None
+    if not keys or len(deltas) < len(keys):
+        kind = "an SVFit adapter already" if metadata.get("format") == FORMAT else f"a {other_kind(keys)}"
+        what = f"{kind}, " if metadata.get("format") == FORMAT or other_kind(keys) not in (None, "SVDiff") else ""
+        raise SVFitError(f"{path} is {what}no SVDiff file: the names of its tensors do not end in {SUFFIX!r}.")
     for name, delta in deltas.items():
         if delta.ndim != 1 or not torch.isfinite(delta).all():
             raise SVFitError(f"{name}{SUFFIX} in {path} is no vector of finite numbers: the file cannot be used.")
