@@ -167,7 +167,7 @@ def test_shapes_may_differ_within_a_batch():
 
 @pytest.mark.parametrize(("option", "value"), [("snr_gamma", 0), ("noise_offset", -0.1), ("unmasked_weight", 2)])
 def test_impossible_values_are_refused(option, value):
-    with pytest.raises(SVFitError, match=f"--{option} is {value}"):
+    with pytest.raises(SVFitError, match=f"{option} is {value}"):
         TrainConfig(**{option: value})
 
 

@@ -1,5 +1,7 @@
 """Prompts of more than 77 tokens, and words that weigh more or less."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -84,7 +86,8 @@ def test_weights_for_other_text_encoders_are_refused(pipeline, monkeypatch):
 
 
 def test_an_offloaded_text_encoder_reads_long_prompts_too():
-    plain, offloaded = tiny_pipeline(), tiny_pipeline()
+    plain = tiny_pipeline()
+    offloaded = copy.deepcopy(plain)
     for model in (offloaded.text_encoder, offloaded.unet):
         offload_sequentially(model)
     expected = prompt_arguments(plain, LONG)["prompt_embeds"]
