@@ -218,3 +218,38 @@ def test_noise_raises_nothing_else(tmp_path, path):
             refused += 1
             assert "\n" not in str(error)
     assert refused > 1000
+
+
+def exchanged(content, *pairs):
+    """The file with words of its header exchanged, the same length, and its values untouched."""
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    for entry in header.values():
+        for before, after in pairs:
+            if entry.get("dtype") == before:
+                entry["dtype"] = after
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + content[8 + length :]
+
+
+def test_exchanged_places_and_types_do_not_pass(tmp_path):
+    """The bytes after the header are the same, and so is their hash."""
+    adapter = Adapter({name: torch.randn(8) for name in NAMES}, "toybox", {})
+    path = save_adapter(adapter, tmp_path / "dog.safetensors")
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    first, second = (header[name + ".shift"] for name in NAMES)
+    first["data_offsets"], second["data_offsets"] = second["data_offsets"], first["data_offsets"]
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+    refuses(path, "don't match its tensors_sha256")
+    path.write_bytes(exchanged(content, ("F16", "BF16")))
+    refuses(path, "don't match its tensors_sha256")
+    path.write_bytes(content)
+    assert torch.equal(read_adapter(path).shifts[NAMES[0]], adapter.shifts[NAMES[0]].half().float())
+
+
+def test_a_small_file_takes_little_memory(tmp_path):
+    tensors = {"unet.a.shift": torch.ones(1), "unet.a.index": torch.tensor([2**24 - 1], dtype=torch.int32)}
+    refuses(write_with(tmp_path / "a", tensors, targets='{"unet.a":1}'), "reaches 16777215, 65536 is the limit here")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_pipeline
 from PIL import Image
 from safetensors.torch import save_file
 from test_pipeline import make_adapter
@@ -12,6 +13,8 @@ from test_pipeline import make_adapter
 from svfit_dreambooth import read_adapter, save_adapter
 from svfit_dreambooth.bases.opening import open_base_model
 from svfit_dreambooth.commands.main import main
+from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.painting.generate import open_named_base
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +115,41 @@ def test_annotate_and_inspect(capsys, path, tiny_base, tmp_path):
     assert "--layer nowhere is not among" in refused(
         capsys, "inspect", copy, "--plot", plot, "--overwrite", "--layer", "nowhere"
     )
+
+
+HOSTILE = "\x1b[2J\x9b31mdog\nerror: forged line\r\u202egnp"
+
+
+def test_what_a_stranger_wrote_cannot_steer_the_terminal(capsys, tmp_path):
+    adapter = make_adapter(tiny_pipeline(), rank=2)
+    adapter.title = adapter.instance_prompt = HOSTILE
+    adapter.training = {HOSTILE: HOSTILE}
+    adapter.metadata = {"modelspec.author": HOSTILE, "modelspec.license": HOSTILE}
+    path = save_adapter(adapter, tmp_path / "dog.safetensors")
+    lora = tmp_path / "lora.safetensors"
+    tensors = {"lora_unet_x.lora_down.weight": torch.ones(1, 2), "lora_unet_x.lora_up.weight": torch.ones(2, 1)}
+    save_file(tensors, lora, metadata={"modelspec.title": HOSTILE, "ss_x": HOSTILE, "modelspec.author": HOSTILE})
+    said = [
+        run(capsys, "inspect", path),
+        run(capsys, "inspect", lora),
+        run(capsys, "push", path, "--dry_run"),
+        run(capsys, "combine", path, "--output", tmp_path / "c.safetensors"),
+    ]
+    said += [text := run(capsys, "inspect", path, "--json"), run(capsys, "inspect", lora, "--json")]
+    assert json.loads(text)["title"] == HOSTILE
+    for text in said:
+        assert not set(text) & set("\x1b\x9b\r\u202e")
+        assert not any(line.startswith("error: forged") for line in text.splitlines())
+
+
+@pytest.mark.parametrize("name", ["models/dog", "./dog", "/etc/dog", "../dog"])
+def test_a_place_on_this_disk_that_a_file_names_is_not_opened(capsys, tiny_base, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "dog").symlink_to(tiny_base)
+    adapter = make_adapter(tiny_pipeline(), rank=2)
+    path = save_adapter(adapter, tmp_path / "dog.safetensors")
+    monkeypatch.setattr("svfit_dreambooth.bases.opening.open_base_model", lambda *_, **__: pytest.fail("opened"))
+    monkeypatch.setattr("svfit_dreambooth.painting.generate.open_base_model", lambda *_, **__: pytest.fail("opened"))
+    with pytest.raises(SVFitError, match="name the base yourself with pretrained_model_name_or_path"):
+        open_named_base(name, path)

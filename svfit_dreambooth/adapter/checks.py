@@ -19,6 +19,7 @@ PROJECTION = re.compile(r"[\w-]+(\.[\w-]+)+")  # <component>.<module path>
 DTYPES = ("F16", "F32", "BF16")  # safetensors' words for what a file may hold
 POSITION_DTYPES = ("I16", "I32")
 MAX_VALUES = 2**24  # up to the highest positions, all layers together: 64 MB in memory, ten times all of SDXL
+MAX_RANK = 2**16  # singular values of one weight: the widest layers known have some 20,000
 MAX_HEADER_BYTES = 16 * 2**20  # all of SDXL needs about 0.3 MB
 
 
@@ -173,6 +174,10 @@ def check_positions(path: Path, positions: dict[str, Tensor]) -> None:
     for name, places in positions.items():
         if places[0] < 0 or (places[1:] <= places[:-1]).any():
             raise SVFitError(f"'{name}{INDEX_SUFFIX}' in '{path}' doesn't ascend from 0: save it again.")
+        if places[-1] >= MAX_RANK:
+            raise SVFitError(
+                f"'{name}{INDEX_SUFFIX}' in '{path}' reaches {int(places[-1])}, {MAX_RANK} is the limit here."
+            )
     if (total := sum(int(places[-1]) + 1 for places in positions.values())) > MAX_VALUES:
         raise SVFitError(f"'{path}' claims positions among {total} values, {MAX_VALUES} is the limit here.")
 

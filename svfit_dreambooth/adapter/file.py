@@ -41,8 +41,18 @@ from svfit_dreambooth.files import write_atomically
 
 MODELSPEC = {"sai_model_spec", "architecture", "implementation", "title", "date", "hash_sha256", "trigger_phrase"}
 OWN_METADATA = {f"modelspec.{name}" for name in MODELSPEC} | {"format", "format_version", "payload_sha256"}
+TENSORS_HASH = "tensors_sha256"
 SPARSE_ENTRY_BYTES = 160  # what a second tensor costs in the header, about
-OWN_METADATA |= {"base_model", "base_fingerprint", "targets", "instance_prompt", "class_prompt", "training", HEADER_KEY}
+OWN_METADATA |= {
+    "base_model",
+    "base_fingerprint",
+    "targets",
+    "instance_prompt",
+    "class_prompt",
+    "training",
+    HEADER_KEY,
+    TENSORS_HASH,
+}
 
 
 @dataclass
@@ -109,7 +119,8 @@ def save_adapter(adapter: Adapter, path: str | Path, dtype: torch.dtype = torch.
     tensors |= word_tensors(adapter.learned_words, dtype)
     try:
         ranks = {name: tensors[name + SUFFIX].numel() for name in adapter.shifts}
-        content = serialize(tensors, _metadata(adapter, path, ranks, _payload_sha256(tensors)))
+        metadata = _metadata(adapter, path, ranks, _payload_sha256(tensors)) | {TENSORS_HASH: tensors_sha256(tensors)}
+        content = serialize(tensors, metadata)
     except UnicodeEncodeError as error:
         raise SVFitError(f"The metadata holds text that isn't valid Unicode ({error.object!r}): correct it.") from None
     write_atomically(path, content)
@@ -159,6 +170,18 @@ def _payload_sha256(tensors: dict[str, torch.Tensor]) -> str:
     content = serialize(tensors)
     (header_bytes,) = struct.unpack("<Q", content[:8])
     return hashlib.sha256(content[8 + header_bytes :]).hexdigest()
+
+
+def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of every tensor in the order of their names: "<name> <dtype> <shape>", a line feed, its bytes.
+
+    Unlike `payload_sha256` it tells a file whose names, types or places were exchanged.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {str(tensor.dtype)[6:]} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _metadata(adapter: Adapter, path: Path, ranks: dict[str, int], payload_sha256: str) -> dict[str, str]:
@@ -245,11 +268,16 @@ def read_adapter(path: str | Path) -> Adapter:
                 )
         if file_sha256(path, payload_start) != required(path, metadata, "payload_sha256").lower():
             raise SVFitError(f"The values in '{path}' don't match its payload_sha256, so it is damaged: copy it again.")
+        if TENSORS_HASH in metadata and tensors_sha256({k: file.get_tensor(k) for k in keys}) != metadata[TENSORS_HASH]:
+            raise SVFitError(
+                f"The names, types or places of the values in '{path}' don't match its {TENSORS_HASH}, so it is "
+                "damaged: copy it again."
+            )
         shifts = {name: file.get_tensor(name + SUFFIX).to(torch.float32, copy=True) for name in targets}
         positions = {name: file.get_tensor(name + INDEX_SUFFIX).long() for name in indexed}
     check_positions(path, positions)
     for name, places in positions.items():
-        shifts[name] = torch.zeros(int(places[-1]) + 1).index_copy(0, places, shifts[name])
+        shifts[name] = torch.zeros(int(places[-1]) + 1).index_copy_(0, places, shifts[name])
     for name, shift in shifts.items():
         if not torch.isfinite(shift).all():
             raise SVFitError(f"'{path}' holds NaN or infinity in '{name}{SUFFIX}': train the adapter again.")

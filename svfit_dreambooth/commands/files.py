@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from svfit_dreambooth.commands.base import add_base, open_base
+from svfit_dreambooth.commands.wording import printable
 from svfit_dreambooth.errors import SVFitError
 
 
@@ -133,7 +134,7 @@ def _combine(options: argparse.Namespace) -> None:
     )
     saved = save_adapter(result, options.output, getattr(torch, options.dtype))
     for part in json.loads(result.metadata["combined_from"]):
-        print(f"{part['factor']:+.3g} x {part['title']}")
+        print(printable(f"{part['factor']:+.3g} x {part['title']}"))
     print(f"{saved}: {saved.stat().st_size:,} bytes")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from svfit_dreambooth.commands.base import add_base, open_base
-from svfit_dreambooth.commands.wording import with_dashes
+from svfit_dreambooth.commands.wording import printable, with_dashes
 from svfit_dreambooth.errors import SVFitError
 
 SHOWN = {  # header field -> how it is called
@@ -60,25 +60,25 @@ def _inspect(options: argparse.Namespace) -> None:
     if options.plot is not None:
         path = _plot(options, adapter)
         if not options.json:
-            print(f"drawn: {path}")
+            print(printable(f"drawn: {path}"))
     if options.json:
-        print(json.dumps(description, indent=2, ensure_ascii=False))
+        print(printable(json.dumps(description, indent=2, ensure_ascii=False), keep="\n"))
         return
     for key in ("title", "base_model", "instance_prompt", "class_prompt", "file_bytes"):
         if description.get(key):
-            print(f"{key.replace('_', ' ')}: {description[key]}")
+            print(printable(f"{key.replace('_', ' ')}: {description[key]}"))
     _print_metadata(adapter.metadata)
     if "modelspec.license" not in adapter.metadata:
         from svfit_dreambooth.adapter.describe import licence_note
 
-        print(f"licence: {licence_note(adapter)}")
+        print(printable(f"licence: {licence_note(adapter)}"))
     for key, value in description["training"].items():
-        print(f"  {key.replace('_', ' ')}: {value}")
-    print(f"{'':28}{'layers':>7}{'values':>9}{'ranks':>12}{'strength':>10}")
+        print(printable(f"  {key.replace('_', ' ')}: {value}"))
+    print(printable(f"{'':28}{'layers':>7}{'values':>9}{'ranks':>12}{'strength':>10}"))
     rows = {**description["components"], **description["blocks"], "total": description["total"]}
     for name, row in rows.items():
         ranks = f"{row['rank_min']}" + (f"-{row['rank_max']}" if row["rank_max"] != row["rank_min"] else "")
-        print(f"{name:28}{row['projections']:>7}{row['values']:>9,}{ranks:>12}{row['strength']:>10.4f}")
+        print(printable(f"{name:28}{row['projections']:>7}{row['values']:>9,}{ranks:>12}{row['strength']:>10.4f}"))
 
 
 def _inspect_lora(options: argparse.Namespace) -> None:
@@ -88,20 +88,20 @@ def _inspect_lora(options: argparse.Namespace) -> None:
     metadata = description["metadata"]
     description["metadata"] = _presentable(metadata)
     if options.json:
-        print(json.dumps(description, indent=2, ensure_ascii=False))
+        print(printable(json.dumps(description, indent=2, ensure_ascii=False), keep="\n"))
         return
     ranks = f"{description['rank_min']}"
     if description["rank_max"] != description["rank_min"]:
         ranks += f" to {description['rank_max']}"
-    print(f"a LoRA in {description['layout']} layout: {description['layers']} layers of rank {ranks}")
-    print(f"alpha: {', '.join(f'{alpha:g}' for alpha in description['alphas']) or 'none, so the rank'}")
-    print(f"file bytes: {description['file_bytes']}")
+    print(printable(f"a LoRA in {description['layout']} layout: {description['layers']} layers of rank {ranks}"))
+    print(printable(f"alpha: {', '.join(f'{alpha:g}' for alpha in description['alphas']) or 'none, so the rank'}"))
+    print(printable(f"file bytes: {description['file_bytes']}"))
     if metadata.get("modelspec.title"):
-        print(f"title: {metadata['modelspec.title']}")
+        print(printable(f"title: {metadata['modelspec.title']}"))
     _print_metadata(metadata)
     for key in sorted(metadata):
         if key.startswith("ss_") or key == "svfit_source":
-            print(f"  {key}: {metadata[key]}")
+            print(printable(f"  {key}: {metadata[key]}"))
 
 
 def _print_metadata(metadata: dict[str, str]) -> None:
@@ -109,10 +109,10 @@ def _print_metadata(metadata: dict[str, str]) -> None:
 
     for key, name in SHOWN.items():
         if metadata.get(key):
-            print(f"{name}: {metadata[key]}")
+            print(printable(f"{name}: {metadata[key]}"))
     thumbnail = read_thumbnail(metadata)
     if thumbnail is not None:
-        print(f"thumbnail: {thumbnail.width}x{thumbnail.height} pixels")
+        print(printable(f"thumbnail: {thumbnail.width}x{thumbnail.height} pixels"))
 
 
 def _presentable(metadata: dict[str, str]) -> dict[str, str]:
@@ -139,7 +139,7 @@ def _plot(options: argparse.Namespace, adapter: Any) -> Any:
     try:
         spectrum = (layer, _singular_values(options, adapter, layer))
     except SVFitError as error:
-        print(f"singular values are not drawn: {with_dashes(str(error), vars(options), error.parameters)}")
+        print(printable(f"singular values are not drawn: {with_dashes(str(error), vars(options), error.parameters)}"))
         spectrum = None
     picture = read_thumbnail(adapter.metadata)
     bundled = sorted(SUBJECTS_FOLDER.glob("*/*.png"))

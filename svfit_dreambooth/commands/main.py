@@ -16,7 +16,7 @@ from svfit_dreambooth.commands.evaluate import add_evaluate
 from svfit_dreambooth.commands.files import add_file_commands
 from svfit_dreambooth.commands.inspect import add_inspect
 from svfit_dreambooth.commands.push import add_push
-from svfit_dreambooth.commands.wording import with_dashes
+from svfit_dreambooth.commands.wording import printable, with_dashes
 from svfit_dreambooth.errors import SVFitError
 
 
@@ -47,7 +47,7 @@ def _plainly(command: Callable[[Sequence[str], set[str]], None], arguments: Sequ
         command(arguments, names)
         sys.stdout.flush()
     except SVFitError as error:
-        print(f"error: {with_dashes(str(error), names, error.parameters)}", file=sys.stderr)
+        print(f"error: {printable(with_dashes(str(error), names, error.parameters))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped.", file=sys.stderr)
@@ -67,7 +67,10 @@ class _Formatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        return prefix + with_dashes(super().format(record), self.names)
+        text = super().format(record)
+        if record.name.startswith("svfit_dreambooth") and not record.exc_info:  # ours are single lines
+            text = printable(text)
+        return prefix + with_dashes(text, self.names)
 
 
 def _train(arguments: Sequence[str], names: set[str]) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from svfit_dreambooth.commands.wording import printable
+
 
 def add_push(commands: Any) -> None:
     """Adds the command to the subparsers `commands`."""
@@ -23,7 +25,7 @@ def _push(options: argparse.Namespace) -> None:
     from svfit_dreambooth.training.journal import RunFolder
 
     run = RunFolder(options.folder)
-    noted = run.adapter_name is not None and run.adapter.is_file()
+    noted = options.folder.is_dir() and run.adapter_name is not None and run.adapter.is_file()
     adapter = run.adapter if noted else adapter_of(options.folder)
     upload = push_adapter(
         adapter,
@@ -35,7 +37,7 @@ def _push(options: argparse.Namespace) -> None:
         dry_run=options.dry_run,
     )
     if options.dry_run:
-        print(upload.card)
+        print(printable(upload.card, keep="\n"))
     who = "only you" if upload.private else "everybody"
     print(f"{upload.url or upload.repository}: {'would be' if options.dry_run else 'is'} seen by {who}")
     for name, size in upload.files.items():
