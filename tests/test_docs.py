@@ -12,7 +12,8 @@ from test_pipeline import make_adapter
 from transformers import ViTConfig, ViTForImageClassification
 
 from svfit_dreambooth import save_adapter
-from svfit_dreambooth.bases.opening import SUBJECTS_FOLDER, open_base_model
+from svfit_dreambooth.bases.names import SUBJECTS_FOLDER
+from svfit_dreambooth.bases.opening import open_base_model
 from svfit_dreambooth.commands.arguments import OPTION_NAMES, parse_config
 from svfit_dreambooth.commands.main import _parser, main, main_train
 
