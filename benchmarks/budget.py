@@ -36,8 +36,8 @@ from svfit_dreambooth.method.targets import remove_svfit
 from svfit_dreambooth.photos.reading import find_photos
 from svfit_dreambooth.training.budget import allocate, score_values
 from svfit_dreambooth.training.examples import encode_examples
-from svfit_dreambooth.training.objective import Denoiser
-from svfit_dreambooth.training.plan import Run, prepare
+from svfit_dreambooth.training.objective import Objective
+from svfit_dreambooth.training.plan import Plan, prepare
 from toybox.world import PHOTO_SETTINGS, SETTING_PHRASES, SUBJECTS, render, sample_scene
 
 CPU = torch.device("cpu")
@@ -61,7 +61,7 @@ def by_layer(scores: Mapping[str, Tensor], budget: int) -> dict[str, Tensor]:
     return {name: torch.arange(count) for name, count in counts.items()}
 
 
-def true_pictures(run: Run, folder: Path) -> Run:
+def true_pictures(run: Plan, folder: Path) -> Plan:
     """`run` with one true picture of its subject in every setting that its photos do not show."""
     name = Path(str(run.config.instance_data_dir)).name
     subject, rng = SUBJECTS[name], np.random.default_rng(7)
@@ -71,11 +71,11 @@ def true_pictures(run: Run, folder: Path) -> Run:
     return dataclasses.replace(run, photos=find_photos(str(folder)))
 
 
-def fit(run: Run, positions: Mapping[str, Tensor], photos: Denoiser, unseen: Denoiser) -> dict[str, float]:
+def fit(run: Plan, positions: Mapping[str, Tensor], photos: Objective, unseen: Objective) -> dict[str, float]:
     """Trains the values at `positions` as `train` does, and measures."""
     config, unet = run.config, run.base.pipeline.unet
     bases = {name.partition(".")[2]: basis for name, basis in model_basis(
-        {name: run.weights[name] for name in positions}, positions).items()}  # fmt: skip
+        {name: weight for name, weight in run.weights().items() if name in positions}, positions).items()}  # fmt: skip
     shifts = list(apply_svfit(unet, target_modules=list(bases), basis=bases).values())
     optimizer = torch.optim.AdamW(shifts, betas=(config.adam_beta1, config.adam_beta2), weight_decay=0.0)
     for step in range(config.max_train_steps):
@@ -106,9 +106,9 @@ def compare(subject: str, options: argparse.Namespace, folder: Path) -> list[dic
     (folder / "true").mkdir()
     examples = encode_examples(run, CPU)
     networks = (run.base.family.components, CPU, torch.float32)
-    photos = Denoiser(run, examples, *networks)
-    unseen = Denoiser(run, encode_examples(true_pictures(run, folder / "true"), CPU), *networks)
-    scores = score_values(run, examples, CPU, torch.float32)
+    photos = Objective(run, examples, *networks)
+    unseen = Objective(run, encode_examples(true_pictures(run, folder / "true"), CPU), *networks)
+    scores = score_values(run, examples, CPU)
     results = []
 
     def note(kind: str, rank: int | str, **measured: float | None) -> None:

@@ -43,8 +43,8 @@ from svfit_dreambooth.method.targets import svfit_layers
 from svfit_dreambooth.photos.reading import find_photos, open_photo
 from svfit_dreambooth.training.examples import encode_examples
 from svfit_dreambooth.training.loop import Loop, Step
-from svfit_dreambooth.training.objective import Denoiser
-from svfit_dreambooth.training.plan import Run, prepare
+from svfit_dreambooth.training.objective import Objective
+from svfit_dreambooth.training.plan import Plan, prepare
 from svfit_dreambooth.training.watch import join
 
 TEXT_ENCODER_LR = 2e-3
@@ -103,7 +103,7 @@ def class_words(subject: str) -> str:
     return subject.partition("_")[0].rstrip("0123456789")
 
 
-def paint(run: Run, steps: int, prompts: Sequence[str], seed: int) -> list[Image.Image]:
+def paint(run: Plan, steps: int, prompts: Sequence[str], seed: int) -> list[Image.Image]:
     """One picture a prompt; picture i has the seed `seed + i`."""
     pipeline = run.base.pipeline
     pipeline.set_progress_bar_config(disable=True)
@@ -120,7 +120,7 @@ def paint(run: Run, steps: int, prompts: Sequence[str], seed: int) -> list[Image
     return images
 
 
-def painted(run: Run, steps: int, questions: Questions, seed: int) -> Answers:
+def painted(run: Plan, steps: int, questions: Questions, seed: int) -> Answers:
     """The answers of `run`'s base as it is now, its SVFit layers merged meanwhile."""
     networks = (run.base.pipeline.unet, run.base.pipeline.text_encoder)
     layers = [layer for network in networks for layer in svfit_layers(network).values()]
@@ -181,11 +181,13 @@ def make(
 
         rates = {name: TEXT_ENCODER_LR if name.startswith("text_encoder.") else job.rate for name in values}
         pipeline = run.base.pipeline
-        model = Denoiser(run, examples, run.base.family.components, device, torch.float32)
+        model = Objective(run, examples, run.base.family.components, device, torch.float32)
         accelerator = Accelerator(cpu=device.type == "cpu")
-        loop = Loop(config, accelerator, model, [pipeline.unet], values, rates, {}, watch=None)
+        loop = Loop(config, accelerator, model, [pipeline.unet], values, rates, run.folder)
         started = time.perf_counter()
-        loop.run(on_step, lambda: False)
+        _, _, failure = loop.run(on_step)
+        if failure is not None:
+            raise failure
         record.step_seconds = round((time.perf_counter() - started - painting) / setting.steps[-1], 4)
     return record
 

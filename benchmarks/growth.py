@@ -22,7 +22,7 @@ from svfit_dreambooth import TrainConfig
 from svfit_dreambooth.bases.families import find_projections
 from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.training.estimate import estimate_memory
-from svfit_dreambooth.training.plan import Run
+from svfit_dreambooth.training.plan import Plan
 
 RESOLUTIONS, BATCHES, RANKS = (256, 384, 512, 768), (1, 2, 4, 8), ("4", "64", "full")
 TIMED_RESOLUTIONS, TIMED_BATCHES = (256, 384, 512), (1, 2, 4)
@@ -31,15 +31,16 @@ SIZES = (8, 12, 24)  # GB
 PRECISIONS = {"fp32": "no", "bf16": "bf16"}
 
 
-def run_without_weights(config_dir: Path) -> Run:
+def run_without_weights(config_dir: Path) -> Plan:
     """What the training command would train on the base of `config_dir`: the UNet's attention, shapes alone."""
     with torch.device("meta"):
         pipeline = random_pipeline(config_dir)
-    weights = {f"unet.{name}": layer.weight for name, (_, _, layer) in find_projections(pipeline.unet).items()}
-    return Run(TrainConfig(), [], BaseModel("random", pipeline), "x", {"unet": list(weights)}, weights)
+    layers = {name: layer.weight for name, (_, _, layer) in find_projections(pipeline.unet).items()}
+    shapes = {f"unet.{name}": (weight.shape[0], weight[0].numel()) for name, weight in layers.items()}
+    return Plan(TrainConfig(), [], BaseModel("random", pipeline), "x", {"unet": list(layers)}, shapes)
 
 
-def estimated(run: Run, precision: str, resolution: int = 512, batch: int = 1, rank: str = "full") -> float:
+def estimated(run: Plan, precision: str, resolution: int = 512, batch: int = 1, rank: str = "full") -> float:
     """Gigabytes of a run."""
     config = dataclasses.replace(
         run.config, mixed_precision=PRECISIONS[precision], resolution=resolution, train_batch_size=batch, rank=rank
@@ -47,7 +48,7 @@ def estimated(run: Run, precision: str, resolution: int = 512, batch: int = 1, r
     return estimate_memory(dataclasses.replace(run, config=config)).total / 1e9  # no memory is known, so none is short
 
 
-def first_too_large(run: Run, precision: str, gigabytes: float) -> int:
+def first_too_large(run: Plan, precision: str, gigabytes: float) -> int:
     """The smallest multiple of 64 pixels at which a step of batch 1 is estimated above `gigabytes`."""
     low, high = 0, 64  # fits, does not
     while estimated(run, precision, high) <= gigabytes:

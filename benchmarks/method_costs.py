@@ -26,7 +26,7 @@ from training_step import resident
 from svfit_dreambooth import TrainConfig
 from svfit_dreambooth.bases.names import SUBJECTS_FOLDER
 from svfit_dreambooth.training.examples import encode_examples
-from svfit_dreambooth.training.objective import Denoiser
+from svfit_dreambooth.training.objective import Objective
 from svfit_dreambooth.training.plan import prepare
 
 AGAINST = "lora-8"
@@ -49,7 +49,7 @@ def measure(name: str) -> dict[str, float]:
         examples = encode_examples(run, device)
         before = resident("VmRSS")
         values = list(METHODS[name].put_in(run, examples).values())
-        model = Denoiser(run, examples, run.base.family.components, device, torch.float32)
+        model = Objective(run, examples, run.base.family.components, device, torch.float32)
         optimizer = torch.optim.AdamW(values, lr=1e-4)
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
         seconds = []

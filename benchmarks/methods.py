@@ -16,11 +16,11 @@ from svfit_dreambooth.method.layer import as_matrix
 from svfit_dreambooth.method.targets import svfit_layers
 from svfit_dreambooth.training.budget import allocate, score_values
 from svfit_dreambooth.training.examples import Examples
-from svfit_dreambooth.training.plan import Run
+from svfit_dreambooth.training.plan import Plan
 from svfit_dreambooth.training.words import learn_words
 
 Values = dict[str, nn.Parameter]
-PutIn = Callable[[Run, Examples], Values]
+PutIn = Callable[[Plan, Examples], Values]
 
 
 @dataclass(frozen=True)
@@ -32,20 +32,20 @@ class Method:
     options: dict[str, Any] = field(default_factory=dict)  # of TrainConfig, where they differ from the common ones
 
 
-def nothing(run: Run, examples: Examples) -> Values:
+def nothing(run: Plan, examples: Examples) -> Values:
     """The base as it is."""
     run.base.pipeline.unet.requires_grad_(False)
     return {}
 
 
-def full(run: Run, examples: Examples) -> Values:
+def full(run: Plan, examples: Examples) -> Values:
     """Every weight."""
     unet = run.base.pipeline.unet.requires_grad_(True)
     return dict(unet.named_parameters())
 
 
 def peft(
-    make: Callable[[list[str]], PeftConfig], run: Run, examples: Examples, targets: Sequence[str] | None = None
+    make: Callable[[list[str]], PeftConfig], run: Plan, examples: Examples, targets: Sequence[str] | None = None
 ) -> Values:
     """An adapter of PEFT on `targets` as `find_projections` takes them; None: the attention projections."""
     unet = run.base.pipeline.unet
@@ -83,7 +83,7 @@ def svfit(
 
 
 def _svfit(
-    run: Run, examples: Examples, targets: Sequence[str] | None, share: float, choose: str, relative: bool
+    run: Plan, examples: Examples, targets: Sequence[str] | None, share: float, choose: str, relative: bool
 ) -> Values:
     unet = run.base.pipeline.unet
     weights = {
@@ -99,7 +99,7 @@ def _svfit(
             generator = torch.Generator().manual_seed(1000 * run.config.seed + number)
             positions[name] = torch.randperm(size, generator=generator)[:count].sort().values
     if choose == "budget":
-        scores = score_values(run, examples, unet.device, torch.float32)
+        scores = score_values(run, examples, unet.device)
         chosen = allocate(scores, sum(len(own) for own in positions.values()))
         positions = {name.removeprefix("unet."): own for name, own in chosen.items()}
         weights = {name: weights[name] for name in positions}
@@ -136,7 +136,7 @@ def _relative(unet: nn.Module, weights: dict[str, Tensor], positions: dict[str, 
 def with_text_encoder(put_in: PutIn) -> PutIn:
     """The attention projections of the text encoder as well, by SVFit at full rank."""
 
-    def both(run: Run, examples: Examples) -> Values:
+    def both(run: Plan, examples: Examples) -> Values:
         encoder = run.base.pipeline.text_encoder
         layers = find_projections(encoder)
         bases = model_basis({name: as_matrix(layer.weight.detach()) for name, (_, _, layer) in layers.items()})
@@ -151,7 +151,7 @@ def with_text_encoder(put_in: PutIn) -> PutIn:
 def with_learned_word(put_in: PutIn) -> PutIn:
     """The embedding of the subject's rare word as well."""
 
-    def both(run: Run, examples: Examples) -> Values:
+    def both(run: Plan, examples: Examples) -> Values:
         words = learn_words(run.base.family, run.config.learned_word)
         return put_in(run, examples) | {f"text_encoder.{name}": delta for name, delta in words.items()}
 

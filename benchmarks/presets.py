@@ -63,7 +63,7 @@ def measure(recipe: str, subject: str, seed: int) -> Record:
         )
     reading = asdict(row.scores) | {"seconds": result.seconds, "steps": result.steps, "kept_step": result.kept_step}
     return Record(
-        recipe, subject, seed, float(str(result.run.config.learning_rate)), result.values, result.file_bytes,
+        recipe, subject, seed, float(str(result.plan.config.learning_rate)), result.values, result.file_bytes,
         result.seconds / result.steps, {str(END): reading},
     )  # fmt: skip
 

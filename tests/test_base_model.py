@@ -20,7 +20,7 @@ from svfit_dreambooth.bases.sdxl import SDXL
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.painting.generate import generate, open_for_adapters, open_named_base
 from svfit_dreambooth.training.examples import encode_examples
-from svfit_dreambooth.training.objective import Denoiser
+from svfit_dreambooth.training.objective import Objective
 from svfit_dreambooth.training.plan import prepare
 
 CPU = torch.device("cpu")
@@ -125,7 +125,7 @@ def test_the_unet_is_told_where_its_window_was(tiny_base_xl, photo_folder, tmp_p
     run = prepare(TrainConfig(**options(tiny_base_xl, photo_folder, tmp_path, **changes)))
     pipeline = run.base.pipeline
     examples = encode_examples(run, CPU)
-    model = Denoiser(run, examples, run.base.family.components | {"unet": Recording()}, CPU, torch.float32)
+    model = Objective(run, examples, run.base.family.components | {"unet": Recording()}, CPU, torch.float32)
     model.loss(0, 0, 1)
     ((_, embeds, conditions),) = calls
     expected, pooled = encode_prompts(pipeline, [PROMPT])
@@ -184,7 +184,7 @@ def test_offloaded_sdxl_paints_the_same_in_half_precision(tiny_base_xl, monkeypa
 def test_mixed_precision(tiny_base_xl, photo_folder, tmp_path, precision):
     changes = {"mixed_precision": precision, "train_text_encoder": True, "gradient_checkpointing": True}
     result = train(TrainConfig(**options(tiny_base_xl, photo_folder, tmp_path, **changes)))
-    assert result.run.base.pipeline.vae.dtype == torch.float32
+    assert result.base.pipeline.vae.dtype == torch.float32
     assert all(shift.isfinite().all() for shift in read_adapter(result.adapter_path).shifts.values())
 
 

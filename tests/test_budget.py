@@ -16,9 +16,9 @@ from svfit_dreambooth.bases.families import apply_svfit, find_projections
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import model_basis
 from svfit_dreambooth.method.targets import svfit_layers
-from svfit_dreambooth.training.budget import allocate, choose_positions, narrowed, score_values, spread
+from svfit_dreambooth.training.budget import allocate, choose_positions, score_values, spread
 from svfit_dreambooth.training.examples import encode_examples
-from svfit_dreambooth.training.objective import Denoiser
+from svfit_dreambooth.training.objective import Objective
 from svfit_dreambooth.training.plan import prepare
 
 SCORES = {
@@ -176,15 +176,15 @@ def test_scores_are_mean_gradients_and_leave_the_base_untouched(config):
     pipeline, cpu = run.base.pipeline, torch.device("cpu")
     examples = encode_examples(run, cpu)
     before = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
-    scores = score_values(run, examples, cpu, torch.float32)
+    scores = score_values(run, examples, cpu)
     assert not svfit_layers(pipeline.unet) and not svfit_layers(pipeline.text_encoder)
     assert all(torch.equal(before[name], tensor) for name, tensor in pipeline.unet.state_dict().items())
-    assert {name: len(score) for name, score in scores.items()} == {n: min(w.shape) for n, w in run.weights.items()}
+    assert {name: len(score) for name, score in scores.items()} == {n: min(shape) for n, shape in run.shapes.items()}
 
-    bases = model_basis(run.weights)
+    bases = model_basis(run.weights())
     own = {name.partition(".")[2]: basis for name, basis in bases.items() if name.startswith("unet.")}
     shifts = apply_svfit(pipeline.unet, target_modules=list(own), basis=own)
-    denoiser = Denoiser(run, examples, run.base.family.components, cpu, torch.float32)
+    denoiser = Objective(run, examples, run.base.family.components, cpu, torch.float32)
     name = next(iter(shifts))
     eps = 1e-2  # by differences of the loss, not by gradients
     losses = []
@@ -199,7 +199,7 @@ def test_scores_are_mean_gradients_and_leave_the_base_untouched(config):
 def test_scoring_spares_memory_as_the_run_does(config, monkeypatch):
     run = prepare(TrainConfig(**config, gradient_checkpointing=True, learned_word="sks"))
     cpu, unet, encoder = torch.device("cpu"), run.base.pipeline.unet, run.base.pipeline.text_encoder
-    examples, seen, loss = encode_examples(run, cpu), [], Denoiser.loss
+    examples, seen, loss = encode_examples(run, cpu), [], Objective.loss
 
     def spared():
         return unet.is_gradient_checkpointing, "forward" in vars(unet.conv_in)
@@ -208,44 +208,31 @@ def test_scoring_spares_memory_as_the_run_does(config, monkeypatch):
         seen.append((*spared(), any(weight.requires_grad for weight in encoder.parameters())))
         return loss(self, *args)
 
-    monkeypatch.setattr(Denoiser, "loss", note)
-    scores = score_values(run, examples, cpu, torch.float32)
+    monkeypatch.setattr(Objective, "loss", note)
+    scores = score_values(run, examples, cpu)
     assert seen == [(True, True, False)] * 2 and spared() == (False, False)
     monkeypatch.undo()
     monkeypatch.setattr("svfit_dreambooth.training.budget.SCORING_BATCHES", 2)
-    plain = score_values(prepare(TrainConfig(**config)), examples, cpu, torch.float32)
+    plain = score_values(prepare(TrainConfig(**config)), examples, cpu)
     assert all(torch.allclose(scores[name], score, rtol=1e-3, atol=1e-7) for name, score in plain.items())
 
 
-def test_what_waits_is_off_the_device_before_scoring(config, monkeypatch):
-    moved, where = [], torch.nn.Module.to
-
-    def note(module, *args, **kwargs):
-        moved.append((type(module).__name__, *args[:1]))
-        return where(module, *args, **kwargs)
-
-    def choose(run, *args):
-        assert ("AutoencoderKL", torch.device("cpu")) in moved and ("CLIPTextModel", torch.device("cpu")) in moved
-        return choose_positions(run, *args)
-
-    def encode(run, device):
-        examples = encode_examples(run, device)
-        moved.clear()
-        return examples
-
-    monkeypatch.setattr(torch.nn.Module, "to", note)
-    monkeypatch.setattr("svfit_dreambooth.training.run.encode_examples", encode)
-    monkeypatch.setattr("svfit_dreambooth.training.run.choose_positions", choose)
-    train(TrainConfig(**{**config, "max_train_steps": 1}, budget=25))
+def test_as_many_values_are_chosen_as_were_asked_for(config):
+    plan, cpu = prepare(TrainConfig(**config, budget=40)), torch.device("cpu")
+    positions = choose_positions(plan, encode_examples(plan, cpu), cpu)
+    assert sum(len(places) for places in positions.values()) == 40 and set(positions) <= set(plan.shapes)
+    assert "a budget of 40 of 624 values in all" in "\n".join(plan.report())
 
 
-def test_narrowed_runs_hold_what_was_chosen(config):
-    run = prepare(TrainConfig(**config, budget=40))
-    positions = choose_positions(run, encode_examples(run, torch.device("cpu")), torch.device("cpu"), torch.float32)
-    small = narrowed(run, positions)
-    assert sum(len(places) for places in positions.values()) == 40
-    assert [f"unet.{name}" for name in small.targets["unet"]] == list(positions) == list(small.weights)
-    assert "a budget of 40 of 624 values in all" in "\n".join(run.report())
+def test_a_run_that_goes_on_keeps_the_positions_of_its_checkpoint(config, tmp_path, monkeypatch):
+    """Elsewhere rounding might choose others, and the values would land on other directions."""
+    options = {**config, "max_train_steps": 4, "checkpointing_steps": 1}
+    whole = train(TrainConfig(**{**options, "output_dir": str(tmp_path / "whole")}, budget=25))
+    train(TrainConfig(**options, budget=25), on_step=lambda step: step.step == 2)
+    monkeypatch.setattr("svfit_dreambooth.training.run.choose_positions", None)  # never called again
+    again = train(TrainConfig(**options, budget=25, resume_from_checkpoint="latest"))
+    first, second = read_adapter(whole.adapter_path).shifts, read_adapter(again.adapter_path).shifts
+    assert set(first) == set(second) and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_run_with_a_budget_writes_a_small_file_that_loads(config, tmp_path):
@@ -264,10 +251,10 @@ def test_a_run_with_a_budget_writes_a_small_file_that_loads(config, tmp_path):
 
 def test_wide_targets_train_and_load(config):
     result = train(TrainConfig(**config, target_modules=["attention", "feed-forward", "conv"]))
-    unet = result.run.base.pipeline.unet
+    unet = result.base.pipeline.unet
     names = set(find_projections(unet, ["attention", "feed-forward", "conv"]))
     assert {name.partition(".")[2] for name in read_adapter(result.adapter_path).shifts} == names
-    load_adapter(result.run.base.pipeline, result.adapter_path)
+    load_adapter(result.base.pipeline, result.adapter_path)
     assert set(svfit_layers(unet)) == names
 
 

@@ -116,12 +116,13 @@ def test_a_run_of_less_precision_paints_with_a_unet_of_its_own_type(config, tiny
 
     monkeypatch.setattr(class_pictures, "generate", note)
     run = prepare(TrainConfig(**config, mixed_precision="bf16"))
-    exact = {name: weight.clone() for name, weight in run.weights.items()}
+    weights = run.weights()
+    exact = {name: weight.clone() for name, weight in weights.items()}
     encode_examples(run, CPU)
     assert seen == [(torch.bfloat16, torch.float32, torch.float32)] * 3 and "forward" not in vars(
         run.base.pipeline.unet
     )
-    assert all(torch.equal(weight, exact[name]) for name, weight in run.weights.items())  # directions come from them
+    assert all(torch.equal(weight, exact[name]) for name, weight in weights.items())  # directions come from them
     again = prepare(TrainConfig(**config))
     assert len(encode_examples(again, CPU).prior.mean) == 3 and len(seen) == 3
     assert again.base.pipeline.unet.dtype == torch.float32

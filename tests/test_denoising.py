@@ -13,8 +13,8 @@ from svfit_dreambooth import TrainConfig, train
 from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.training.examples import Examples, encode_examples
-from svfit_dreambooth.training.objective import Denoiser, min_snr_weights
-from svfit_dreambooth.training.plan import Run
+from svfit_dreambooth.training.objective import Objective, min_snr_weights
+from svfit_dreambooth.training.plan import Plan
 
 CPU = torch.device("cpu")
 
@@ -45,9 +45,9 @@ def denoiser(unet=None, prediction_type="epsilon", sizes=((8, 8),) * 3, weight=N
         conditions={"prompt_embeds": torch.randn(photos, 77, 24, generator=generator)},
     )
     config = TrainConfig(**{"train_batch_size": 4, "fixed_loss_examples": 3, **options})
-    run = Run(config, [], BaseModel("tiny", pipeline), "test", {}, {})
+    run = Plan(config, [], BaseModel("tiny", pipeline), "test", {}, {})
     networks = run.base.family.components | {"unet": unet or Constant()}
-    return Denoiser(run, examples, networks, CPU, torch.float32)
+    return Objective(run, examples, networks, CPU, torch.float32)
 
 
 def test_epsilon_is_the_distance_from_the_noise():
@@ -210,8 +210,8 @@ def test_a_run_on_masked_portraits_beside_a_square(tiny_base, tmp_path):
         final_pictures=False,
     )
     result = train(config)
-    assert "12x20 (2), 16x16 (1)" in "\n".join(result.run.report())
-    examples = encode_examples(result.run, CPU)
+    assert "12x20 (2), 16x16 (1)" in "\n".join(result.plan.report())
+    examples = encode_examples(result.plan, CPU)
     assert [tuple(mean.shape) for mean in examples.mean] == [(4, 4, 10, 6), (4, 4, 10, 6), (1, 4, 8, 8)]
     assert [weight is None for weight in examples.weight] == [True, False, True]
     assert examples.weight[1].shape == (4, 1, 10, 6)

@@ -47,11 +47,9 @@ def test_the_estimate_grows_with_what_costs_memory(run):
 
 def test_what_does_not_fit_comes_with_a_suggestion(run):
     needed = estimate_memory(run).total
-    run.free_memory = needed - 1
-    tight = estimate_memory(run)
+    tight = estimate_memory(replace(run, free_memory=needed - 1))
     assert not tight.fits and tight.lines()[1] == "this will hardly fit: use gradient_checkpointing."
-    run.free_memory = 1000
-    assert "use a machine with more memory" in estimate_memory(run).lines()[1]
+    assert "use a machine with more memory" in estimate_memory(replace(run, free_memory=1000)).lines()[1]
 
 
 def test_without_looks_autoencoder_and_text_encoder_leave_a_gpu_alone(tiny_run, monkeypatch):
@@ -66,8 +64,8 @@ def test_without_looks_autoencoder_and_text_encoder_leave_a_gpu_alone(tiny_run, 
     assert with_looks_less_without() == 0  # on the CPU there is no other place
     monkeypatch.setattr("svfit_dreambooth.training.estimate.default_device", lambda: torch.device("cuda"))
     assert with_looks_less_without() == waiting
-    run.free_memory = estimate_memory(run).total - 1
-    assert estimate_memory(run).lines()[1] == "this will hardly fit: use validation_steps 0."
+    tight = replace(run, free_memory=estimate_memory(run).total - 1)
+    assert estimate_memory(tight).lines()[1] == "this will hardly fit: use validation_steps 0."
 
 
 def test_what_is_free_on_a_mac_is_shared_with_other_programs(monkeypatch):

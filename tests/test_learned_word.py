@@ -284,7 +284,7 @@ def test_a_run_learns_its_word_and_goes_on_from_it(tiny_base, photo_folder, tmp_
         "learned_word": "sks",
     }
     result = train(TrainConfig(**options))
-    pipeline = result.run.base.pipeline
+    pipeline = result.base.pipeline
     assert type(pipeline.text_encoder.get_input_embeddings()) is nn.Embedding
     (word,) = read_adapter(result.adapter_path).learned_words
     assert word.word == "sks" and word.tokens == {"text_encoder": ["sks</w>"]} and word.deltas["text_encoder"].any()

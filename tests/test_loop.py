@@ -21,7 +21,7 @@ from svfit_dreambooth.painting.generate import generate
 from svfit_dreambooth.sharing.export import export_lora
 from svfit_dreambooth.training.journal import RunFolder
 from svfit_dreambooth.training.loop import MAX_SKIPPED, Loop
-from svfit_dreambooth.training.objective import Denoiser
+from svfit_dreambooth.training.objective import Objective
 from svfit_dreambooth.training.plan import open_run_base, prepare
 
 
@@ -42,19 +42,18 @@ def config(tiny_base, photo_folder, tmp_path):
     }
 
 
-def spoil(monkeypatch, step, times, gradient=False):
-    """Makes the loss (or only its gradient) NaN the first `times` times that micro-batch `step` - 1 comes."""
-    original, seen = Denoiser.loss, []
+def spoil(monkeypatch, step, times):
+    """Makes the loss NaN the first `times` times that micro-batch `step` - 1 comes."""
+    original, seen = Objective.loss, []
 
     def loss(self, number, *args):
         parts = original(self, number, *args)
         if number != step - 1 or len(seen) >= times:
             return parts
         seen.append(number)
-        bad = parts.total * math.nan
-        return parts._replace(total=parts.total.detach() + (bad - bad.detach()).nan_to_num(0) * math.nan if 0 else bad)
+        return parts._replace(total=parts.total * math.nan)
 
-    monkeypatch.setattr(Denoiser, "loss", loss)
+    monkeypatch.setattr(Objective, "loss", loss)
 
 
 class Explode(torch.autograd.Function):
@@ -119,35 +118,35 @@ def test_nan_from_the_first_step_saves_nothing(config, monkeypatch):
 
 
 def test_an_infinite_gradient_under_a_finite_loss_is_noticed(config, monkeypatch):
-    original = Denoiser.loss
+    original = Objective.loss
 
     def loss(self, number, *args):
         parts = original(self, number, *args)
         return parts._replace(total=Explode.apply(parts.total)) if number == 2 else parts
 
-    monkeypatch.setattr(Denoiser, "loss", loss)
+    monkeypatch.setattr(Objective, "loss", loss)
     with pytest.raises(SVFitError, match="the gradient's length is (nan|inf) at step 3"):
         train(TrainConfig(**config))
 
 
 def test_gradients_that_are_never_finite_end_a_run_in_fp16(config, monkeypatch):
     """Loss scaling, which accelerate arranges on GPUs alone, skips such steps, and goes on skipping them."""
-    from svfit_dreambooth.training import run as module
+    from svfit_dreambooth.training import processes as module
 
-    original, accelerator = Denoiser.loss, module._accelerator
+    original, accelerator = Objective.loss, module.make_accelerator
 
     def scaling(config):
         made = accelerator(config)
         made.scaler = torch.amp.GradScaler("cpu")
         return made
 
-    monkeypatch.setattr(module, "_accelerator", scaling)
+    monkeypatch.setattr(module, "make_accelerator", scaling)
 
     def loss(self, number, *args):
         parts = original(self, number, *args)
         return parts._replace(total=Explode.apply(parts.total)) if number >= 3 else parts
 
-    monkeypatch.setattr(Denoiser, "loss", loss)
+    monkeypatch.setattr(Objective, "loss", loss)
     options = {**config, "max_train_steps": 60, "lr_scheduler": "constant"}
     with pytest.raises(
         SVFitError, match=f"gradients of {MAX_SKIPPED} steps in a row, up to step {3 + MAX_SKIPPED}, are not"
@@ -174,14 +173,14 @@ def test_a_signal_ends_the_run_after_the_step_and_it_can_go_on(config, number, t
 
 
 def test_a_second_interrupt_in_the_middle_of_a_step_keeps_the_last_good_state(config, monkeypatch):
-    original = Denoiser.loss
+    original = Objective.loss
 
     def loss(self, number, *args):
         if number == 4:
             raise KeyboardInterrupt
         return original(self, number, *args)
 
-    monkeypatch.setattr(Denoiser, "loss", loss)
+    monkeypatch.setattr(Objective, "loss", loss)
     result = train(TrainConfig(**config))
     assert result.stopped and result.steps == 4 and result.adapter_path.is_file()
 
@@ -190,7 +189,7 @@ def test_values_of_one_rate_are_one_group_of_the_optimizer(config, monkeypatch):
     run, seen = Loop.run, []
 
     def note(self, *args):
-        seen.extend((group["peak"], len(group["params"])) for group in self.raw_optimizer.param_groups)
+        seen.extend((group["peak"], len(group["params"])) for group in self.optimizer.inner.param_groups)
         return run(self, *args)
 
     monkeypatch.setattr(Loop, "run", note)
@@ -271,7 +270,7 @@ def test_final_pictures_of_a_float32_run_need_no_second_base(config, monkeypatch
     monkeypatch.setattr("svfit_dreambooth.training.result.open_run_base", None)  # never called
     result = train(TrainConfig(**{**config, "final_pictures": True, "num_inference_steps": 1}, also="kohya"))
     assert result.showing.sheet.is_file() and "LoRA: " in result.summary()
-    base, fresh = result.run.base.pipeline, open_base_model(str(tiny_base)).pipeline
+    base, fresh = result.base.pipeline, open_base_model(str(tiny_base)).pipeline
     for name, module in pipeline_components(fresh).items():
         theirs = getattr(base, name).state_dict()
         assert set(theirs) == set(module.state_dict())
@@ -302,7 +301,7 @@ def test_a_run_that_rounded_its_base_ends_with_one_base_in_memory(config, monkey
 
     result = train(TrainConfig(**options, mixed_precision=precision, also="kohya"), on_step=hold)
     assert held and alive == ([] if precision == "fp16" else [0])
-    assert result.showing.sheet.is_file() and not result.run.base.pipeline.unet.conv_in.weight.is_meta
+    assert result.showing.sheet.is_file() and not result.base.pipeline.unet.conv_in.weight.is_meta
     path = Path(config["output_dir"]) / "from the files.safetensors"
     export_lora(result.adapter_path, open_base_model(str(tiny_base)), path, error=outcome.ALSO_ERROR)
     ours, theirs = (load_file(each) for each in (path.with_name("my-dog-kohya.safetensors"), path))
@@ -345,7 +344,7 @@ def test_running_out_of_memory_is_a_sentence(config, monkeypatch):
     def loss(*args):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 999 bytes")
 
-    monkeypatch.setattr(Denoiser, "loss", loss)
+    monkeypatch.setattr(Objective, "loss", loss)
     with pytest.raises(SVFitError, match="out of memory: go on with resume_from_checkpoint latest") as error:
         train(TrainConfig(**config))
     assert "\n" not in str(error.value)
@@ -355,7 +354,7 @@ def test_other_runtime_errors_are_not_disguised(config, monkeypatch):
     def loss(*args):
         raise RuntimeError("a mistake of ours")
 
-    monkeypatch.setattr(Denoiser, "loss", loss)
+    monkeypatch.setattr(Objective, "loss", loss)
     with pytest.raises(RuntimeError, match="a mistake of ours"):
         train(TrainConfig(**config))
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from svfit_dreambooth import TrainConfig, read_adapter, train
-from svfit_dreambooth.training.run import _accelerator
+from svfit_dreambooth.training.processes import make_accelerator
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_processes_wait_as_long_as_painting_takes(tmp_path):
-    handler = _accelerator(TrainConfig(output_dir=str(tmp_path))).init_handler
+    handler = make_accelerator(TrainConfig(output_dir=str(tmp_path))).init_handler
     assert handler.to_kwargs()["timeout"] >= timedelta(hours=12)  # the default, 10 or 30 minutes, would end the run
 
 

@@ -13,8 +13,8 @@ from svfit_dreambooth.commands.arguments import parse_config
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.targets import svfit_layers
 from svfit_dreambooth.training.estimate import estimate_memory
-from svfit_dreambooth.training.objective import Denoiser
-from svfit_dreambooth.training.plan import _check_writable, prepare
+from svfit_dreambooth.training.objective import Objective
+from svfit_dreambooth.training.plan import Plan, _check_writable, prepare
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_photos_to_adapter(config):
     assert adapter.components == ["unet"] and adapter.base_model == "tiny-kl"
     assert adapter.instance_prompt == "a photo of sks dog"
     assert str(config["output_dir"]) not in json.dumps(adapter.metadata)
-    pipeline = result.run.base.pipeline
+    pipeline = result.base.pipeline
     assert not svfit_layers(pipeline.unet)
     load_adapter(pipeline, result.adapter_path)
     assert len(svfit_layers(pipeline.unet)) == 32
@@ -105,21 +105,21 @@ def test_gradient_checkpointing_does_not_change_the_result(config, tmp_path):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision(config, precision):
     result = train(TrainConfig(**config, mixed_precision=precision, train_text_encoder=True))
-    assert result.run.base.pipeline.unet.dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    assert result.base.pipeline.unet.dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     shifts = read_adapter(result.adapter_path).shifts
     assert all(torch.isfinite(shift).all() for shift in shifts.values()) and any(s.any() for s in shifts.values())
 
 
 @pytest.mark.parametrize("options", [{}, {"budget": 25}])
 def test_the_stored_weights_are_not_kept_beside_the_cast_ones(config, options, monkeypatch):
-    stored, alive = [], []
+    stored, alive, original = [], [], Plan.weights
 
-    def note(config):
-        run = prepare(config)
-        stored.extend(weakref.ref(weight) for weight in run.weights.values())
-        return run
+    def note(plan):
+        weights = original(plan)
+        stored.extend(weakref.ref(weight) for weight in weights.values())
+        return weights
 
-    monkeypatch.setattr("svfit_dreambooth.training.run.prepare", note)
+    monkeypatch.setattr(Plan, "weights", note)
 
     def count(step):
         alive.append(sum(reference() is not None for reference in stored))
@@ -127,7 +127,7 @@ def test_the_stored_weights_are_not_kept_beside_the_cast_ones(config, options, m
 
     result = train(TrainConfig(**config, **options, mixed_precision="bf16"), on_step=count)
     assert stored and alive == [0]
-    assert result.run.report() and estimate_memory(result.run).bases > 0  # which need shapes alone
+    assert result.plan.report() and estimate_memory(result.plan).bases > 0  # which need shapes alone
 
 
 @pytest.mark.parametrize(("options", "rank"), [({"rank": 5}, {5}), ({"rank": 999}, {16, 24, 32})])
@@ -250,7 +250,7 @@ def test_captions_take_the_place_of_the_prompt(config, photo_folder, tmp_path):
     ],
 )
 def test_bad_input_is_one_sentence_before_anything_slow(config, changes, sentence, monkeypatch):
-    monkeypatch.setattr("svfit_dreambooth.training.run._open_folder", None)  # never reached
+    monkeypatch.setattr("svfit_dreambooth.training.run.begin", None)  # never reached
     with pytest.raises(SVFitError, match=sentence) as error:
         train(TrainConfig(**{**config, **changes}))
     assert "\n" not in str(error.value)
@@ -308,11 +308,11 @@ def test_processes_that_ask_at_once_whether_the_output_can_be_written(tmp_path, 
 
 def test_sequence_of_examples_covers_the_photos(config):
     result = train(TrainConfig(**config))
-    run = result.run
+    run = result.plan
     from svfit_dreambooth.training.examples import encode_examples
 
     examples = encode_examples(run, torch.device("cpu"))
-    model = Denoiser(run, examples, run.base.family.components, torch.device("cpu"), torch.float32)
+    model = Objective(run, examples, run.base.family.components, torch.device("cpu"), torch.float32)
     photos = [model._draw(number).index for number in range(9)]
     assert all(sorted(photos[i : i + 3]) == [0, 1, 2] for i in (0, 3, 6))
     again, other = model._draw(4), model._draw(5)

@@ -83,9 +83,9 @@ def _train(arguments: Sequence[str], names: set[str]) -> None:
         from svfit_dreambooth.training.estimate import estimate_memory
         from svfit_dreambooth.training.plan import prepare
 
-        run = prepare(config)
-        print(config_to_yaml(run.config))
-        print(with_dashes("\n".join([*run.report(), *estimate_memory(run).lines()]), names))
+        plan = prepare(config)
+        print(config_to_yaml(plan.config))
+        print(with_dashes("\n".join([*plan.report(), *estimate_memory(plan).lines()]), names))
         return
     from accelerate import PartialState
 

@@ -14,19 +14,20 @@ layer and none in another.  `benchmarks/budget.py` compares that with ranks chos
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from svfit_dreambooth.bases.devices import MIXED_PRECISION
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import model_basis
 from svfit_dreambooth.method.targets import apply_svfit, remove_svfit
 from svfit_dreambooth.training.examples import Examples
-from svfit_dreambooth.training.objective import Denoiser
-from svfit_dreambooth.training.plan import Run
+from svfit_dreambooth.training.objective import Objective
+from svfit_dreambooth.training.optimizer import peak_rates
+from svfit_dreambooth.training.plan import Plan
 from svfit_dreambooth.training.slim import spare_memory, spend_memory
 
 SCORING_BATCHES = 16  # of the run's own size
@@ -55,61 +56,66 @@ def allocate(scores: Mapping[str, Tensor], budget: int) -> dict[str, Tensor]:
     return {name: positions for name, positions in chosen.items() if len(positions)}
 
 
-def choose_positions(run: Run, examples: Examples, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The singular values that `run.config.budget` pays for: "<component>.<layer>" -> positions, as `allocate`.
+def choose_positions(
+    plan: Plan,
+    examples: Examples,
+    device: torch.device,
+    weights: Mapping[str, Tensor] | None = None,
+    hashes: Mapping[str, str] | None = None,
+) -> dict[str, Tensor]:
+    """The singular values that `plan.config.budget` pays for: "<component>.<layer>" -> positions, as `allocate`.
 
     Follows from the run's options and the base alone.  Costs about as much as `SCORING_BATCHES` training steps at
-    full rank, in time and in memory; moves the adapted models to `device`, in `dtype`, and leaves them unpatched and frozen.
+    full rank, in time and in memory; moves the adapted networks to `device`, in the precision of the run, and leaves
+    them unpatched and frozen.  `weights`, `hashes`: of the layers as they are stored; None: as the base has them now.
     Raises SVFitError where gradients are not finite, and as `allocate` does.
     """
-    budget = run.config.budget
+    budget = plan.config.budget
     if budget is None:
         raise SVFitError("there is no budget to share out: set budget.", "budget")
-    return allocate(score_values(run, examples, device, dtype), budget)
+    return allocate(score_values(plan, examples, device, weights, hashes), budget)
 
 
-def score_values(run: Run, examples: Examples, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """rate * |mean gradient| of every singular value, at the base model: "<component>.<layer>" -> (k,), float32."""
-    config, family = run.config, run.base.family
-    bases = model_basis(run.weights, cache_dir=config.basis_cache_dir, hashes=run.hashes)
+def score_values(
+    plan: Plan,
+    examples: Examples,
+    device: torch.device,
+    weights: Mapping[str, Tensor] | None = None,
+    hashes: Mapping[str, str] | None = None,
+) -> dict[str, Tensor]:
+    """rate * |mean gradient| of every singular value, at the base: "<component>.<layer>" -> (k,), float32."""
+    config, family = plan.config, plan.base.family
+    dtype = MIXED_PRECISION[config.mixed_precision]
+    bases = model_basis(plan.weights() if weights is None else weights, cache_dir=config.basis_cache_dir, hashes=hashes)
     shifts: dict[str, nn.Parameter] = {}
     networks = family.components
     scale = FLOAT16_LOSS_SCALE if dtype == torch.float16 else 1.0
     try:
-        for component, names in run.targets.items():
+        for component, names in plan.targets.items():
             own_bases = {name: bases[f"{component}.{name}"] for name in names}
             own = apply_svfit(networks[component], target_modules=names, basis=own_bases)
             shifts |= {f"{component}.{name}": shift for name, shift in own.items()}
             networks[component].to(device, dtype).train()
             spare_memory(networks[component], config.gradient_checkpointing)
-        for component in set(run.trained) - set(run.targets):  # text encoders that learn a word and nothing else
+        for component in set(plan.trained) - set(plan.targets):  # text encoders that learn a word and nothing else
             networks[component].to(device).requires_grad_(False)
-        denoiser = Denoiser(run, examples, networks, device=device, dtype=dtype)
+        objective = Objective(plan, examples, networks, device)
         for number in tqdm(range(SCORING_BATCHES), desc="sharing out the budget", unit="batch", leave=False):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss = denoiser.loss(number, 0, 1).total
+                loss = objective.loss(number, 0, 1).total
             (loss * scale).backward()  # gradients add up
     finally:
-        for component in run.targets:
+        for component in plan.targets:
             remove_svfit(networks[component])
             spend_memory(networks[component])
+    rates = peak_rates({name: family.role(name) for name in shifts}, config)
     scores = {}
     for name, shift in shifts.items():
-        rate = config.rate_of(family.role(name))
         gradient = torch.zeros_like(shift) if shift.grad is None else shift.grad  # None: SDXL skips a last layer
-        scores[name] = (rate * gradient.abs()).float().cpu()
+        scores[name] = (rates[name] * gradient.abs()).float().cpu()
         if not torch.isfinite(scores[name]).all():
             raise SVFitError(f"the gradients of {name} are not finite: use mixed_precision bf16 or no.")
     return scores
-
-
-def narrowed(run: Run, positions: Mapping[str, Tensor]) -> Run:
-    """`run` with only the layers that `positions` names."""
-    targets = {
-        component: [name for name in names if f"{component}.{name}" in positions]
-        for component, names in run.targets.items()
-    }
-    return dataclasses.replace(run, targets=targets, weights={name: run.weights[name] for name in positions})
 
 
 def spread(shifts: Mapping[str, Tensor], positions: Mapping[str, Tensor]) -> dict[str, Tensor]:

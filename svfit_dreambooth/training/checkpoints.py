@@ -16,24 +16,35 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import write_atomically
-from svfit_dreambooth.method.basis import fingerprint
 from svfit_dreambooth.photos.reading import Photo
 from svfit_dreambooth.training.class_pictures import usable_class_pictures
-from svfit_dreambooth.training.plan import Run
+from svfit_dreambooth.training.plan import Plan
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "svfit-checkpoint"
+VERSION = "2"  # 1 had neither checksum nor positions
 NAME = re.compile(r"step-(\d{6,})\.safetensors")
+# What is compared by its content, as sentences name it.
+CONTENTS = {
+    "photos": "other photos",
+    "class_pictures": "other class pictures",
+    "base": "another base",
+    "initial": "another init_adapter",
+}
 # Options that may differ between a run and its resumption: nothing that is learnt depends on them.
 INDIFFERENT_OPTIONS = (
+    "pretrained_model_name_or_path",  # the base's fingerprint stands for it
+    "revision",
+    "variant",
+    "base_config",
+    "init_adapter",  # so does the hash of its values
     "output_dir",
     "instance_data_dir",
     "class_data_dir",
@@ -73,57 +84,54 @@ class TrainState:
     rollbacks: int = 0
     best: Best | None = None
     scaler: dict[str, float] = field(default_factory=dict)  # of fp16's loss scaling
+    positions: dict[str, Tensor] | None = None  # which singular values a budget pays for; None: there is none
 
 
-def capture(values: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], ...]:
-    """Copies of the trained values and of what the optimizer remembers of them."""
-    copies = {name: value.detach().to("cpu", copy=True) for name, value in values.items()}
-    memory = {
-        f"{name}.{key}": tensor.detach().to("cpu", copy=True)
-        for name, value in values.items()
-        for key, tensor in optimizer.state.get(value, {}).items()
-    }
-    return copies, memory
+class NotWhole(SVFitError):
+    """A checkpoint that is damaged."""
 
 
-@torch.no_grad()
-def restore(state: TrainState, values: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """Puts a captured state back into the trained values and the optimizer."""
-    optimizer.state.clear()
-    for name, value in values.items():
-        value.copy_(state.values[name])
-        keys = [key for key in state.optimizer if key.rpartition(".")[0] == name]
-        if keys:  # AdamW keeps its step count on the CPU, the rest beside the value
-            optimizer.state[value] = {
-                key.rpartition(".")[2]: state.optimizer[key].clone()
-                if state.optimizer[key].ndim == 0
-                else state.optimizer[key].to(value.device, copy=True)
-                for key in keys
-            }
+@dataclass(frozen=True)
+class Checkpoints:
+    """Where a run puts its checkpoints, and what they say of it."""
+
+    folder: Path
+    identity: Mapping[str, Any]  # what must be the same for a run to go on, as JSON values: see `run_identity`
+    limit: int | None  # how many are kept, the newest; None: all
+
+    def save(self, state: TrainState) -> Path:
+        """Writes <folder>/step-NNNNNN.safetensors whole or not at all, then deletes those beyond the limit."""
+        groups: dict[str, Mapping[str, Tensor]] = {
+            "value": state.values,
+            "optimizer": state.optimizer,
+            "best": {} if state.best is None else state.best.values,
+            "position": state.positions or {},
+        }
+        tensors = {f"{group}.{name}": tensor for group, own in groups.items() for name, tensor in own.items()}
+        facts = {
+            "step": state.step,
+            "rate_factor": state.rate_factor,
+            "rollbacks": state.rollbacks,
+            "scaler": state.scaler,
+            "best": None if state.best is None else [state.best.step, state.best.score],
+            "chosen": state.positions is not None,
+        }
+        metadata = {"format": FORMAT, "format_version": VERSION}
+        metadata |= {"state": json.dumps(facts), "identity": json.dumps(dict(self.identity))}
+        metadata["sha256"] = _checksum(tensors, metadata)
+        path = write_atomically(self.folder / f"step-{state.step:06d}.safetensors", save(tensors, metadata))
+        if self.limit is not None:
+            for old in list_checkpoints(self.folder)[: -self.limit]:
+                old.unlink()
+        return path
 
 
-def save_checkpoint(state: TrainState, folder: Path, identity: Mapping[str, Any], limit: int | None) -> Path:
-    """Writes <folder>/step-NNNNNN.safetensors whole or not at all, then deletes all but the newest `limit`.
-
-    `identity`: what must be the same for a run to go on from here (options, photos, base), as JSON values.
-    """
-    tensors = {f"value.{name}": tensor for name, tensor in state.values.items()}
-    tensors |= {f"optimizer.{name}": tensor for name, tensor in state.optimizer.items()}
-    if state.best is not None:
-        tensors |= {f"best.{name}": tensor for name, tensor in state.best.values.items()}
-    facts = {
-        "step": state.step,
-        "rate_factor": state.rate_factor,
-        "rollbacks": state.rollbacks,
-        "scaler": state.scaler,
-        "best": None if state.best is None else [state.best.step, state.best.score],
-    }
-    metadata = {"format": FORMAT, "state": json.dumps(facts), "identity": json.dumps(dict(identity))}
-    path = write_atomically(folder / f"step-{state.step:06d}.safetensors", save(tensors, metadata))
-    if limit is not None:
-        for old in list_checkpoints(folder)[:-limit]:
-            old.unlink()
-    return path
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Over names, types, shapes and numbers of all tensors, and what is said beside them."""
+    digest = hashlib.sha256(save(dict(tensors)))
+    for key in ("state", "identity"):
+        digest.update(metadata[key].encode())
+    return digest.hexdigest()
 
 
 def delete_later(folder: Path, step: int) -> None:
@@ -143,57 +151,37 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.stem.partition("-")[2])
 
 
-def find_checkpoint(asked: str, output_dir: Path) -> Path | None:
-    """The checkpoint that `resume_from_checkpoint` means: "latest" of `output_dir` (None if it has none), or a file.
-
-    Raises SVFitError for a path that is no checkpoint.
-    """
-    if asked == "latest":
-        found = list_checkpoints(output_dir / "checkpoints")
-        return found[-1] if found else None
-    path = Path(asked)
-    if not path.is_file():
-        raise SVFitError(
-            f'resume_from_checkpoint {asked} is no file: give a file of <output_dir>/checkpoints, or "latest".'
-        )
-    return path
-
-
 def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> TrainState:
-    """Reads what `save_checkpoint` wrote.
+    """Reads what `Checkpoints.save` wrote.
 
-    Raises SVFitError for a file that is none, and for one of another run, naming the first difference.
+    Raises NotWhole for a damaged file, SVFitError for one that is none, of an earlier format, or of another run, naming
+    the first difference.
     """
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise SVFitError(f"{path} is not a checkpoint of a training run.")
-            facts, saved = json.loads(metadata["state"]), json.loads(metadata["identity"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dictionary
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise SVFitError(f"the checkpoint {path} cannot be read ({error}): name an earlier one.") from error
-    for name in dict.fromkeys([*identity, *saved]):
-        here, there = json.loads(json.dumps(identity.get(name))), saved.get(name)
-        if here != there:
-            if name in ("photos", "class_pictures", "base"):
+            if metadata.get("format_version") != VERSION:
                 raise SVFitError(
-                    f"the checkpoint {path} belongs to other {name.replace('_', ' ')}: start anew in another "
-                    "output_dir."
+                    f"{path} was written by another version of this program, whose runs cannot go on: start anew."
                 )
-            raise SVFitError(
-                f"the checkpoint {path} was made with {name} {there}, not {here}: use the same options, or start "
-                "anew; init_adapter goes on from a finished adapter with other options.",
-                name,
-            )
-    groups: dict[str, dict[str, Tensor]] = {"value": {}, "optimizer": {}, "best": {}}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dictionary
+        whole = _checksum(tensors, metadata) == metadata["sha256"]
+        facts, saved = json.loads(metadata["state"]), json.loads(metadata["identity"])
+    except SVFitError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise NotWhole(f"the checkpoint {path} cannot be read ({error}): name an earlier one.") from error
+    if not whole:
+        raise NotWhole(f"the checkpoint {path} is damaged, its checksum differs: name an earlier one.")
+    _check_same_run(path, identity, saved)
+    groups: dict[str, dict[str, Tensor]] = {"value": {}, "optimizer": {}, "best": {}, "position": {}}
     for name, tensor in tensors.items():
         group, _, rest = name.partition(".")
         groups[group][rest] = tensor
-    best = None
-    if facts["best"] is not None:
-        step, score = facts["best"]
-        best = Best(step, score, groups["best"])
+    best = None if facts["best"] is None else Best(*facts["best"], groups["best"])
+    positions = groups["position"] if facts["chosen"] else None
     return TrainState(
         facts["step"],
         groups["value"],
@@ -202,22 +190,44 @@ def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> TrainState:
         facts["rollbacks"],
         best,
         facts["scaler"],
+        positions,
     )
 
 
-def run_identity(run: Run, num_processes: int = 1) -> dict[str, Any]:
+def _check_same_run(path: Path, identity: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Raises SVFitError where a run of `identity` cannot go on from what a run of `saved` left; it may be longer."""
+    for name in dict.fromkeys([*identity, *saved]):
+        here, there = json.loads(json.dumps(identity.get(name))), saved.get(name)
+        if here == there:
+            continue
+        if name == "max_train_steps" and here > there:
+            logger.info("the run is to make %d steps instead of %d: its rate follows the longer schedule.", here, there)
+            continue
+        if name in CONTENTS:
+            raise SVFitError(f"the checkpoint {path} belongs to {CONTENTS[name]}: start anew in another output_dir.")
+        raise SVFitError(
+            f"the checkpoint {path} was made with {name} {there}, not {here}: use the same options, or start "
+            "anew; init_adapter goes on from a finished adapter with other options.",
+            name,
+        )
+
+
+def run_identity(plan: Plan, base: Mapping[str, Any], num_processes: int = 1) -> dict[str, Any]:
     """What must be the same for a run to go on: all options that its result depends on, the pictures, the base.
 
+    `base`: fingerprint of the weights that the run adapts, which says more than the name or place of the base.
     The class pictures are those that are there now: before they are painted, not yet what the run will train on.
     """
-    options = dataclasses.asdict(run.config)
+    options = dataclasses.asdict(plan.config)
     for name in INDIFFERENT_OPTIONS:
         options.pop(name, None)
-    pictures = {"photos": _digest(run.photos)}
-    if run.config.with_prior_preservation:
-        present = usable_class_pictures(Path(str(run.config.class_data_dir)))
-        pictures["class_pictures"] = _digest(present[: run.config.num_class_images])
-    return {**pictures, "base": fingerprint(run.weights, run.hashes), "num_processes": num_processes, **options}
+    contents = {"photos": _digest(plan.photos)}
+    if plan.config.with_prior_preservation:
+        present = usable_class_pictures(Path(str(plan.config.class_data_dir)))
+        contents["class_pictures"] = _digest(present[: plan.config.num_class_images])
+    if plan.initial is not None:
+        contents["initial"] = plan.initial.metadata["payload_sha256"]
+    return {**contents, "base": dict(base), "num_processes": num_processes, **options}
 
 
 def _digest(photos: Iterable[Photo]) -> str:
@@ -231,15 +241,37 @@ def _digest(photos: Iterable[Photo]) -> str:
     return digest.hexdigest()
 
 
-def resume_state(run: Run, identity: Mapping[str, Any]) -> TrainState | None:
-    """The state that the run was asked to go on from; None where it starts anew."""
-    asked = run.config.resume_from_checkpoint
+def resume_state(plan: Plan, identity: Mapping[str, Any]) -> TrainState | None:
+    """The state that the run was asked to go on from; None where it starts anew.
+
+    "latest" is the newest checkpoint that is whole.  Raises SVFitError for a path that is no checkpoint, and where
+    none of several is whole.
+    """
+    asked = plan.config.resume_from_checkpoint
     if asked is None:
         return None
-    path = find_checkpoint(asked, Path(run.config.output_dir))
-    if path is None:
-        logger.info("there is no checkpoint in %s yet: starting anew.", run.config.output_dir)
-        return None
-    state = load_checkpoint(path, identity)
+    if asked == "latest":
+        return _latest(plan.folder.checkpoints, identity)
+    if not Path(asked).is_file():
+        raise SVFitError(
+            f'resume_from_checkpoint {asked} is no file: give a file of <output_dir>/checkpoints, or "latest".'
+        )
+    return _told(load_checkpoint(Path(asked), identity), Path(asked))
+
+
+def _latest(folder: Path, identity: Mapping[str, Any]) -> TrainState | None:
+    found = list_checkpoints(folder)
+    for path in reversed(found):
+        try:
+            return _told(load_checkpoint(path, identity), path)
+        except NotWhole as error:
+            logger.warning("%s", str(error).replace("name an earlier one", "it is passed over"))
+    if found:
+        raise SVFitError(f"none of the checkpoints in {folder} is whole: delete them to start anew.")
+    logger.info("there is no checkpoint in %s yet: starting anew.", folder)
+    return None
+
+
+def _told(state: TrainState, path: Path) -> TrainState:
     logger.info("going on from step %d, %s.", state.step, path)
     return state

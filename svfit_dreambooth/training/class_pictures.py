@@ -59,10 +59,8 @@ def check_class_pictures(folder: Path, class_prompt: str, base: BaseModel) -> No
     other = ""
     if note["class_prompt"] != class_prompt:
         other = f"of {note['class_prompt']!r}"
-    elif note["base_model"] != base.name:
-        other = f"by the base {note['base_model']}"
-    elif note["base_sha256"] != _hash(base):
-        other = f"by another base named {base.name}"
+    elif note["base_sha256"] != _hash(base):  # a base by another name may be the same, moved
+        other = f"by another base, {note['base_model']}"
     if other:
         raise SVFitError(f"class_data_dir {folder} holds pictures painted {other}: name another folder for this run.")
 

@@ -41,10 +41,6 @@ class TrainConfig(
             for name in (name for name, given in others.items() if given):
                 raise SVFitError(f"budget chooses the singular values itself: leave {name} out.", "budget", name)
 
-    def rate_of(self, role: str) -> float:
-        """The learning rate of the singular values of components that are a "denoiser" or a "text_encoder"."""
-        return self.learning_rate if role == "denoiser" else self.text_encoder_lr
-
     def warn_of_lora_values(self) -> None:
         """Logs a warning where rank or learning rate look like those of a LoRA command."""
         if self.rank != "full" and self.energy is None and int(self.rank) < 16:

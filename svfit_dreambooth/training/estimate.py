@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from svfit_dreambooth.bases.devices import MIXED_PRECISION, default_device
 from svfit_dreambooth.method.targets import apply_svfit
 from svfit_dreambooth.training.config import TrainConfig
-from svfit_dreambooth.training.plan import Run
+from svfit_dreambooth.training.plan import Plan
 from svfit_dreambooth.training.slim import slim
 
 WORKSPACE = 1.15  # peak over sum, measured on the SD 1.5 architecture: gradients of activations, fragments
@@ -53,85 +53,82 @@ class Estimate:
         return [line] if self.fits else [line, f"this will hardly fit: {self.suggestion}"]
 
 
-def estimate_memory(run: Run) -> Estimate:
-    """What `run` will need, and a suggestion where that is more than is free on the device that it will use."""
-    estimate = _estimate(run, run.config)
+def estimate_memory(plan: Plan) -> Estimate:
+    """What `plan` will need, and a suggestion where that is more than is free on the device that it will use."""
+    estimate = _estimate(plan, plan.config)
     if estimate.fits:
         return estimate
     tried: dict[str, Any] = {}
     words = []
-    no_looks = {"validation_steps": 0 if default_device().type != "cpu" else run.config.validation_steps}
+    no_looks = {"validation_steps": 0 if default_device().type != "cpu" else plan.config.validation_steps}
     changes: list[tuple[dict[str, Any], str]] = [
         (no_looks, "validation_steps 0"),
         ({"gradient_checkpointing": True}, "gradient_checkpointing"),
         ({"mixed_precision": "bf16"}, "mixed_precision bf16"),
         ({"train_batch_size": 1}, "train_batch_size 1"),
-        ({"resolution": (run.config.resolution or 0) * 3 // 4 // 64 * 64 or run.config.resolution}, "resolution"),
+        ({"resolution": (plan.config.resolution or 0) * 3 // 4 // 64 * 64 or plan.config.resolution}, "resolution"),
     ]
     for change, word in changes:
-        if all(getattr(run.config, name) == value for name, value in change.items()):
+        if all(getattr(plan.config, name) == value for name, value in change.items()):
             continue
         tried |= change
         words.append(word if word != "resolution" else f"{word} {change['resolution']}")
-        if _estimate(run, dataclasses.replace(run.config, **tried)).fits:
+        if _estimate(plan, dataclasses.replace(plan.config, **tried)).fits:
             estimate.suggestion = "use " + " ".join(words) + "."
             return estimate
     estimate.suggestion = f"even {' '.join(words)} is too much, use a machine with more memory or a smaller base."
     return estimate
 
 
-def _estimate(run: Run, config: TrainConfig) -> Estimate:
+def _estimate(plan: Plan, config: TrainConfig) -> Estimate:
     size = MIXED_PRECISION[config.mixed_precision].itemsize
-    aside = config.validation_steps == 0 and default_device().type != "cpu"  # on the CPU, as train._step_aside has it
+    aside = config.validation_steps == 0 and default_device().type != "cpu"  # on the CPU, as `run.step_aside` has it
     networks = 0
-    for component, module in {"vae": run.base.pipeline.vae, **run.base.family.components}.items():
+    for component, module in {"vae": plan.base.pipeline.vae, **plan.base.family.components}.items():
         parameters = sum(parameter.numel() for parameter in module.parameters())
-        if component in run.trained:
+        if component in plan.trained:
             networks += parameters * size
         elif not aside:
             networks += parameters * 4
     bases = 0
-    for weight in run.weights.values():
-        out, into, rank = _sizes(weight, config)
+    for shape in plan.shapes.values():
+        out, into, rank = _sizes(shape, config)
         bases += rank * (out + into) * size
-    return Estimate(networks, bases, _activations(run, config), run.free_memory)
+    return Estimate(networks, bases, _activations(plan, config), plan.free_memory)
 
 
-def _sizes(weight: Tensor, config: TrainConfig) -> tuple[int, int, int]:
-    """Rows and columns of a weight as a matrix, and how many of its directions the run keeps, or at most."""
-    out, into = weight.shape[0], weight[0].numel()
+def _sizes(shape: tuple[int, int], config: TrainConfig) -> tuple[int, int, int]:
+    """Rows and columns of a weight, and how many of its directions the run keeps, or at most."""
+    out, into = shape
     return out, into, min(out, into) if config.rank == "full" or config.energy else min(out, into, int(config.rank))
 
 
 _counted: dict[str, int] = {}  # what `_activations` found, by all that it depends on: counting takes a second
 
 
-def _activations(run: Run, config: TrainConfig) -> int:
+def _activations(plan: Plan, config: TrainConfig) -> int:
     """Bytes kept for the backward pass of one batch of square pictures; the text encoders' share is small beside."""
-    family, resolution = run.base.family, int(config.resolution or run.base.resolution)
-    shapes = {name: tuple(weight.shape) for name, weight in run.weights.items()}
+    family, resolution = plan.base.family, int(config.resolution or plan.base.resolution)
     options = [getattr(config, name) for name in COUNTED_OPTIONS]
     with FakeTensorMode():
         inputs = repr(family.stand_in(1, resolution))
-    key = repr((type(family.denoiser), family.denoiser.config, inputs, shapes, options))
+    key = repr((type(family.denoiser), family.denoiser.config, inputs, plan.shapes, options))
     if key not in _counted:
-        _counted[key] = _count_activations(run, config, resolution)
+        _counted[key] = _count_activations(plan, config, resolution)
     return _counted[key]
 
 
-def _count_activations(run: Run, config: TrainConfig, resolution: int) -> int:
-    family = run.base.family
+def _count_activations(plan: Plan, config: TrainConfig, resolution: int) -> int:
+    family = plan.base.family
     dtype = torch.float32 if config.mixed_precision == "no" else torch.bfloat16
     with FakeTensorMode(), _default_dtype(dtype):
         denoiser = type(family.denoiser).from_config(family.denoiser.config).train()
         layers = {
-            name.partition(".")[2]: torch.empty(weight.shape)
-            for name, weight in run.weights.items()
-            if family.role(name) == "denoiser"
+            name.partition(".")[2]: shape for name, shape in plan.shapes.items() if family.role(name) == "denoiser"
         }
         basis = {}
-        for name, weight in layers.items():
-            out, into, rank = _sizes(weight, config)
+        for name, shape in layers.items():
+            out, into, rank = _sizes(shape, config)
             basis[name] = (torch.empty(out, rank), torch.empty(rank, into))
         shifts = apply_svfit(denoiser, target_modules=list(layers), basis=basis)
         for shift in shifts.values():

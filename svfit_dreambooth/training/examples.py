@@ -16,7 +16,7 @@ from svfit_dreambooth.photos.captions import shuffled
 from svfit_dreambooth.photos.crops import crop_photo
 from svfit_dreambooth.photos.reading import Photo, open_mask, open_photo
 from svfit_dreambooth.training.class_pictures import paint_class_pictures
-from svfit_dreambooth.training.plan import Run
+from svfit_dreambooth.training.plan import Plan
 
 
 @dataclass
@@ -35,15 +35,15 @@ class Examples:
     prior: Examples | None = None  # the class pictures; None: without prior preservation
 
 
-def make_class_pictures(run: Run, device: torch.device) -> list[Photo]:
+def make_class_pictures(plan: Plan, device: torch.device) -> list[Photo]:
     """The class pictures of the run, painted by the base on `device` as far as they are missing.
 
-    The denoiser is left in the type in which the run trains it; `run.weights` stay as they are stored.
+    The denoiser is left in the type in which the run trains it; `plan.weights()` taken before stay as they are stored.
     """
-    config = run.config
+    config = plan.config
     return paint_class_pictures(
         Path(str(config.class_data_dir)),
-        run.base,
+        plan.base,
         str(config.class_prompt),
         config.num_class_images,
         seed=config.seed,
@@ -56,22 +56,22 @@ def make_class_pictures(run: Run, device: torch.device) -> list[Photo]:
     )
 
 
-def encode_examples(run: Run, device: torch.device) -> Examples:
+def encode_examples(plan: Plan, device: torch.device) -> Examples:
     """Encodes every window of every photo, and every caption, once; with prior preservation the class pictures too."""
-    config = run.config
+    config = plan.config
     prior = None
     if config.with_prior_preservation:
-        prior = _encode(run, make_class_pictures(run, device), str(config.class_prompt), device, of_class=True)
-    examples = _encode(run, run.photos, str(config.instance_prompt), device)
+        prior = _encode(plan, make_class_pictures(plan, device), str(config.class_prompt), device, of_class=True)
+    examples = _encode(plan, plan.photos, str(config.instance_prompt), device)
     examples.prior = prior
     return examples
 
 
 @torch.no_grad()
-def _encode(run: Run, photos: list[Photo], prompt: str, device: torch.device, of_class: bool = False) -> Examples:
+def _encode(plan: Plan, photos: list[Photo], prompt: str, device: torch.device, of_class: bool = False) -> Examples:
     """`photos` with `prompt` where they have no caption.  Class pictures are many: one window each, and no masks."""
-    config, family = run.config, run.base.family
-    for module in (run.base.pipeline.vae, *family.text_encoders.values()):
+    config, family = plan.config, plan.base.family
+    for module in (plan.base.pipeline.vae, *family.text_encoders.values()):
         module.to(device).eval()
     means: list[Tensor] = []
     spreads: list[Tensor] = []
@@ -80,7 +80,7 @@ def _encode(run: Run, photos: list[Photo], prompt: str, device: torch.device, of
     for photo in photos:
         crops = crop_photo(
             open_photo(photo.path),
-            run.training_size(photo),
+            plan.training_size(photo),
             None if of_class else open_mask(photo),
             config.center_crop,
             config.random_flip,

@@ -48,11 +48,10 @@ def check_initial(
     config: TrainConfig,
     base: BaseModel,
     weights: Mapping[str, Tensor],
-    hashes: Mapping[str, str],
 ) -> None:
     """Raises SVFitError unless `initial` is of `base`, and changes only what the run trains.
 
-    `weights`, `hashes`: as a run holds them, "<component>.<layer>" -> weight and its hash.
+    `weights`: that the run adapts, "<component>.<layer>" -> (out, in).
     """
     path, word = config.init_adapter, config.learned_word
     for learned in initial.learned_words:
@@ -67,5 +66,5 @@ def check_initial(
     names = {*initial.shifts, *initial.word_deltas()}
     all_weights = {**weights, **word_rows(base.family, word)}
     own = {name: weight for name, weight in all_weights.items() if name in names}
-    if same_base(initial.base_fingerprint, own, hashes) == "different":
+    if same_base(initial.base_fingerprint, own) == "different":
         raise SVFitError(f"init_adapter {path} was trained on another base model, {initial.base_model}.")

@@ -62,6 +62,10 @@ class RunFolder:
         """The pictures of a look, side by side."""
         return self.looks / f"step_{step:06d}.png"
 
+    def relative(self, path: Path) -> str:
+        """How events name a file of the folder."""
+        return path.relative_to(self.path).as_posix()
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Within it no other run writes here.  The lock is the system's and dies with its process.

@@ -2,26 +2,25 @@
 
 import logging
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Literal, TypeAlias
 
 import torch
 from accelerate import Accelerator
-from diffusers.optimization import get_scheduler
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.training.checkpoints import Best, TrainState, capture, restore, save_checkpoint
+from svfit_dreambooth.training.checkpoints import Best, Checkpoints, TrainState
 from svfit_dreambooth.training.config import TrainConfig
-from svfit_dreambooth.training.events import Event, Painted, Saved, Stepped, WentBack
+from svfit_dreambooth.training.events import Event, Painted, Phase, Saved, Stepped, WentBack
 from svfit_dreambooth.training.journal import RunFolder
-from svfit_dreambooth.training.objective import Denoiser
+from svfit_dreambooth.training.objective import Objective
+from svfit_dreambooth.training.optimizer import Optimizer
+from svfit_dreambooth.training.signals import stop_signals
+from svfit_dreambooth.training.trainable import copies, put_back
 from svfit_dreambooth.training.watch import Watch, score
 
 logger = logging.getLogger(__name__)
@@ -29,12 +28,30 @@ logger = logging.getLogger(__name__)
 MAX_ROLLBACKS = 3
 MAX_SKIPPED = 30  # steps in a row; fp16 begins with a loss scale of 2^16, and each one halves it
 
-
 Step = Stepped  # what `on_step` is told after every optimizer step
+OnStep: TypeAlias = Callable[[Stepped], bool | None]
 
 
 class NotFinite(Exception):
     """A loss or gradient that is NaN or infinite; the message names it."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How the steps of a run ended."""
+
+    step: int  # the last one made
+    kept: int  # the one whose values are in place now
+    seconds: float  # of the steps
+    loss_before: float | None  # on fixed noise and timesteps; None: not measured
+    loss_after: float | None
+    stopped: bool = False  # before the last step
+    hurried: bool = False  # asked to stop while the last step was made: what takes long after it is left out
+    failure: SVFitError | None = None  # numbers that stayed bad; the values are the last good ones
+
+    @property
+    def status(self) -> Literal["finished", "stopped", "failed"]:
+        return "failed" if self.failure is not None else "stopped" if self.stopped else "finished"
 
 
 class Loop:
@@ -44,38 +61,25 @@ class Loop:
         self,
         config: TrainConfig,
         accelerator: Accelerator,
-        model: Denoiser,
-        modules: list[nn.Module],
+        objective: Objective,
+        modules: Sequence[nn.Module],
         values: Mapping[str, nn.Parameter],
         rates: Mapping[str, float],
-        identity: Mapping[str, Any],
-        watch: Watch | None,
+        folder: RunFolder,
+        checkpoints: Checkpoints | None = None,
+        watch: Watch | None = None,
+        positions: Mapping[str, Tensor] | None = None,
     ) -> None:
         """`values`: what is trained, by name; `rates`: peak learning rate of each; `modules`: what they belong to.
 
-        `identity`: see `save_checkpoint`.  `watch`: None paints and measures nothing on the way.
+        `folder`: where the main process notes what happens.  `checkpoints`: None writes none.  `watch`: None paints and
+        measures nothing on the way.  `positions`: of the values, for the checkpoints.
         """
-        self.config, self.accelerator, self.model, self.modules = config, accelerator, model, modules
-        self.values, self.identity, self.watch = values, identity, watch
-        groups = [  # few and large ones, which a GPU updates in a few calls
-            {"params": [values[name] for name in values if rates[name] == rate], "peak": rate, "lr": rate}
-            for rate in dict.fromkeys(rates.values())
-        ]
-        self.raw_optimizer = torch.optim.AdamW(
-            groups,
-            betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.adam_weight_decay,
-            eps=config.adam_epsilon,
-        )
-        schedule = get_scheduler(
-            config.lr_scheduler,
-            optimizer=self.raw_optimizer,
-            num_warmup_steps=config.lr_warmup_steps,
-            num_training_steps=config.max_train_steps,
-        )
-        self.multiplier: Callable[[int], float] = schedule.lr_lambdas[0]
-        self.optimizer = accelerator.prepare_optimizer(self.raw_optimizer)
-        self.folder = RunFolder(config.output_dir)
+        self.config, self.accelerator, self.objective, self.modules = config, accelerator, objective, modules
+        self.values, self.folder, self.checkpoints, self.watch = values, folder, checkpoints, watch
+        self.positions = None if positions is None else dict(positions)
+        self.optimizer = Optimizer(values, rates, config)
+        self.stepper = accelerator.prepare_optimizer(self.optimizer.inner)
         self.step, self.rate_factor, self.rollbacks, self.skipped = 0, 1.0, 0, 0
         self.best: Best | None = None
         self.good = self.state()
@@ -83,14 +87,16 @@ class Loop:
 
     def state(self) -> TrainState:
         """A copy of where the run stands."""
-        values, memory = capture(self.values, self.raw_optimizer)
         scaler = {} if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
-        return TrainState(self.step, values, memory, self.rate_factor, self.rollbacks, self.best, scaler)
+        return TrainState(
+            self.step, copies(self.values), self.optimizer.memory(), self.rate_factor, self.rollbacks, self.best,
+            scaler, self.positions,
+        )  # fmt: skip
 
     def go_to(self, state: TrainState) -> None:
         """Puts the run where `state` stood."""
-        restore(state, self.values, self.raw_optimizer)
-        self.raw_optimizer.zero_grad()  # accelerate's own does nothing in the middle of a step
+        put_back(self.values, state.values)
+        self.optimizer.restore(state.optimizer)
         if self.accelerator.scaler is not None and state.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
         self.accelerator.step = 0  # it counts micro-batches, and may have been left in the middle of a step
@@ -98,40 +104,71 @@ class Loop:
         self.best = None if self.watch is None else state.best  # nothing would be compared with it
         self.good, self.between_steps, self.skipped = state, True, 0
 
-    def run(self, on_step: Callable[[Step], bool | None] | None, stop_asked: Callable[[], bool]) -> bool:
-        """Makes the steps that are left; returns whether it was asked to stop before the last one.
+    def complete(self, on_step: OnStep | None, resumed: TrainState | None = None) -> Ending:
+        """Makes all steps, from `resumed` on; saves the last, and leaves the values of the step that is kept."""
+        loss_before = self.objective.fixed_loss()
+        if resumed is None:
+            self.look(loss_before)
+        else:
+            self.go_to(resumed)
+        self.phase("training")
+        started, first = time.perf_counter(), self.step
+        stopped, hurried, failure = self.run(on_step)
+        seconds = time.perf_counter() - started
+        if self.step > first and failure is None:
+            self.save()
+        kept = self.step
+        if self.best is not None and self.config.keep == "best" and not stopped and failure is None:
+            kept = self.best.step
+            put_back(self.values, self.best.values)
+        loss_after = self.objective.fixed_loss() if failure is None else None
+        return Ending(self.step, kept, seconds, loss_before, loss_after, stopped, hurried, failure)
 
-        Raises SVFitError when numbers stayed bad after `MAX_ROLLBACKS` rollbacks; the values are then the last good.
+    def run(self, on_step: OnStep | None = None) -> tuple[bool, bool, SVFitError | None]:
+        """Makes the steps that are left.
+
+        Returns whether it was stopped before the last one, by `on_step` or a signal; whether a signal came at all; and
+        what it failed from, after `MAX_ROLLBACKS` returns to the last good state.
         """
-        config, of = self.config, self.config.max_train_steps
-        bar = tqdm(
-            total=of, initial=self.step, desc="training", unit="step", disable=not self.accelerator.is_main_process
-        )
-        started = time.perf_counter()
-        stopped = False
-        try:
+        with stop_signals() as asked:
+            try:
+                return self._steps(on_step, asked), asked(), None
+            except KeyboardInterrupt:
+                if not self.between_steps:
+                    self.go_to(self.good)
+                return self.step < self.config.max_train_steps, True, None
+            except SVFitError as error:
+                return False, asked(), error
+
+    def _steps(self, on_step: OnStep | None, stop_asked: Callable[[], bool]) -> bool:
+        of, started, stopped = self.config.max_train_steps, time.perf_counter(), False
+        main = self.accelerator.is_main_process
+        with tqdm(total=of, initial=self.step, desc="training", unit="step", disable=not main) as bar:
             while self.step < of and not stopped:
                 try:
-                    done = self.make_step()
+                    done = replace(self.make_step(), seconds=round(time.perf_counter() - started, 3))
                 except NotFinite as error:
                     self.roll_back(str(error))
                     bar.n = self.step
                     continue
                 bar.update()
                 bar.set_postfix(loss=f"{done.loss:.4f}")
-                self.note(replace(done, seconds=round(time.perf_counter() - started, 3)))
-                self.accelerator.log({"loss": done.loss, "learning_rate": done.learning_rate}, step=self.step)
-                if self.watch is not None and (self.step % (config.validation_steps or 1) == 0 or self.step == of):
-                    self.look(self.model.fixed_loss())
-                if self.step % config.checkpointing_steps == 0 and self.step < of:
-                    self.save()
+                self.after(done)
                 stopped = self.step < of and stop_asked()
                 if on_step is not None:
                     stopped = bool(on_step(done)) or stopped
                 stopped = self.on_any_process(stopped)
-        finally:
-            bar.close()
         return stopped
+
+    def after(self, done: Stepped) -> None:
+        """Notes a step, looks at the run and saves it where that is due."""
+        config, last = self.config, self.step == self.config.max_train_steps
+        self.note(done)
+        self.accelerator.log({"loss": done.loss, "learning_rate": done.learning_rate}, step=self.step)
+        if self.watch is not None and (last or self.step % (config.validation_steps or 1) == 0):
+            self.look(self.objective.fixed_loss())
+        if self.step % config.checkpointing_steps == 0 and not last:
+            self.save()
 
     def on_any_process(self, flag: bool) -> bool:
         """Whether one of the processes says so: they must leave the loop together, or some would wait for ever."""
@@ -140,36 +177,21 @@ class Loop:
         votes = self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum")
         return votes.item() > 0
 
-    def make_step(self) -> Step:
+    def make_step(self) -> Stepped:
         """One optimizer step over all micro-batches.
 
         Raises NotFinite for a loss or gradient that is not finite, and SVFitError where fp16's loss scaling has
         skipped `MAX_SKIPPED` steps in a row for that.
         """
-        accelerator, config = self.accelerator, self.config
-        rate = self.rate_factor * self.multiplier(self.step)
-        for group in self.raw_optimizer.param_groups:
-            group["lr"] = group["peak"] * rate
+        config = self.config
+        share = self.optimizer.set_rates(self.step, self.rate_factor)
         self.between_steps = False
         losses, priors = [], []
         for micro in range(config.gradient_accumulation_steps):
-            number = self.step * config.gradient_accumulation_steps + micro
-            with accelerator.accumulate(*self.modules):
-                loss = self.model.loss(number, accelerator.process_index, accelerator.num_processes)
-                losses.append(accelerator.reduce(loss.instance.detach(), "mean").item())
-                if loss.prior is not None:
-                    priors.append(accelerator.reduce(loss.prior.detach(), "mean").item())
-                total = accelerator.reduce(loss.total.detach(), "mean").item()
-                self.check(math.isfinite(total), f"the loss is {total}")  # before it reaches the values
-                accelerator.backward(loss.total)
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(list(self.values.values()), config.max_grad_norm)
-                    # with fp16 the loss scaling meets infinite gradients by design, and skips their step
-                    if accelerator.scaler is None:
-                        self.check(bool(torch.isfinite(norm)), f"the gradient's length is {norm}")
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-        self.skipped = self.skipped + 1 if self.optimizer.step_was_skipped else 0
+            loss, prior = self.accumulate(self.step * config.gradient_accumulation_steps + micro)
+            losses.append(loss)
+            priors += [] if prior is None else [prior]
+        self.skipped = self.skipped + 1 if self.stepper.step_was_skipped else 0
         if self.skipped == MAX_SKIPPED:  # no value has changed since, so there is nothing to return to
             raise SVFitError(
                 f"the gradients of {MAX_SKIPPED} steps in a row, up to step {self.step + 1}, are not finite: "
@@ -177,13 +199,37 @@ class Loop:
             )
         self.step += 1
         self.between_steps = True
-        return Step(
+        return Stepped(
             self.step,
             config.max_train_steps,
             sum(losses) / len(losses),
-            config.learning_rate * rate,
+            config.learning_rate * share,
             sum(priors) / len(priors) if priors else None,
         )
+
+    def accumulate(self, number: int) -> tuple[float, float | None]:
+        """Adds up the gradient of micro-batch `number`, and steps after the last one of a step.
+
+        Returns its loss on the photos and on the class pictures, means over all processes.
+        """
+        accelerator = self.accelerator
+        with accelerator.accumulate(*self.modules):
+            loss = self.objective.loss(number, accelerator.process_index, accelerator.num_processes)
+            instance, prior, total = (
+                None if part is None else float(accelerator.reduce(part.detach(), "mean").item())
+                for part in (loss.instance, loss.prior, loss.total)
+            )
+            assert instance is not None and total is not None
+            self.check(math.isfinite(total), f"the loss is {total}")  # before it reaches the values
+            accelerator.backward(loss.total)
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(list(self.values.values()), self.config.max_grad_norm)
+                # with fp16 the loss scaling meets infinite gradients by design, and skips their step
+                if accelerator.scaler is None:
+                    self.check(bool(torch.isfinite(norm)), f"the gradient's length is {norm}")
+            self.stepper.step()
+            self.stepper.zero_grad()
+        return instance, prior
 
     def check(self, finite: bool, what: str) -> None:
         if not finite:
@@ -208,54 +254,35 @@ class Loop:
         if self.watch is None:
             return
         if self.accelerator.is_main_process:
+            self.phase("looking")
             measured = self.watch.look(self.step, fixed_loss)
             if self.folder.look(self.step).is_file():
-                self.note(Painted(self.step, self.folder.look(self.step).relative_to(self.folder.path).as_posix()))
+                self.note(Painted(self.step, self.folder.relative(self.folder.look(self.step))))
             self.note(measured)
             numbers = {name: value for name, value in asdict(measured).items() if name != "step" and value is not None}
             self.accelerator.log(numbers, step=self.step)
             points = score(measured)
             if self.step and points is not None and (self.best is None or points > self.best.score):
-                self.best = Best(self.step, points, capture(self.values, self.raw_optimizer)[0])
+                self.best = Best(self.step, points, copies(self.values))
+            self.phase("training")
         self.accelerator.wait_for_everyone()
 
     def save(self) -> None:
         """Makes this the last good state, in memory and on the disk.  A full disk is a warning, not the end."""
         self.good = self.state()
-        if not self.accelerator.is_main_process:
+        if self.checkpoints is None or not self.accelerator.is_main_process:
             return
         try:
-            path = save_checkpoint(
-                self.good, self.folder.checkpoints, self.identity, self.config.checkpoints_total_limit
-            )
+            path = self.checkpoints.save(self.good)
         except (SVFitError, OSError) as error:
             logger.warning("no checkpoint of step %d: %s Training goes on.", self.step, error)
             return
-        self.note(Saved(self.step, path.relative_to(self.folder.path).as_posix()))
+        self.note(Saved(self.step, self.folder.relative(path)))
+
+    def phase(self, doing: str) -> None:
+        self.note(Phase(doing, time.time(), self.step))
 
     def note(self, event: Event) -> None:
         """A line of progress.jsonl, by the main process."""
         if self.accelerator.is_main_process:
             self.folder.note(event)
-
-
-@contextmanager
-def stop_signals(at_once: bool = False) -> Iterator[Callable[[], bool]]:
-    """Within it Ctrl-C and SIGTERM let the present step end; a second one, or `at_once` the first, interrupts."""
-    asked: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if asked or at_once:
-            raise KeyboardInterrupt
-        asked.append(number)
-        logger.warning("stopping after this step; once more, and it stops at once.")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from svfit_dreambooth.bases.devices import MIXED_PRECISION
 from svfit_dreambooth.bases.family import Conditions
 from svfit_dreambooth.training.examples import Examples
-from svfit_dreambooth.training.plan import Run
+from svfit_dreambooth.training.plan import Plan
 
 
 class Loss(NamedTuple):
@@ -39,22 +40,23 @@ class Draw:
     prompt: int  # its row among those of `source`
 
 
-class Denoiser:
+class Objective:
     """The loss of the denoiser on noised latents of the photos, at examples that follow from their number."""
 
     def __init__(
         self,
-        run: Run,
+        plan: Plan,
         examples: Examples,
         networks: Mapping[str, nn.Module],
         device: torch.device,
-        dtype: torch.dtype,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        """`networks`: the components of the base by name, maybe wrapped for training."""
-        self.config, self.examples, self.family = run.config, examples, run.base.family
+        """`dtype`: in which the denoiser computes; None: as the run's options say.  `networks`: the components of the base by name, maybe wrapped for training."""
+        self.config, self.examples, self.family = plan.config, examples, plan.base.family
         self.networks, self.denoiser = networks, networks[self.family.denoiser_name]
         self.noising = self.family.noising()
-        self.device, self.dtype = device, dtype
+        self.device = device
+        self.dtype = MIXED_PRECISION[plan.config.mixed_precision] if dtype is None else dtype
 
     def loss(self, number: int, process_index: int, num_processes: int) -> Loss:
         """Weighted mean squared error of one process's share of micro-batch `number`.

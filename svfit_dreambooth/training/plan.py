@@ -6,20 +6,19 @@ import re
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from svfit_dreambooth.adapter.file import Adapter
 from svfit_dreambooth.bases.devices import available_memory, default_device
 from svfit_dreambooth.bases.names import DEFAULT_BASE, DEFAULT_SUBJECT, SUBJECTS_FOLDER, subject_kind
 from svfit_dreambooth.bases.opening import BaseModel, check_base_model, open_base_model
+from svfit_dreambooth.bases.outline import outline_base_model
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import check_portable
-from svfit_dreambooth.method.basis import weight_hashes
-from svfit_dreambooth.method.layer import as_matrix, resolve_rank
+from svfit_dreambooth.method.layer import as_matrix
+from svfit_dreambooth.method.targets import Projections
 from svfit_dreambooth.method.word import word_pieces
 from svfit_dreambooth.photos.captions import folder_words
 from svfit_dreambooth.photos.crops import Size, training_size
@@ -38,27 +37,33 @@ from svfit_dreambooth.training.words import check_word
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class Run:
-    """A run whose input has been checked: definite options, photos, base, and the layers to adapt."""
+@dataclass(frozen=True)
+class Plan:
+    """All of a run that follows from options, photos and base: it is made before anything slow, and never changes.
+
+    The networks of `base` do change while the run trains them; which they are does not.
+    """
 
     config: TrainConfig
     photos: list[Photo]
     base: BaseModel
     adapter_name: str
     targets: dict[str, list[str]]  # component -> canonical layer names
-    weights: dict[str, Tensor]  # "<component>.<layer>" -> the base's weight as a matrix (out, in)
+    shapes: dict[str, tuple[int, int]]  # "<component>.<layer>" -> rows and columns of its weight as a matrix
     initial: Adapter | None = None  # where it starts, read now: its file may be one that the run replaces
     free_memory: int | None = None  # `available_memory` before the base was opened; None: unknown
 
-    @cached_property
-    def hashes(self) -> dict[str, str]:
-        """`basis.weight_hash` of every weight, read once: resuming, the basis and the adapter file ask for it."""
-        return weight_hashes(self.weights)
+    def weights(self) -> dict[str, Tensor]:
+        """The base's weights that the run adapts, as matrices (out, in), by the names of `shapes`.
 
-    def release_weights(self) -> None:
-        """Keeps only the shapes of `weights`, as their numbers would stay in memory beside those of cast networks."""
-        self.weights = {name: weight.to("meta") for name, weight in self.weights.items()}
+        They share memory with the base, as long as that is not cast.
+        """
+        found = _adapted(self.base, self.config)
+        return {
+            f"{component}.{name}": as_matrix(found[component][name][2].weight.detach())
+            for component, names in self.targets.items()
+            for name in names
+        }
 
     @property
     def trained(self) -> list[str]:
@@ -89,20 +94,7 @@ class Run:
         pixels = ", ".join(f"{width}x{height} ({count})" for (width, height), count in sorted(sizes.items()))
         side = self.base.resolution
         lines.append(f"base: {self.base.name}, for {side}x{side} pixels; the photos are trained on at {pixels}")
-        for component, names in self.targets.items():
-            if self.config.budget is not None:
-                total = sum(min(weight.shape) for weight in self.weights.values())
-                share = min(self.config.budget, total)
-                lines.append(f"{component}: {len(names)} layers, a budget of {share:,} of {total:,} values in all")
-                continue
-            largest = [min(self.weights[f"{component}.{name}"].shape) for name in names]
-            if self.config.energy is not None:
-                lines.append(f"{component}: {len(names)} layers, ranks by energy {self.config.energy}")
-                continue
-            ranks = [resolve_rank(torch.empty(size), self.config.rank_value) for size in largest]
-            capped = sum(isinstance(self.config.rank_value, int) and self.config.rank_value > size for size in largest)
-            note = f", {capped} of them smaller than rank {self.config.rank}" if capped else ""
-            lines.append(f"{component}: {len(names)} layers, {sum(ranks):,} singular values{note}")
+        lines += [f"{component}: {self._layers(component)}" for component in self.targets]
         if self.config.learned_word is not None:
             pieces = word_pieces(next(iter(self.base.family.tokenizers.values())), self.config.learned_word)
             lines.append(f"learned word: {self.config.learned_word!r}, {len(pieces)} tokens")
@@ -112,73 +104,73 @@ class Run:
         lines.append(f"adapter: {self.adapter_path}")
         return lines
 
+    def _layers(self, component: str) -> str:
+        """How many layers of a component are adapted, and by how many values."""
+        config, names = self.config, self.targets[component]
+        count = f"{len(names)} layers"
+        if config.budget is not None:
+            total = sum(min(shape) for shape in self.shapes.values())
+            return f"{count}, a budget of {min(config.budget, total):,} of {total:,} values in all"
+        if config.energy is not None:
+            return f"{count}, ranks by energy {config.energy}"
+        largest = [min(self.shapes[f"{component}.{name}"]) for name in names]
+        if config.rank_value == "full":
+            return f"{count}, {sum(largest):,} singular values"
+        rank = config.rank_value
+        capped = sum(rank > size for size in largest)
+        note = f", {capped} of them smaller than rank {rank}" if capped else ""
+        return f"{count}, {sum(min(rank, size) for size in largest):,} singular values{note}"
 
-def prepare(config: TrainConfig, *, local_files_only: bool = False) -> Run:
+
+def prepare(config: TrainConfig, *, local_files_only: bool = False, weightless: bool = False) -> Plan:
     """Checks everything that `config` names and opens the base model; all options of the run are definite then.
 
-    `local_files_only`: nothing is downloaded.  Cheap checks come first.  Raises SVFitError for a folder without photos,
-    an unknown schedule, a base model that is none, a resolution that does not fit the base, targets that match nothing,
-    an output that cannot be written.
+    `local_files_only`: nothing is downloaded.  `weightless`: nor are weights opened, for a plan that is only looked
+    at: whether class pictures and `init_adapter` are of this base is not checked then.
+    Cheap checks come first.  Raises SVFitError for a folder without photos, a base model that is none, a resolution
+    that does not fit the base, targets that match nothing, an output that cannot be written.
     """
     check_base_model(config.pretrained_model_name_or_path, config.base_config)
-    config = _with_subject(config)
-    photos = find_photos(str(config.instance_data_dir))
-    if config.instance_prompt is None and (named := folder_words(Path(str(config.instance_data_dir)))):
-        config = dataclasses.replace(config, instance_prompt=named[1])
-    if config.instance_prompt is None and not all(photo.captions for photo in photos):
-        raise SVFitError('instance_prompt is missing: say what the photos show, such as "a photo of sks dog".')
+    config, photos = _with_photos(_with_subject(config))
     config = _with_class(config)
     initial = read_initial(config)
-    adapter_name = config.adapter_name or _file_name(Path(str(config.instance_data_dir)).resolve().name)
-    if adapter_name != _file_name(adapter_name):
-        raise SVFitError(f"adapter_name {adapter_name!r} is no file name: use letters, digits, '-', '_' and '.'.")
-    check_portable(adapter_name, "adapter_name")
-    config = dataclasses.replace(config, adapter_name=adapter_name)
-    _check_output(config)
-    if not config.dry_run:
-        _check_writable(config.output_dir)
+    config = _with_output(config)
     config.warn_of_lora_values()
-
     free = available_memory()
-    base = open_run_base(config, local_files_only=local_files_only)
-    family = base.family
-    family.noising()  # raises for bases that are trained otherwise
-    config = with_preset(config, base.architecture)
-    quick = base.name == DEFAULT_BASE or default_device().type != "cpu"
-    asked = config.dino_path is not None or config.clip_path is not None  # or they would be given for nothing
-    looks = max(1, config.max_train_steps // 4) if asked or quick else 0
-    factor = family.pixels_per_latent
-    config = dataclasses.replace(
-        config,
-        validation_steps=looks if config.validation_steps is None else config.validation_steps,
-        resolution=config.resolution or base.resolution,
-        guidance_scale=base.guidance_scale if config.guidance_scale is None else config.guidance_scale,
-    )
-    assert config.resolution is not None
-    if config.resolution % factor:
-        raise SVFitError(
-            f"resolution {config.resolution} is not a multiple of {factor}, the factor by which this base's "
-            f"autoencoder shrinks pictures: use {max(1, round(config.resolution / factor)) * factor}.",
-            "resolution",
-        )
+    base = outline_run_base(config) if weightless else open_run_base(config, local_files_only=local_files_only)
+    base.family.noising()  # raises for bases that are trained otherwise
+    config = _with_base(config, base)
     if config.learned_word is not None:
         captions = [text for photo in photos for text in photo.captions or (str(config.instance_prompt),)]
-        check_word(family, config.learned_word, list(dict.fromkeys(captions)))
-    if config.with_prior_preservation:
-        check_class_pictures(Path(str(config.class_data_dir)), str(config.class_prompt), base)
-    found = {family.denoiser_name: family.find_projections(family.denoiser_name, config.target_modules)}
-    if config.train_text_encoder:
-        found |= {component: family.find_projections(component) for component in family.text_encoders}
+        check_word(base.family, config.learned_word, list(dict.fromkeys(captions)))
+    found = _adapted(base, config)
     targets = {component: list(layers) for component, layers in found.items()}
-    weights = {
-        f"{component}.{name}": as_matrix(layer.weight.detach())
+    shapes = {
+        f"{component}.{name}": _matrix_shape(layer)
         for component, layers in found.items()
         for name, (_, _, layer) in layers.items()
     }
-    run = Run(config, photos, base, adapter_name, targets, weights, initial, free)
-    if initial is not None:
-        check_initial(initial, config, base, run.weights, run.hashes)
-    return run
+    plan = Plan(config, photos, base, str(config.adapter_name), targets, shapes, initial, free)
+    if not weightless:
+        if config.with_prior_preservation:
+            check_class_pictures(Path(str(config.class_data_dir)), str(config.class_prompt), base)
+        if initial is not None:
+            check_initial(initial, config, base, plan.weights())
+    return plan
+
+
+def _adapted(base: BaseModel, config: TrainConfig) -> dict[str, Projections]:
+    """The layers of every component that the run adapts."""
+    family = base.family
+    found = {family.denoiser_name: family.find_projections(family.denoiser_name, config.target_modules)}
+    if config.train_text_encoder:
+        found |= {component: family.find_projections(component) for component in family.text_encoders}
+    return found
+
+
+def _matrix_shape(layer: nn.Module) -> tuple[int, int]:
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return weight.shape[0], weight[0].numel()
 
 
 def open_run_base(config: TrainConfig, *, local_files_only: bool = False) -> BaseModel:
@@ -190,6 +182,45 @@ def open_run_base(config: TrainConfig, *, local_files_only: bool = False) -> Bas
         base_config=config.base_config,
         content_filter=False,
         local_files_only=local_files_only,
+    )
+
+
+def outline_run_base(config: TrainConfig) -> BaseModel:
+    """The base of the run without its weights, from what is on this disk."""
+    return outline_base_model(
+        config.pretrained_model_name_or_path, revision=config.revision, base_config=config.base_config
+    )
+
+
+def _with_photos(config: TrainConfig) -> tuple[TrainConfig, list[Photo]]:
+    """The photos, with words for all of them."""
+    folder = Path(str(config.instance_data_dir))
+    photos = find_photos(folder)
+    if config.instance_prompt is None and (named := folder_words(folder)):
+        config = dataclasses.replace(config, instance_prompt=named[1])
+    if config.instance_prompt is None and not all(photo.captions for photo in photos):
+        raise SVFitError('instance_prompt is missing: say what the photos show, such as "a photo of sks dog".')
+    return config, photos
+
+
+def _with_base(config: TrainConfig, base: BaseModel) -> TrainConfig:
+    """What was left open, as the base has it."""
+    config = with_preset(config, base.architecture)
+    quick = base.name == DEFAULT_BASE or default_device().type != "cpu"
+    asked = config.dino_path is not None or config.clip_path is not None  # or they would be given for nothing
+    looks = max(1, config.max_train_steps // 4) if asked or quick else 0
+    resolution, factor = config.resolution or base.resolution, base.family.pixels_per_latent
+    if resolution % factor:
+        raise SVFitError(
+            f"resolution {resolution} is not a multiple of {factor}, the factor by which this base's autoencoder "
+            f"shrinks pictures: use {max(1, round(resolution / factor)) * factor}.",
+            "resolution",
+        )
+    return dataclasses.replace(
+        config,
+        validation_steps=looks if config.validation_steps is None else config.validation_steps,
+        resolution=resolution,
+        guidance_scale=base.guidance_scale if config.guidance_scale is None else config.guidance_scale,
     )
 
 
@@ -223,16 +254,26 @@ def _with_class(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, class_data_dir=folder)
 
 
-def _check_output(config: TrainConfig) -> None:
-    """Raises SVFitError where the run would write among the photos, or over its own base."""
-    folder = Path(config.output_dir).resolve()
-    if folder == Path(str(config.instance_data_dir)).resolve():
+def _with_output(config: TrainConfig) -> TrainConfig:
+    """The adapter's name, and a folder that may be written into.
+
+    Raises SVFitError where the run would write among the photos, or over its own base.
+    """
+    name = config.adapter_name or _file_name(Path(str(config.instance_data_dir)).resolve().name)
+    if name != _file_name(name):
+        raise SVFitError(f"adapter_name {name!r} is no file name: use letters, digits, '-', '_' and '.'.")
+    check_portable(name, "adapter_name")
+    folder = RunFolder(Path(config.output_dir).resolve(), name)
+    if folder.path == Path(str(config.instance_data_dir)).resolve():
         raise SVFitError(f"output_dir {config.output_dir} is the folder of the photos: name another.")
-    if folder / f"{config.adapter_name}.safetensors" == Path(config.pretrained_model_name_or_path).resolve():
+    if folder.adapter == Path(config.pretrained_model_name_or_path).resolve():
         raise SVFitError(
             f"the adapter would replace its base model, {config.pretrained_model_name_or_path}: "
             "give another adapter_name or output_dir."
         )
+    if not config.dry_run:
+        _check_writable(config.output_dir)
+    return dataclasses.replace(config, adapter_name=name)
 
 
 def _file_name(text: str) -> str:

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,17 +13,21 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
-from svfit_dreambooth.adapter.describe import annotate_adapter
+from svfit_dreambooth.adapter.describe import annotate_adapter, base_metadata
 from svfit_dreambooth.adapter.file import Adapter, read_adapter, save_adapter
 from svfit_dreambooth.bases.devices import MIXED_PRECISION
 from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.files import NotWritten
 from svfit_dreambooth.sharing.export import export_lora
 from svfit_dreambooth.sharing.hub import push_adapter
-from svfit_dreambooth.training.config import TrainConfig
-from svfit_dreambooth.training.loop import stop_signals
-from svfit_dreambooth.training.plan import Run, open_run_base
+from svfit_dreambooth.training.curves import plot_run
+from svfit_dreambooth.training.events import End
+from svfit_dreambooth.training.loop import Ending
+from svfit_dreambooth.training.plan import Plan, open_run_base
 from svfit_dreambooth.training.showcase import Showing, show_result
+from svfit_dreambooth.training.signals import stop_signals
+from svfit_dreambooth.training.trainable import Trainable
 
 logger = logging.getLogger(__name__)
 
@@ -33,22 +39,41 @@ class TrainResult:
     """What a run made."""
 
     adapter_path: Path
-    steps: int
-    kept_step: int  # the step whose values the file holds
-    seconds: float  # of the loop alone
+    ending: Ending
     values: int  # singular values trained
     file_bytes: int
-    loss_before: float | None  # on fixed noise and timesteps; None: not measured
-    loss_after: float | None
-    stopped: bool  # by on_step or Ctrl-C, before the last step
-    run: Run
+    plan: Plan
+    base: BaseModel  # the run's, without what it learnt; opened anew where training had rounded it beyond return
     showing: Showing | None = None  # the pictures at the end; None: not painted
     extras: list[str] = field(default_factory=list)  # what else was made, in plain lines
+
+    @property
+    def steps(self) -> int:
+        return self.ending.step
+
+    @property
+    def kept_step(self) -> int:
+        """The step whose values the file holds."""
+        return self.ending.kept
+
+    @property
+    def stopped(self) -> bool:
+        """By on_step or a signal, before the last step."""
+        return self.ending.stopped
+
+    @property
+    def loss_before(self) -> float | None:
+        """On fixed noise and timesteps; None: not measured."""
+        return self.ending.loss_before
+
+    @property
+    def loss_after(self) -> float | None:
+        return self.ending.loss_after
 
     def summary(self) -> str:
         """The run in a few plain lines."""
         lines = [
-            f"{self.steps} steps in {self.seconds:.0f} s" + (", stopped early" if self.stopped else ""),
+            f"{self.steps} steps in {self.ending.seconds:.0f} s" + (", stopped early" if self.stopped else ""),
             f"{self.values:,} singular values trained, {self.file_bytes:,} bytes in {self.adapter_path}",
         ]
         if self.loss_before is not None and self.loss_after is not None:
@@ -59,21 +84,81 @@ class TrainResult:
             lines.append("to go on: the same command with resume_from_checkpoint latest")
         if self.showing is not None:
             lines.append(self.showing.summary())
-        lines += self.extras
-        return "\n".join(lines)
+        return "\n".join(lines + self.extras)
 
 
-def save_result(adapter: Adapter, path: Path, config: TrainConfig) -> None:
-    """Writes the adapter and opens it again; a file that holds the very same already is left alone."""
+def make_adapter(plan: Plan, trainable: Trainable, ending: Ending, num_processes: int) -> Adapter:
+    """What was learnt, with all that its file says of it."""
+    return Adapter(
+        **trainable.learnt(),
+        base_model=plan.base.name,
+        base_fingerprint=trainable.base_fingerprint,
+        instance_prompt=plan.config.instance_prompt,
+        class_prompt=plan.config.class_prompt,
+        training=training_record(plan, ending, num_processes),
+        title=plan.adapter_name,
+        architecture=plan.base.architecture,
+        metadata=base_metadata(plan.base.architecture, plan.base.resolution, plan.base.pipeline.scheduler.config),
+    )
+
+
+def training_record(plan: Plan, ending: Ending, num_processes: int) -> dict[str, Any]:
+    """What the file says of its run."""
+    config = plan.config
+    record: dict[str, Any] = {
+        "steps": ending.step,
+        **({"kept_step": ending.kept} if ending.kept != ending.step else {}),
+        "photos": len(plan.photos),
+        "batch_size": config.train_batch_size * config.gradient_accumulation_steps * num_processes,
+    }
+    for name in ("resolution", "rank", "energy", "budget", "learning_rate", "lr_scheduler", "mixed_precision", "seed"):
+        record[name] = getattr(config, name)
+    if config.train_text_encoder:
+        record["text_encoder_lr"] = config.text_encoder_lr
+    if ending.loss_before is not None and ending.loss_after is not None:
+        record["fixed_loss"] = [round(ending.loss_before, 5), round(ending.loss_after, 5)]
+    return record
+
+
+def save_result(adapter: Adapter, plan: Plan) -> Path:
+    """Writes the adapter and opens it again; returns where it lies.
+
+    A file that holds the very same already is left alone.  On a full disk the run's older checkpoints and its looks
+    make room; where that is not enough, the adapter goes into the system's folder for temporary files, and a warning
+    says so.  Raises SVFitError where that is full too.
+    """
+    path, dtype = plan.adapter_path, getattr(torch, plan.config.save_dtype)
+    plan.folder.reserve.unlink(missing_ok=True)
+    while True:
+        try:
+            return _write(adapter, path, dtype)
+        except NotWritten as error:
+            if not plan.folder.make_room():
+                reason = error
+                break
+    place = Path(tempfile.mkdtemp(prefix="svfit-")) / path.name
+    try:
+        saved = _write(adapter, place, dtype)
+    except NotWritten:
+        raise SVFitError(
+            f"{reason}  The values of the last checkpoint are not lost: make room, and go on with "
+            "resume_from_checkpoint latest."
+        ) from None
+    logger.warning("%s  The adapter is saved in %s: move it from there.", reason, saved)
+    return saved
+
+
+def _write(adapter: Adapter, path: Path, dtype: torch.dtype) -> Path:
     fresh = path.with_name(f".{path.stem}.new.safetensors")
-    save_adapter(adapter, fresh, getattr(torch, config.save_dtype))
+    save_adapter(adapter, fresh, dtype)
     written = read_adapter(fresh)
     if path.exists() and _same(path, written):
         fresh.unlink()
-        return
+        return path
     os.replace(fresh, path)
     if not any(shift.any() for shift in written.shifts.values()):
         logger.warning("nothing was learnt, every shift in %s is zero: train longer or with a higher rate.", path)
+    return path
 
 
 def _same(path: Path, written: Adapter) -> bool:
@@ -85,50 +170,39 @@ def _same(path: Path, written: Adapter) -> bool:
     return hashes[0] == hashes[1] and present.training == written.training
 
 
-def training_record(
-    run: Run, num_processes: int, steps: int, kept: int, loss_before: float | None, loss_after: float | None
-) -> dict[str, Any]:
-    """What the file says of its run."""
-    config = run.config
-    record: dict[str, Any] = {
-        "steps": steps,
-        **({"kept_step": kept} if kept != steps else {}),
-        "photos": len(run.photos),
-        "batch_size": config.train_batch_size * config.gradient_accumulation_steps * num_processes,
-    }
-    for name in ("resolution", "rank", "energy", "budget", "learning_rate", "lr_scheduler", "mixed_precision", "seed"):
-        record[name] = getattr(config, name)
-    if config.train_text_encoder:
-        record["text_encoder_lr"] = config.text_encoder_lr
-    if loss_before is not None and loss_after is not None:
-        record["fixed_loss"] = [round(loss_before, 5), round(loss_after, 5)]
-    return record
-
-
 def finish(result: TrainResult) -> None:
     """Makes from the saved file what the run was asked for besides: a LoRA, and pictures, which take longer.
 
-    What fails is a warning, and so is what Ctrl-C or SIGTERM cut short; the rest is made all the same.
+    What fails is a warning, and so is what a signal cuts short; the rest is made all the same.
     """
-    run, config = result.run, result.run.config
-    run.base.pipeline.to("cpu")
+    plan, config, path = result.plan, result.plan.config, result.adapter_path
+    with warned("curve.png is missing", path):
+        plot_run(plan.folder)
+    if result.ending.status != "finished":
+        return
+    if result.ending.hurried:
+        if config.final_pictures or config.also is not None:
+            logger.warning("stopped after the last step: pictures and LoRA are left out.")
+        return
+    result.base.pipeline.to("cpu")
     with stop_signals(at_once=True):
         if config.also is not None:
-            with warned(f"there is no LoRA for {config.also}", run.adapter_path):
-                result.extras.append(_export(run))
+            with warned(f"there is no LoRA for {config.also}", path):
+                result.extras.append(_export(result))
         if config.final_pictures:
-            with warned("the pictures at the end are missing", run.adapter_path):
-                result.showing = show_result(run, _stored_base(run), MIXED_PRECISION[config.mixed_precision])
-                if "modelspec.thumbnail" not in read_adapter(run.adapter_path).metadata:
-                    annotate_adapter(run.adapter_path, thumbnail=result.showing.first)
-                    result.file_bytes = run.adapter_path.stat().st_size
-    if run.base.family.denoiser.device.type != "meta":  # as it stays where its files could not be opened again
-        run.base.pipeline.to("cpu")
+            with warned("the pictures at the end are missing", path):
+                result.base = stored_base(plan, result.base)
+                result.showing = show_result(plan, result.base, path, MIXED_PRECISION[config.mixed_precision])
+                if "modelspec.thumbnail" not in read_adapter(path).metadata:
+                    annotate_adapter(path, thumbnail=result.showing.first)
+                    result.file_bytes = path.stat().st_size
+    if result.base.family.denoiser.device.type != "meta":  # as it stays where its files could not be opened again
+        result.base.pipeline.to("cpu")
 
 
 @contextmanager
 def warned(what: str, saved: Path) -> Iterator[None]:
-    """Within it full disks, unreadable files, a lack of memory and Ctrl-C are a warning: the adapter is `saved`."""
+    """Within it full disks, unreadable files, a lack of memory and signals are a warning: the adapter is `saved`."""
     try:
         yield
     except (SVFitError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
@@ -136,6 +210,22 @@ def warned(what: str, saved: Path) -> Iterator[None]:
             raise
         reason = "out of memory" if is_out_of_memory(error) else str(error).rstrip(".") or "interrupted"
         logger.warning("%s (%s).  The adapter is saved in %s.", what, reason, saved)
+
+
+@contextmanager
+def plain_memory_errors() -> Iterator[None]:
+    """Within it a lack of memory is a sentence that says what to do."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise SVFitError(
+            "out of memory: go on with resume_from_checkpoint latest and validation_steps 0 or "
+            "gradient_checkpointing, or start anew with mixed_precision bf16, a smaller train_batch_size (with "
+            "gradient_accumulation_steps for the same result) or a smaller resolution.",
+            "resolution",
+        ) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -146,29 +236,31 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _stored_base(run: Run) -> BaseModel:
+def stored_base(plan: Plan, base: BaseModel) -> BaseModel:
     """The run's base in float32, with the directions of its files, which training may have rounded.
 
-    Rounded to float16 they are the same (see `basis.canonical_weight`); after bfloat16 the base is opened once more.
+    Rounded to float16 they are the same (see `basis.canonical_weight`); after bfloat16 the base is opened once more,
+    and the rounded one is emptied to make room.
     """
-    family = run.base.family
+    family = base.family
     if family.denoiser.dtype == torch.float16:
         family.cast(torch.float32)
     elif family.denoiser.dtype == torch.bfloat16:
         for module in family.pipeline.components.values():
             if isinstance(module, nn.Module):
-                module.to("meta")  # makes room, whoever else still holds it
-        run.base = open_run_base(run.config)
-    return run.base
+                module.to("meta")
+        return open_run_base(plan.config)
+    return base
 
 
-def _export(run: Run) -> str:
-    """Writes the LoRA that --also asks for; returns what it is, in a plain line."""
-    config = run.config
+def _export(result: TrainResult) -> str:
+    """Writes the LoRA that `also` asks for; returns what it is, in a plain line."""
+    plan, config = result.plan, result.plan.config
+    result.base = stored_base(plan, result.base)
     export = export_lora(
-        run.adapter_path,
-        _stored_base(run),
-        run.folder.lora(str(config.also)),
+        result.adapter_path,
+        result.base,
+        plan.folder.lora(str(config.also)),
         cast(Literal["kohya", "diffusers"], config.also),
         error=ALSO_ERROR,
         without_words=True,
@@ -180,19 +272,25 @@ def _export(run: Run) -> str:
 
 
 def publish(result: TrainResult) -> None:
-    """Uploads the run if it was asked for; after its end is noted, so that the card has the figures."""
-    if result.run.config.push_to_hub:
-        figures = at_the_end(result).get("figures")
-        upload = push_adapter(result.adapter_path, result.run.config.hub_model_id, figures=figures)
+    """Uploads a finished run if it was asked for; after its end is noted, so that the card has the figures."""
+    if result.plan.config.push_to_hub and result.ending.status == "finished":
+        figures = end_of(result, time.time()).figures
+        upload = push_adapter(result.adapter_path, result.plan.config.hub_model_id, figures=figures)
         result.extras.append(f"uploaded: {upload.url}")
 
 
-def at_the_end(result: TrainResult) -> dict[str, Any]:
-    """What the last event says of the pictures and figures."""
-    showing = result.showing
-    if showing is None:
-        return {}
-    figures = None
-    if showing.figures is not None:
-        figures = {name: scores.known() for name, scores in showing.figures.items()}
-    return {"sheet": showing.sheet.name, "figures": figures}
+def end_of(result: TrainResult, now: float) -> End:
+    """What the run's last event says."""
+    ending, showing, path = result.ending, result.showing, result.adapter_path
+    at_home = path.parent == result.plan.folder.path
+    message = None if ending.failure is None else str(ending.failure)
+    return End(
+        ending.status,
+        now,
+        ending.step,
+        message if at_home else f"{message or ''} The adapter is saved in {path}.".strip(),
+        ending.kept,
+        path.name if at_home else None,
+        None if showing is None else showing.sheet.name,
+        None if showing is None or showing.figures is None else {n: s.known() for n, s in showing.figures.items()},
+    )

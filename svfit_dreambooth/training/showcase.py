@@ -24,7 +24,7 @@ from svfit_dreambooth.files import save_png
 from svfit_dreambooth.painting.generate import generate
 from svfit_dreambooth.painting.loading import load_adapter, loaded_adapters, set_adapters, unload_adapter
 from svfit_dreambooth.painting.sheets import contact_sheet
-from svfit_dreambooth.training.plan import Run
+from svfit_dreambooth.training.plan import Plan
 from svfit_dreambooth.training.watch import (
     SEED,
     own_subject,
@@ -53,32 +53,32 @@ class Showing:
         return "\n".join(lines)
 
 
-def show_result(run: Run, base: BaseModel, dtype: torch.dtype) -> Showing:
+def show_result(plan: Plan, base: BaseModel, adapter: Path, dtype: torch.dtype) -> Showing:
     """Paints the validation prompts from the saved file, with and without it, as <output_dir>/<adapter_name>.png.
 
     `base`: untouched and in the precision of its files; it is cast to `dtype`, painted with, and carries no adapter
     afterwards.
     """
-    load_adapter(base.pipeline, run.adapter_path, basis_cache_dir=run.config.basis_cache_dir)
+    load_adapter(base.pipeline, adapter, basis_cache_dir=plan.config.basis_cache_dir)
     try:
         base.family.cast(dtype)
         base.pipeline.to(default_device())
-        return _show(run, base)
+        return _show(plan, base)
     finally:
         unload_adapter(base.pipeline)
 
 
-def _show(run: Run, model: BaseModel) -> Showing:
-    prompts, options = validation_prompts(run), painting_options(run)
+def _show(plan: Plan, model: BaseModel) -> Showing:
+    prompts, options = validation_prompts(plan), painting_options(plan)
     adapted = _paint(model, prompts, 1.0, options)
     base = _paint(model, prompts, 0.0, options)
-    rows = [("photos", run_photos(run)[: max(4, len(prompts))]), ("base", base), (run.adapter_name, adapted)]
-    sheet = save_png(contact_sheet([row for row in rows if row[1]], prompts), run.folder.sheet)
-    subject = own_subject(run)
+    rows = [("photos", run_photos(plan)[: max(4, len(prompts))]), ("base", base), (plan.adapter_name, adapted)]
+    sheet = save_png(contact_sheet([row for row in rows if row[1]], prompts), plan.folder.sheet)
+    subject = own_subject(plan)
     figures = (
         None
         if subject is None
-        else judge_subject(model, subject, subject_words(str(run.config.instance_prompt)), options)
+        else judge_subject(model, subject, subject_words(str(plan.config.instance_prompt)), options)
     )
     return Showing(sheet, figures, adapted[0])
 

@@ -23,7 +23,7 @@ from svfit_dreambooth.painting.generate import generate
 from svfit_dreambooth.painting.sheets import contact_sheet
 from svfit_dreambooth.photos.reading import open_photo
 from svfit_dreambooth.training.events import Measured
-from svfit_dreambooth.training.plan import Run
+from svfit_dreambooth.training.plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +45,10 @@ def score(measured: Measured) -> float | None:
 class Watch:
     """Paints and measures a run at its milestones; holds what every look is compared with."""
 
-    def __init__(self, run: Run, features: Features) -> None:
-        self.run, self.features = run, features
-        self.prompts = validation_prompts(run)
-        self.folder = run.folder
+    def __init__(self, plan: Plan, features: Features) -> None:
+        self.plan, self.features = plan, features
+        self.prompts = validation_prompts(plan)
+        self.folder = plan.folder
         self.photos: Tensor | None = None  # (photos, d)
         self.untouched: Tensor | None = None  # (unrelated prompts, d), features of the base's own pictures
 
@@ -57,7 +57,7 @@ class Watch:
 
         A disk that takes no pictures is a warning: the measures decide which step is kept.
         """
-        model, options = self.run.base, painting_options(self.run)
+        model, options = self.plan.base, painting_options(self.plan)
         pictures = [picture.image for picture in generate(model, self.prompts, **options)]
         try:
             save_png(join(pictures), self.folder.look(step))
@@ -77,7 +77,7 @@ class Watch:
         if self.features.subject is None:
             return None
         if self.photos is None:
-            photos = run_photos(self.run)
+            photos = run_photos(self.plan)
             if not photos:
                 logger.warning("the photos are gone: likeness to them is not measured.")
                 return None
@@ -86,7 +86,7 @@ class Watch:
 
     def _drift(self, see: Callable[[Sequence[Image.Image]], Tensor]) -> float:
         """Change of pictures that have nothing to do with the subject, against the base's own."""
-        model, options = self.run.base, painting_options(self.run)
+        model, options = self.plan.base, painting_options(self.plan)
 
         def others() -> Tensor:
             return see([picture.image for picture in generate(model, UNRELATED_PROMPTS, **options)])
@@ -99,7 +99,7 @@ class Watch:
 
     def without_rare_words(self, prompt: str) -> str:
         """The prompt as a judge of pictures can read it: the class prompt in place of the instance prompt, if given."""
-        config = self.run.config
+        config = self.plan.config
         if config.instance_prompt and config.class_prompt:
             return prompt.replace(config.instance_prompt, config.class_prompt)
         return prompt
@@ -132,9 +132,9 @@ def nothing_learnt(family: Family) -> Iterator[bool]:
                 value.copy_(before)
 
 
-def painting_options(run: Run) -> dict[str, Any]:
+def painting_options(plan: Plan) -> dict[str, Any]:
     """How the pictures of this run are painted."""
-    config = run.config
+    config = plan.config
     return {
         "num_inference_steps": config.num_inference_steps,
         "guidance_scale": config.guidance_scale,
@@ -142,24 +142,24 @@ def painting_options(run: Run) -> dict[str, Any]:
     }
 
 
-def validation_prompts(run: Run) -> list[str]:
+def validation_prompts(plan: Plan) -> list[str]:
     """The prompts that the run was given, else the instance prompt in a few places where it has no photo."""
-    if run.config.validation_prompts:
-        return run.config.validation_prompts
-    subject = own_subject(run)
+    if plan.config.validation_prompts:
+        return plan.config.validation_prompts
+    subject = own_subject(plan)
     places = PLACES if subject is None else list(unseen_settings(subject).values())[:4]
-    return [f"{run.config.instance_prompt or run.photos[0].captions[0]} {place}" for place in places]
+    return [f"{plan.config.instance_prompt or plan.photos[0].captions[0]} {place}" for place in places]
 
 
-def own_subject(run: Run) -> str | None:
+def own_subject(plan: Plan) -> str | None:
     """The bundled subject that the run trains, if it does."""
-    return bundled_subject(run.base.name, str(run.config.instance_data_dir))
+    return bundled_subject(plan.base.name, str(plan.config.instance_data_dir))
 
 
-def run_photos(run: Run) -> list[Image.Image]:
+def run_photos(plan: Plan) -> list[Image.Image]:
     """The run's photos; those that were deleted since it began are left out."""
     pictures = []
-    for photo in run.photos:
+    for photo in plan.photos:
         try:
             pictures.append(open_photo(photo.path))
         except (OSError, SVFitError):

@@ -182,9 +182,8 @@ class Draft:
         if not photo_files(visitor.photos):
             raise SVFitError("there are no photos yet: add 3 to 10 of your subject.")
         photos = {"instance_data_dir": str(visitor.photos), "adapter_name": "estimate", "dry_run": True}
-        offline = self.app.studio.bases.offline(options["pretrained_model_name_or_path"])
-        run = prepare(TrainConfig(**{**photos, **options}), local_files_only=offline)
-        return [*estimate_memory(run).lines(), self._time(visitor, options, run.config.max_train_steps)]
+        plan = prepare(TrainConfig(**{**photos, **options}), weightless=True)
+        return [*estimate_memory(plan).lines(), self._time(visitor, options, plan.config.max_train_steps)]
 
     def _time(self, visitor: Visitor, options: dict[str, Any], steps: int) -> str:
         alike = ("pretrained_model_name_or_path", "preset", "resolution", "train_batch_size", "train_text_encoder")

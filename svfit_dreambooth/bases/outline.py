@@ -1,0 +1,64 @@
+"""A base model without its weights: all that its configs and its tokenizer tell."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from transformers import PreTrainedModel
+
+from svfit_dreambooth.bases.families import family_named
+from svfit_dreambooth.bases.names import TOYBOX, TOYBOX_WEIGHTS, base_name
+from svfit_dreambooth.bases.opening import BaseModel, check_base_model
+from svfit_dreambooth.errors import SVFitError
+
+
+def outline_base_model(name: str = TOYBOX, *, revision: str | None = None, base_config: str | None = None) -> BaseModel:
+    """The base model `name` with networks on the meta device, which have shapes and no numbers; as `open_base_model`.
+
+    Opens no weights and asks no network.  Raises SVFitError for a base whose configs are not on this disk.
+    """
+    check_base_model(name, base_config)
+    path = TOYBOX_WEIGHTS if name == TOYBOX else Path(name)
+    if path.is_file() and base_config is None:
+        raise SVFitError(f"{name} holds no configs: name a folder that has them with base_config.")
+    source = str(base_config) if path.is_file() else str(path) if path.exists() else name
+    location: dict[str, Any] = {"local_files_only": True}
+    if not path.exists():
+        location["revision"] = revision
+    try:
+        index = DiffusionPipeline.load_config(source, **location)
+        family = family_named(index["_class_name"], name)
+        without = family.load_options(content_filter=False)
+        parts = {
+            part: _outline(source, part, *kind, **location)
+            for part, kind in index.items()
+            if isinstance(kind, list) and kind[0] is not None and part not in without and part != "feature_extractor"
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, SVFitError):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise SVFitError(f"the configs of {name} cannot be read from this disk: {reason}") from error
+    missing = dict.fromkeys(("image_encoder", "feature_extractor"))
+    accepted = {part: None for part in missing if part in index}
+    model = BaseModel(
+        base_name(path) if path.exists() and name != TOYBOX else name + (f"@{revision}" if revision else ""),
+        family.pipeline_class(**accepted, **parts, **without),
+    )
+    model.family.check(name)
+    return model
+
+
+def _outline(source: str, part: str, library: str, kind: str, **location: Any) -> Any:
+    """One part of a pipeline: networks empty, tokenizers and schedulers whole."""
+    cls = getattr(importlib.import_module(library), kind)
+    if issubclass(cls, ModelMixin):
+        with torch.device("meta"):
+            return cls.from_config(cls.load_config(source, subfolder=part, **location))
+    if issubclass(cls, PreTrainedModel):
+        config = cls.config_class.from_pretrained(source, subfolder=part, **location)
+        with torch.device("meta"):
+            return cls(config)
+    return cls.from_pretrained(source, subfolder=part, **location)
