@@ -91,7 +91,8 @@ def test_every_method_starts_at_the_base_and_learns(run, name):
     pipeline = run.base.pipeline
     before = predict(pipeline.unet, examples.conditions["prompt_embeds"])
     method = (methods.METHODS | methods.ABLATIONS)[name]
-    run.config = dataclasses.replace(run.config, **method.options, class_prompt="a photo of a dog")
+    config = dataclasses.replace(run.config, **method.options, class_prompt="a photo of a dog")
+    run = dataclasses.replace(run, config=config)
     values = method.put_in(run, examples)
     assert torch.allclose(predict(pipeline.unet, examples.conditions["prompt_embeds"]), before, atol=1e-5)
     trainable = [p for p in pipeline.unet.parameters() if p.requires_grad]

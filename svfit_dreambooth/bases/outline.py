@@ -9,18 +9,20 @@ from diffusers import DiffusionPipeline, ModelMixin
 from transformers import PreTrainedModel
 
 from svfit_dreambooth.bases.families import family_named
-from svfit_dreambooth.bases.names import TOYBOX, TOYBOX_WEIGHTS, base_name
+from svfit_dreambooth.bases.names import DEFAULT_BASE, EMBEDDED_WEIGHTS, base_name
 from svfit_dreambooth.bases.opening import BaseModel, check_base_model
 from svfit_dreambooth.errors import SVFitError
 
 
-def outline_base_model(name: str = TOYBOX, *, revision: str | None = None, base_config: str | None = None) -> BaseModel:
+def outline_base_model(
+    name: str = DEFAULT_BASE, *, revision: str | None = None, base_config: str | None = None
+) -> BaseModel:
     """The base model `name` with networks on the meta device, which have shapes and no numbers; as `open_base_model`.
 
     Opens no weights and asks no network.  Raises SVFitError for a base whose configs are not on this disk.
     """
     check_base_model(name, base_config)
-    path = TOYBOX_WEIGHTS if name == TOYBOX else Path(name)
+    path = EMBEDDED_WEIGHTS if name == DEFAULT_BASE else Path(name)
     if path.is_file() and base_config is None:
         raise SVFitError(f"{name} holds no configs: name a folder that has them with base_config.")
     source = str(base_config) if path.is_file() else str(path) if path.exists() else name
@@ -44,7 +46,7 @@ def outline_base_model(name: str = TOYBOX, *, revision: str | None = None, base_
     missing = dict.fromkeys(("image_encoder", "feature_extractor"))
     accepted = {part: None for part in missing if part in index}
     model = BaseModel(
-        base_name(path) if path.exists() and name != TOYBOX else name + (f"@{revision}" if revision else ""),
+        base_name(path) if path.exists() and name != DEFAULT_BASE else name + (f"@{revision}" if revision else ""),
         family.pipeline_class(**accepted, **parts, **without),
     )
     model.family.check(name)
