@@ -2,17 +2,20 @@
 
 It needs this package in ComfyUI's Python, and takes adapters from the folders where ComfyUI looks for LoRAs.  The
 file's shifts become weight patches, W + strength * U diag(shift) Vh, along the directions of the loaded model, which
-are decomposed at the first use and cached on disk.  Stable Diffusion 1.x, 2.x and SDXL, in float32 or float16.
+are decomposed at the first use and cached on disk.  The node lists adapters alone; ComfyUI's own LoRA loader lists them
+too, reports success and changes nothing, so use this one.  Stable Diffusion 1.x, 2.x and SDXL, in float32 or float16.
 
 Written from ComfyUI's published interface (model patches, the maps from LoRA names to weights) and tested against a
 stand-in of it, not in ComfyUI itself.
 """
 
+import os
+
 import comfy.lora
 import folder_paths
 import torch
 
-from svfit_dreambooth.adapter.file import read_adapter
+from svfit_dreambooth.adapter.file import is_adapter, read_adapter
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.arithmetic import exact_delta
 from svfit_dreambooth.method.basis import model_basis, same_base
@@ -36,7 +39,7 @@ class SVFitLoader:
             "required": {
                 "model": ("MODEL",),
                 "clip": ("CLIP",),
-                "adapter": (folder_paths.get_filename_list("loras"),),
+                "adapter": ([name for name in folder_paths.get_filename_list("loras") if _is_adapter(name)],),
                 "strength_model": strength,
                 "strength_clip": strength,
             },
@@ -44,7 +47,8 @@ class SVFitLoader:
         }
 
     def load(self, model, clip, adapter, strength_model, strength_clip, allow_other_base=False):
-        """Raises SVFitError for a file that is no whole adapter or learned a word, and for a model that is not its base."""
+        """Raises SVFitError for a file that is no whole adapter or learned a word, and for a model that is not its base
+        or holds it in 8 bits."""
         content = read_adapter(folder_paths.get_full_path("loras", adapter))
         if content.learned_words:
             words = ", ".join(word.word for word in content.learned_words)
@@ -61,6 +65,12 @@ class SVFitLoader:
             raise SVFitError(f"{adapter} was trained on {content.base_model}, and this model has no {missing[0]}.")
         originals = {**model.get_key_patches(), **clip.patcher.get_key_patches()}
         weights = {name: _weight(originals[key]) for name, key in keys.items()}  # (out, in), without any patches
+        coarse = next((name for name, weight in weights.items() if weight.element_size() == 1), None)
+        if coarse is not None and not allow_other_base:
+            raise SVFitError(
+                f"this model holds its weights in {weights[coarse].dtype}, too coarse to find the directions of {adapter} "
+                "again: load it in float16 (weight_dtype default), or export a LoRA in kohya's layout for it."
+            )
         if same_base(content.base_fingerprint, weights) == "different" and not allow_other_base:
             raise SVFitError(
                 f"{adapter} was trained on {content.base_model}, and other weights are loaded: load that checkpoint, or "
@@ -76,6 +86,21 @@ class SVFitLoader:
         model.add_patches(patches["unet"], strength_model)
         clip.add_patches(patches["text_encoder"], strength_clip)
         return model, clip
+
+
+_KINDS = {}  # (path, time, size) -> whether the file is an adapter: the list is asked for often
+
+
+def _is_adapter(name):
+    """LoRAs lie in the same folders, and their own loader reads an adapter without a word and changes nothing."""
+    path = folder_paths.get_full_path("loras", name)
+    if path is None or not os.path.isfile(path):
+        return False
+    about = os.stat(path)
+    key = (path, about.st_mtime_ns, about.st_size)
+    if key not in _KINDS:
+        _KINDS[key] = is_adapter(path)
+    return _KINDS[key]
 
 
 def _part(name):

@@ -95,6 +95,13 @@ def _is_kind(path: Path, suffix: str) -> bool:
     return False
 
 
+def share(path: Path) -> None:
+    """Gives the file at `path` the rights that a new file of this user has: some writers make it theirs alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def save_png(image: Image.Image, path: str | Path, **options: Any) -> Path:
     """Writes `image` as PNG, whole or not at all; `options` are Pillow's."""
     content = io.BytesIO()

@@ -9,6 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from conftest import tiny_pipeline
+from safetensors.torch import save_file
 
 from svfit_dreambooth import load_adapter, save_adapter
 from svfit_dreambooth.adapter.file import Adapter, read_adapter
@@ -52,6 +53,9 @@ class Patcher:
             assert kind == "diff" and difference.shape == weight.shape
             weight += strength * difference.float()
         return weight
+
+
+OLD = "svfit_dreambooth.adapter import read_adapter\nfrom svfit_dreambooth.adapter.file import is_adapter"
 
 
 @pytest.fixture
@@ -154,11 +158,26 @@ def test_an_adapter_of_few_scattered_values(node, tmp_path):
             assert (holder.patched(key_of(f"{part}.{name}")) - expected).abs().max() < 1e-5
 
 
+def test_only_adapters_are_offered(node, tmp_path):
+    write_adapter(projections(tiny_pipeline()), tmp_path)
+    save_file({"lora_unet_x.lora_down.weight": torch.ones(1, 2)}, tmp_path / "lora.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"no file at all")
+    assert node.SVFitLoader.INPUT_TYPES()["required"]["adapter"] == (["dog.safetensors"],)
+
+
+def test_eight_bits_are_called_what_they_are(node, tmp_path):
+    layers = projections(tiny_pipeline())
+    write_adapter(layers, tmp_path)
+    coarse = loaded(layers, True, torch.float8_e4m3fn)
+    with pytest.raises(SVFitError, match="holds its weights in torch.float8_e4m3fn, too coarse .* export a LoRA"):
+        node.SVFitLoader().load(*coarse, "dog.safetensors", 1.0, 1.0)
+
+
 def test_copies_of_the_node_that_people_have_still_work(node, tmp_path):
     """They import from where the modules were when they were copied."""
     text = NODE.read_text(encoding="utf-8")
     for here, before in (
-        ("svfit_dreambooth.adapter.file import read_adapter", "svfit_dreambooth.adapter import read_adapter"),
+        ("svfit_dreambooth.adapter.file import is_adapter, read_adapter", OLD),
         ("svfit_dreambooth.method.basis import", "svfit_dreambooth.basis import"),
     ):
         assert here in text

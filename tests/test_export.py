@@ -312,3 +312,15 @@ def test_a_few_step_lora_works_beside_an_adapter_in_either_order(path, tmp_path,
     first.unload_lora_weights()
     unload_adapter(second)
     assert (few_steps(first) - base).abs().max() <= 1e-6 and (few_steps(second) - base).abs().max() <= 1e-6
+
+
+def test_an_export_says_which_programs_read_less_of_it():
+    names = ["unet.conv_in", "unet.time_embedding.linear_1", "unet.mid_block.attentions.0.proj_in"]
+    names.append("text_encoder.text_model.encoder.layers.0.self_attn.q_proj")
+    shifts, shapes = {name: torch.ones(2) for name in names}, dict.fromkeys(names, (4, 4))
+    last = plan_lora(shifts, shapes, "kohya").lines()[-1]
+    assert last == "sd-scripts has no place for 2 of the layers, such as unet.conv_in, and leaves them out"
+    assert "ComfyUI reads the UNet's part of this layout only" in plan_lora(shifts, shapes, "diffusers").lines()[-1]
+    plain = {names[2]: torch.ones(2)}
+    for layout in ("kohya", "diffusers"):
+        assert plan_lora(plain, shapes, layout).lines()[-1] == "it holds the adapter's whole change"

@@ -110,3 +110,16 @@ def test_folders_and_names_of_another_kind(tmp_path):
     with pytest.raises(SVFitError, match="give a name that ends in .safetensors"):
         check_output(tmp_path / "new.png", ".safetensors")
     assert check_output(tmp_path / "new.PNG", ".png", [tmp_path / "old.png", None]) == tmp_path / "new.PNG"
+
+
+@pytest.mark.parametrize("kind", ["kohya", "merged"])
+def test_others_may_read_what_they_may_read_of_other_files(kind, dog, tiny_base, tmp_path):
+    before = os.umask(0o022)
+    try:
+        output = tmp_path / "out"
+        base = ["--pretrained_model_name_or_path", str(tiny_base)]
+        assert main(["export", str(dog), "--format", kind, "--output", str(output), *base]) == 0
+    finally:
+        os.umask(before)
+    files = [path for path in output.rglob("*") if path.is_file()]
+    assert files and {path.stat().st_mode & 0o777 for path in files} == {0o644}

@@ -20,7 +20,7 @@ from torch import Tensor
 from svfit_dreambooth.adapter.file import Adapter, read_adapter
 from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.files import check_output, size_text
+from svfit_dreambooth.files import check_output, share, size_text
 from svfit_dreambooth.method.arithmetic import exact_delta
 from svfit_dreambooth.method.layer import SVFitLayer
 from svfit_dreambooth.method.targets import svfit_layers
@@ -164,6 +164,7 @@ def _write(path: Path, plan: LoraPlan, base: BaseModel, adapter: Adapter, scale:
         save_file(tensors, temporary, metadata=metadata)
         del tensors
         total, worst = _compare(temporary, plan, layers, sdxl)
+        share(temporary)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise SVFitError(f"'{path}' can't be written ({error}): choose another place.") from error

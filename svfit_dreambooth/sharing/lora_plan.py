@@ -5,6 +5,7 @@ D: the best LoRA of rank N keeps the N largest of them, and the relative error o
 sqrt(sum of dropped shift^2 / sum of all shift^2)  (Eckart and Young, in the Frobenius norm).
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,6 +16,9 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import size_text
 from svfit_dreambooth.sharing.lora_names import Layout
 
+OUTSIDE_OF_BLOCKS = re.compile(
+    r"unet\.(conv_in|conv_out|time_embedding|add_embedding)\b"
+)  # not in sd-scripts' networks
 BYTES = {torch.float16: 2, torch.float32: 4}
 
 
@@ -54,7 +58,23 @@ class LoraPlan:
             )
         else:
             lines.append("it holds the adapter's whole change")
-        return lines
+        return lines + self._readers()
+
+    def _readers(self) -> list[str]:
+        """Which programs read less of the file than it holds."""
+        encoders = [name for name in self.kept if name.startswith("text_encoder")]
+        if self.layout == "diffusers":
+            text = (
+                "ComfyUI reads the UNet's part of this layout only, without the text encoder's: kohya's is whole there"
+            )
+            return [text] if encoders else []
+        outside = sorted(name for name in self.kept if OUTSIDE_OF_BLOCKS.match(name))
+        text = (
+            f"sd-scripts has no place for {len(outside)} of the layers, such as {outside[0]}, and leaves them out"
+            if outside
+            else ""
+        )
+        return [text] if outside else []
 
 
 def plan_lora(

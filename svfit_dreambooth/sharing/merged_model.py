@@ -16,7 +16,7 @@ from svfit_dreambooth.adapter.describe import licence_note
 from svfit_dreambooth.adapter.file import Adapter, read_adapter
 from svfit_dreambooth.bases.opening import BaseModel, open_base_model
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.files import size_text
+from svfit_dreambooth.files import share, size_text
 from svfit_dreambooth.method.arithmetic import exact_delta, merged_weight
 from svfit_dreambooth.method.targets import matrix_layers, svfit_layers
 from svfit_dreambooth.method.word import word_pieces
@@ -103,6 +103,9 @@ def export_merged(
         }
         (temporary / NOTE).write_text(json.dumps(note, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         worst = _compare(temporary, merged, base)
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                share(file)
         if output.exists():
             output.rmdir()
         os.replace(temporary, output)
