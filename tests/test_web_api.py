@@ -320,7 +320,8 @@ def test_a_page_that_is_reloaded_finds_its_painting_again(public, tiny_base):
 
 def test_ticks_never_choose_a_run(public, photo_folder):
     from svfit_dreambooth.web.rooms.laid_out import add_photos
-    from svfit_dreambooth.web.tabs.draft import ADVANCED, Draft
+    from svfit_dreambooth.web.tabs.draft import Draft
+    from svfit_dreambooth.web.tabs.form import ADVANCED
     from svfit_dreambooth.web.tabs.runs import Runs
 
     request, draft = Request("a" * 32), Draft(public)
@@ -372,10 +373,10 @@ def test_a_full_disk_leaves_the_buttons_usable(public, tiny_base, monkeypatch):
 def test_no_way_of_training_downloads_for_a_stranger(public, photo_folder, monkeypatch):
     import gradio as gr
 
-    from svfit_dreambooth.training import plan as preparation
     from svfit_dreambooth.web.api import Endpoints
     from svfit_dreambooth.web.rooms.laid_out import add_photos
-    from svfit_dreambooth.web.tabs.draft import ADVANCED, Draft
+    from svfit_dreambooth.web.tabs.draft import Draft
+    from svfit_dreambooth.web.tabs.form import ADVANCED
     from svfit_dreambooth.web.tabs.runs import Runs
 
     request, photos = Request("a" * 32), sorted(photo_folder.glob("*.png"))
@@ -389,18 +390,42 @@ def test_no_way_of_training_downloads_for_a_stranger(public, photo_folder, monke
     ):
         with pytest.raises(gr.Error, match="stranger/model is not on this disk, and downloads are off here"):
             call()
-    opened = []
+    monkeypatch.setattr("svfit_dreambooth.training.plan.prepare", lambda *a, **k: pytest.fail("opened"))
+    options = {"pretrained_model_name_or_path": "stranger/model", "instance_prompt": "a photo of sks dog"}
+    said = draft.estimate(visitor, options)[0]
+    assert said == "memory: told when stranger/model is on this disk; a run downloads it first"
 
-    def open_base_model(name, *, local_files_only=False, **options):
-        opened.append((name, local_files_only))
-        raise SVFitError("far enough.")
 
-    monkeypatch.setattr(preparation, "open_base_model", open_base_model)
-    for base in ("stranger/model", "toybox"):  # the first as if it were in the cache, but in parts
-        with pytest.raises(SVFitError, match="far enough"):
-            options = {"pretrained_model_name_or_path": base, "instance_prompt": "a photo of sks dog"}
-            draft.estimate(visitor, options)
-    assert opened == [("stranger/model", True), ("toybox", False)]
+def test_what_a_run_takes_is_told_without_opening_the_base_here(public, photo_folder, tiny_base, monkeypatch):
+    import gradio as gr
+
+    from svfit_dreambooth.web.rooms.laid_out import add_photos
+    from svfit_dreambooth.web.tabs.draft import Draft
+    from svfit_dreambooth.web.tabs.form import ADVANCED
+    from svfit_dreambooth.web.tabs.runs import Runs
+
+    request = Request("a" * 32)
+    runs, visitor = Runs(public, Draft(public)), public.visitor(Request("a" * 32))
+    add_photos(visitor.photos, sorted(photo_folder.glob("*.png")))
+    monkeypatch.setattr("svfit_dreambooth.bases.opening.open_base_model", lambda *a, **k: pytest.fail("opened here"))
+
+    def form(**changes):
+        return ["sks", "dog", tiny_base.name, "fast", *(changes.get(name) for name in ADVANCED)]
+
+    said = runs.estimate(request, *form(resolution="16"))
+    assert "memory: about" in said and "time: told after the first steps" in said
+    with pytest.raises(gr.Error, match="“Resolution”"):
+        runs.estimate(request, *form(resolution="17"))
+    for field, value, sentence in (
+        ("learning_rate", "fast", "“Learning rate” is &#x27;fast&#x27;: write a number"),
+        ("max_train_steps", "0", "“Steps”"),
+        ("rank", "many", "“Rank”"),
+        ("train_batch_size", "-1", "“Batch”"),
+    ):
+        for act in (lambda f: runs.estimate(request, *f), lambda f: runs.submit(request, "dog", *f)):
+            with pytest.raises(gr.Error, match=sentence):
+                act(form(**{field: value}))
+    assert public.jobs.listed(visitor) == []
 
 
 def test_lora_of_a_library_adapter(served, adapter_path, tiny_base, monkeypatch):

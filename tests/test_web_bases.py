@@ -3,11 +3,15 @@
 import shutil
 from pathlib import Path
 
+import httpx
 import pytest
+from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+from web_stand_ins import paint
 
 from svfit_dreambooth.bases.opening import open_base_model
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.web.rooms.bases import Bases
+from svfit_dreambooth.web.rooms.bases import HUB_SECONDS, Bases
+from svfit_dreambooth.web.rooms.studio import Order, Studio
 
 
 @pytest.mark.parametrize("name", ["/etc", "../tiny-kl", "toybox/weights", ".", "", "a b"])
@@ -34,3 +38,45 @@ def test_a_base_has_one_name_on_the_page_and_in_adapters(tmp_path, tiny_base, mo
     if place != ".":
         found = Path(Bases(tmp_path).resolve(recorded, typed=False)[0])
         assert found.samefile(place) and found.is_dir() == Path(place).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (RepositoryNotFoundError, "there is no model called owner/name on the hub"),
+        (RevisionNotFoundError, "owner/name has no revision called 'v9'"),
+        (
+            httpx.ConnectTimeout("too late"),
+            r"the hub cannot be reached \(ConnectTimeout\): see whether there is a network",
+        ),
+        (OfflineModeIsEnabled("off"), "HF_HUB_OFFLINE forbids"),
+    ],
+)
+def test_a_hub_id_is_looked_up_before_anything_is_opened(workspace, monkeypatch, error, sentence):
+    asked = []
+
+    def model_info(self, repository, revision, timeout):
+        asked.append(timeout)
+        if isinstance(error, type):
+            raise error("no", response=httpx.Response(404, request=httpx.Request("GET", "https://hub.example")))
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+    with pytest.raises(SVFitError, match=sentence):
+        Bases(workspace.models).resolve_for_run("owner/name@v9")
+    assert asked == [HUB_SECONDS] and asked[0] < 5
+
+
+def test_the_open_base_stays_where_another_is_not_to_be_had(workspace, tiny_base, monkeypatch):
+    studio = Studio(Bases(workspace.models, (str(tiny_base),)))
+    size = {"num_inference_steps": 1, "width": 16, "height": 16}
+    paint(studio, Order("a dog", tiny_base.name, **size))
+    model = studio._model
+
+    def model_info(self, repository, revision, timeout):
+        raise httpx.ConnectError("no network")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+    with pytest.raises(SVFitError, match="the hub cannot be reached"):
+        paint(studio, Order("a dog", "owner/name", **size))
+    assert studio._model is model and len(paint(studio, Order("a dog", tiny_base.name, **size))[1]) == 1

@@ -242,6 +242,7 @@ def test_a_run_asks_for_room_before_it_starts(workspace, visitor, photo_folder, 
 
 def test_a_stranger_downloads_nothing_by_training(workspace, visitor, photo_folder, hub_cache, command, monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda self, repository, revision, timeout: None)
     bases = Bases(workspace.models, ("owner/offered",), download=False)
     assert bases.resolve_for_run("owner/offered") == ("owner/offered", None)
     assert Bases(workspace.models).resolve_for_run("stranger/model@v1") == ("stranger/model", "v1")

@@ -15,7 +15,8 @@ from svfit_dreambooth.web.rooms.laid_out import add_photos
 from svfit_dreambooth.web.rooms.progress import sum_up
 from svfit_dreambooth.web.rooms.studio import AS_TRAINED, Order
 from svfit_dreambooth.web.rooms.workspace import library_of
-from svfit_dreambooth.web.tabs.draft import ADVANCED, Draft
+from svfit_dreambooth.web.tabs.draft import Draft
+from svfit_dreambooth.web.tabs.form import ADVANCED
 from svfit_dreambooth.web.tabs.mistakes import plainly
 
 API_GRACE = 20.0  # seconds for which a painting goes on while no program reads it

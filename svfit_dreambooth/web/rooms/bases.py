@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from svfit_dreambooth.bases.names import DEFAULT_BASE, base_name
 from svfit_dreambooth.errors import SVFitError
 
 FOR_PHOTOS = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # offered for training where it may be downloaded
+HUB_SECONDS = 4.0  # in which the hub must say whether it has a model
 OFF = "downloads are off here: choose a base that is offered."
 
 
@@ -66,13 +69,15 @@ class Bases:
     def resolve_for_run(self, name: str) -> tuple[str, str | None]:
         """What a run opens for the `name` that a person typed: place and revision.
 
-        Raises SVFitError for what is not offered, and for a hub id that is not on this disk where none is downloaded.
+        Raises SVFitError for what is not offered, and for a hub id that is not on this disk and cannot be downloaded.
         """
         from svfit_dreambooth.bases.opening import is_cached
 
         place, options = self.resolve(name, typed=True)
-        if options.get("local_files_only") and not is_cached(place, options["revision"]):
-            raise SVFitError(f"{name.strip()} is not on this disk, and {OFF}")
+        if options and not is_cached(place, options["revision"]):
+            if options["local_files_only"]:
+                raise SVFitError(f"{name.strip()} is not on this disk, and {OFF}")
+            check_on_hub(place, options["revision"])
         return place, options.get("revision")
 
     def is_here(self, name: str) -> bool:
@@ -84,6 +89,41 @@ class Bases:
         except SVFitError:
             return False
         return not options or is_cached(place, options["revision"])
+
+
+def check_on_hub(repository: str, revision: str | None) -> None:
+    """Raises SVFitError within seconds where the hub has no such model, or cannot be asked."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        HfApi().model_info(repository, revision=revision, timeout=HUB_SECONDS)
+    except RevisionNotFoundError:
+        raise SVFitError(
+            f"{repository} has no revision called {revision!r} on the hub: leave @{revision} out."
+        ) from None
+    except RepositoryNotFoundError:
+        raise SVFitError(
+            f"there is no model called {repository} on the hub, or it is private: see how it is spelled."
+        ) from None
+    except HfHubHTTPError as error:
+        raise SVFitError(
+            f"the hub does not give {repository} ({error.response.status_code}): try again later."
+        ) from error
+    except OfflineModeIsEnabled:
+        raise SVFitError(
+            f"{repository} is not on this disk, and HF_HUB_OFFLINE forbids to ask the hub for it."
+        ) from None
+    except (OSError, httpx.HTTPError) as error:
+        raise SVFitError(
+            f"{repository} is not on this disk, and the hub cannot be reached ({type(error).__name__}): see whether "
+            "there is a network."
+        ) from error
 
 
 def _is_model(path: Path) -> bool:

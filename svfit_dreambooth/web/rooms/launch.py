@@ -20,25 +20,29 @@ def launch(folder: Path, device: str, *, resume: bool = False, offline: bool = F
     command = [sys.executable, "-u", *COMMAND, "--config", str(folder / "job.yaml")]
     if resume:
         command += ["--resume_from_checkpoint", "latest"]
-    here = str(Path(svfit_dreambooth.__file__).parents[1])  # this very package, installed or not
-    paths = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONIOENCODING": "utf-8"}
-    if device:
-        environment["CUDA_VISIBLE_DEVICES"] = device
-    if offline:
-        environment["HF_HUB_OFFLINE"] = "1"
     with open(folder / "log.txt", "ab") as log:
         log.write(f"started {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
         log.flush()
         return subprocess.Popen(
             command,
-            env={**os.environ, **environment},
+            env=_environment(device, offline),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # a Ctrl-C for the server is none for the run
             creationflags=GROUP,
         )
+
+
+def _environment(device: str, offline: bool) -> dict[str, str]:
+    here = str(Path(svfit_dreambooth.__file__).parents[1])  # this very package, installed or not
+    paths = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
+    own = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONIOENCODING": "utf-8"}
+    if device:
+        own["CUDA_VISIBLE_DEVICES"] = device
+    if offline:
+        own["HF_HUB_OFFLINE"] = "1"
+    return {**os.environ, **own}
 
 
 def devices() -> list[str]:

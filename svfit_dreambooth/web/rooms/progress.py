@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 
-from svfit_dreambooth.training.events import End, Measured, Painted, Start, Stepped, WentBack
+from svfit_dreambooth.training.events import End, Measured, Painted, Phase, Start, Stepped, WentBack
 from svfit_dreambooth.training.journal import RunFolder
 
 RECENT = 20  # steps from which the time that is left is told
@@ -19,7 +20,10 @@ class Progress:
     fixed_losses: list[tuple[int, float]] = field(default_factory=list)  # the same on noise that never changes
     subjects: list[tuple[int, float]] = field(default_factory=list)  # likeness to the subject
     pictures: list[tuple[int, Path]] = field(default_factory=list)  # contact sheets of the validation prompts
+    doing: str | None = None  # the phase that it is in, in plain words
     seconds_a_step: float | None = None  # lately
+    looks: list[int] = field(default_factory=list)  # steps at which it was measured or painted
+    seconds_a_look: float | None = None  # None: there was none after a step yet
     seconds: float | None = None  # from start to end; None: not ended, or not in one go
     status: str | None = None  # finished, stopped or failed; None: not ended
     message: str | None = None  # why it ended
@@ -31,7 +35,22 @@ class Progress:
 
     @property
     def seconds_left(self) -> float | None:
-        return None if self.seconds_a_step is None else self.seconds_a_step * max(self.of - self.step, 0)
+        """For the steps, the looks between them and the one at the end; None before the first step."""
+        if self.seconds_a_step is None:
+            return None
+        steps = self.seconds_a_step * max(self.of - self.step, 0)
+        return steps + (self.seconds_a_look or 0.0) * (self._looks_left + bool(self.looks))
+
+    @property
+    def knows_looks(self) -> bool:
+        """Does `seconds_left` count the looks, if there are any?"""
+        return not self.looks or self.seconds_a_look is not None
+
+    @property
+    def _looks_left(self) -> int:
+        """Between now and the last step, at the distance of those that were."""
+        apart = min((later - one for one, later in zip(self.looks, self.looks[1:], strict=False)), default=0)
+        return max(self.of - 1 - self.looks[-1], 0) // apart if apart else 0
 
 
 def sum_up(folder: Path) -> Progress:
@@ -41,25 +60,33 @@ def sum_up(folder: Path) -> Progress:
     fixed: dict[int, float] = {}
     subjects: dict[int, float] = {}
     pictures: dict[int, Path] = {}
-    seconds: list[float] = []  # that each step took
+    seconds: list[float] = []  # that each step took, those after a look apart
+    after_looks: list[float] = []  # the same of these
     clock, began, at_once = 0.0, None, True
     for event in RunFolder(folder).events():
         step = event.step
         if isinstance(event, Start):
             state.of, state.step = event.of, step
-            state.status = state.message = state.kept_step = state.seconds = None
+            state.status = state.message = state.kept_step = state.seconds = state.doing = None
+            state.looks = [look for look in state.looks if look <= step]
             clock, began, at_once = 0.0, event.time, step == 0
             for series in (losses, fixed, subjects, pictures):
                 for later in [known for known in series if known > step]:
                     del series[later]  # type: ignore[attr-defined]
-        elif isinstance(event, Stepped):
+        if isinstance(event, Measured | Painted) and event.step not in state.looks:
+            state.looks.append(event.step)
+        if isinstance(event, Stepped):
+            state.doing = None
             state.step, state.of = step, event.of or state.of
             _note(losses, step, event.loss)
             if event.seconds is not None:  # since the run was started or went on
                 now = event.seconds
-                seconds.append(now - clock if now >= clock else now)
+                took = now - clock if now >= clock else now
+                (after_looks if step > 1 and step - 1 in state.looks else seconds).append(took)
                 at_once = at_once and now >= clock
                 clock = now
+        elif isinstance(event, Phase):
+            state.doing = event.doing
         elif isinstance(event, Measured):
             _note(fixed, step, event.fixed_loss)
             _note(subjects, step, event.subject)
@@ -80,8 +107,10 @@ def sum_up(folder: Path) -> Progress:
         sorted(subjects.items()),
         sorted(pictures.items()),
     )
-    if recent := sorted(seconds[-RECENT:]):
-        state.seconds_a_step = recent[len(recent) // 2]
+    if recent := seconds[-RECENT:]:
+        state.seconds_a_step = median(recent)
+        if after_looks:
+            state.seconds_a_look = max(median(after_looks[-RECENT:]) - state.seconds_a_step, 0.0)
     return state
 
 

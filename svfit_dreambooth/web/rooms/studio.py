@@ -14,7 +14,7 @@ from typing import Any
 
 from svfit_dreambooth.bases.names import DEFAULT_BASE
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.web.rooms.bases import OFF, Bases
+from svfit_dreambooth.web.rooms.bases import OFF, Bases, check_on_hub
 from svfit_dreambooth.web.rooms.turns import Line
 
 MAX_PIXELS = 2048  # of a side
@@ -194,6 +194,8 @@ class Studio:
         key = (place, str(options.get("revision")))
         if self._opened != key:
             tell(Told("opening"))
+            if options and not options["local_files_only"] and not is_cached(place, options["revision"]):
+                check_on_hub(place, options["revision"])  # before the open one gives way
             self._close()
             try:
                 model = open_base_model(place, **options)

@@ -30,6 +30,7 @@ from svfit_dreambooth.web.rooms.laid_out import (
 )
 from svfit_dreambooth.web.rooms.progress import sum_up
 from svfit_dreambooth.web.rooms.workspace import Visitor
+from svfit_dreambooth.web.tabs.form import ADVANCED, LABELS, NUMBERS, in_form_words
 from svfit_dreambooth.web.tabs.mistakes import number, plainly
 
 FORM = "form.json"  # file in a visitor's folder: what REMEMBERED names, as it was last
@@ -37,20 +38,6 @@ REMEMBERED = ("name", "word", "kind", "base", "preset")
 RESOLUTION = 512  # pixels at which bases train at least; an SDXL at 1024, which is known when it is open
 EMBEDDED_RESOLUTION = 64
 NAMES = {field.name for field in dataclasses.fields(TrainConfig)}  # options that a run knows
-NUMBERS = (
-    "max_train_steps",
-    "learning_rate",
-    "resolution",
-    "train_batch_size",
-    "validation_steps",
-    "num_inference_steps",
-    "seed",
-)
-# what the form's advanced fields are called, in its order
-ADVANCED = (
-    "max_train_steps", "learning_rate", "rank", "resolution", "train_batch_size", "validation_steps",
-    "num_inference_steps", "seed", "mixed_precision", "train_text_encoder", "random_flip", "gradient_checkpointing", "with_prior_preservation",
-)  # fmt: skip
 
 
 class Draft:
@@ -165,7 +152,7 @@ class Draft:
             "preset": preset,
         }
         for name, value in zip(ADVANCED, advanced, strict=True):
-            options[name] = number(name, value) if name in NUMBERS else value
+            options[name] = number(LABELS[name], value) if name in NUMBERS else value
         if not options["with_prior_preservation"]:
             del options["class_prompt"]
         subject = bundled(photos)
@@ -175,15 +162,20 @@ class Draft:
         return {name: value for name, value in given.items() if value is not False}  # 0 is an answer, False is none
 
     def estimate(self, visitor: Visitor, options: dict[str, Any]) -> list[str]:
-        """What a run would take, in plain lines: memory, and time as far as earlier runs tell."""
+        """What a run would take, in plain lines: memory, and time as far as earlier runs tell.  No weight is read."""
         from svfit_dreambooth.training.estimate import estimate_memory
         from svfit_dreambooth.training.plan import prepare
 
         if not photo_files(visitor.photos):
             raise SVFitError("there are no photos yet: add 3 to 10 of your subject.")
-        photos = {"instance_data_dir": str(visitor.photos), "adapter_name": "estimate", "dry_run": True}
-        plan = prepare(TrainConfig(**{**photos, **options}), weightless=True)
-        return [*estimate_memory(plan).lines(), self._time(visitor, options, plan.config.max_train_steps)]
+        options = {"instance_data_dir": str(visitor.photos), "adapter_name": "estimate", **options}
+        config = TrainConfig(**options, output_dir=str(visitor.folder), dry_run=True)  # refuses before anything slow
+        base = config.pretrained_model_name_or_path
+        if not (Path(base).exists() or self.app.studio.bases.is_here(base)):
+            memory = [f"memory: told when {base} is on this disk; a run downloads it first"]
+        else:
+            memory = estimate_memory(prepare(config, weightless=True)).lines()
+        return [*map(in_form_words, memory), self._time(visitor, options, config.max_train_steps)]
 
     def _time(self, visitor: Visitor, options: dict[str, Any], steps: int) -> str:
         alike = ("pretrained_model_name_or_path", "preset", "resolution", "train_batch_size", "train_text_encoder")
@@ -222,7 +214,7 @@ class Draft:
 def trained_at(base: str, resolution: str) -> int:
     """Pixels of a side at which the form, as far as it is filled in, would train."""
     try:
-        asked = number("resolution", resolution)
+        asked = number("Resolution", resolution)
     except SVFitError:  # said when the run is to start
         asked = None
     return int(asked or 0) or (EMBEDDED_RESOLUTION if (base or DEFAULT_BASE) == DEFAULT_BASE else RESOLUTION)

@@ -96,7 +96,7 @@ def _layout(name: str) -> Any:
 
 
 def _rank(text: str) -> int | None:
-    return whole("rank", text)
+    return whole("Rank", text)
 
 
 def _lines(lines: list[str]) -> str:

@@ -68,13 +68,13 @@ def number(name: str, text: str | None) -> int | float | None:
     if value is None:
         return None
     if not math.isfinite(value):
-        raise SVFitError(f"{name.replace('_', ' ')} is {text!r}: write a number, or leave it empty.")
-    return int(value) if value == int(value) and name != "learning_rate" else value
+        raise SVFitError(f"“{name}” is {text[:40]!r}: write a number, or leave it empty.")
+    return int(value) if value == int(value) and name != "Learning rate" else value
 
 
 def whole(name: str, text: str | None) -> int | None:
     """The same for a number without fraction."""
     value = number(name, text)
     if value is not None and value != int(value):
-        raise SVFitError(f"{name.replace('_', ' ')} is {text!r}: write a whole number, or leave it empty.")
+        raise SVFitError(f"“{name}” is {text!r}: write a whole number, or leave it empty.")
     return None if value is None else int(value)

@@ -140,9 +140,9 @@ class Painter:
             num_images=int(count),
             seed=random.randrange(SEEDS) if new_seed or seed is None else int(seed) % 2**63,
             num_inference_steps=int(steps),
-            guidance_scale=number("guidance", guidance),
-            width=whole("width", width),
-            height=whole("height", height),
+            guidance_scale=number("Guidance", guidance),
+            width=whole("Width", width),
+            height=whole("Height", height),
             factors=FACTORS[mode],
             allow_other_base=bool(relatives),
         )

@@ -14,6 +14,7 @@ from svfit_dreambooth.web.rooms.progress import Progress, sum_up
 from svfit_dreambooth.web.rooms.workspace import Visitor
 from svfit_dreambooth.web.tabs.cards import curve
 from svfit_dreambooth.web.tabs.draft import Draft, duration
+from svfit_dreambooth.web.tabs.form import in_form_words, worded
 from svfit_dreambooth.web.tabs.mistakes import plainly
 
 NONE = (
@@ -45,7 +46,8 @@ class Runs:
         """Puts a run into the queue; then the list with it selected, and the panel."""
         visitor = self.app.visitor(request)
         before = {job.id for job in self.app.jobs.listed(visitor)}
-        job = self.app.jobs.submit(visitor, name, self.draft.options(visitor.photos, *form))
+        with worded():
+            job = self.app.jobs.submit(visitor, name, self.draft.options(visitor.photos, *form))
         if job.id in before:
             gr.Info(html.escape(f"{job.name} is running or waiting already, with the same photos and settings."))
         return self._chosen(visitor, job.id)
@@ -54,7 +56,8 @@ class Runs:
     def estimate(self, request: gr.Request, *form: Any) -> str:
         """What the run would take."""
         visitor = self.app.visitor(request)
-        lines = self.draft.estimate(visitor, self.draft.options(visitor.photos, *form))
+        with worded():
+            lines = self.draft.estimate(visitor, self.draft.options(visitor.photos, *form))
         return "\n".join(f"- {html.escape(line)}" for line in lines)
 
     @plainly
@@ -136,7 +139,7 @@ class Runs:
         ahead = jobs.ahead(job) if job and state == "queued" else 0
         now = [
             choices,
-            [job.id if job else None, state, progress.step, ahead, progress.seconds_a_step],
+            [job.id if job else None, state, progress.step, ahead, progress.seconds_a_step, progress.doing],
             [str(path) for _, path in progress.pictures[-1:]] + [str(progress.sheet), len(progress.figures)],
             job.library_sha256 if job else None,
         ]
@@ -177,15 +180,18 @@ class Runs:
             kept = progress.kept_step if state in OVER else None
             if kept is not None and kept != progress.step:
                 right += f" · kept: step {kept}, the best measured"
-            if state == "running" and progress.step == progress.of:
-                right += " · measuring and painting the result"
-            elif state == "running" and progress.seconds_left is not None:
-                right += f" · about {duration(progress.seconds_left)} left"
+            if state == "running" and (progress.doing or progress.step == progress.of):
+                right += f" · {html.escape(progress.doing or 'measuring and painting the result')}"
+            if state == "running" and progress.seconds_left:
+                alone = "" if progress.knows_looks else " for the steps alone"
+                right += f" · about {duration(progress.seconds_left)} left{alone}"
         elif state == "running":
-            right = "preparing photos and base model"
+            last = [line for line in self.app.jobs.log(job).splitlines() if line.strip()][-1:]
+            right = html.escape(progress.doing or "preparing photos and base model")
+            right += f" · {html.escape(last[0][:100])}" if last and not last[0].startswith("started ") else ""
         notes = []
         if state in ("failed", "cut off", "stopped"):
-            why = progress.message or self.app.jobs.complaint(job)
+            why = in_form_words(progress.message or self.app.jobs.complaint(job))
             if state == "cut off":
                 why = "it ended without a word: the computer went down, or the memory was full. Resume goes on."
             if why:

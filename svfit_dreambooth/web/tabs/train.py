@@ -8,7 +8,8 @@ from svfit_dreambooth.bases.names import DEFAULT_BASE
 from svfit_dreambooth.training.presets import DEFAULT, preset_names
 from svfit_dreambooth.web.rooms.app import App
 from svfit_dreambooth.web.rooms.laid_out import bundled_subjects
-from svfit_dreambooth.web.tabs.draft import ADVANCED, Draft
+from svfit_dreambooth.web.tabs.draft import Draft
+from svfit_dreambooth.web.tabs.form import ADVANCED
 from svfit_dreambooth.web.tabs.generate import PRIVATE, GenerateTab
 from svfit_dreambooth.web.tabs.runs import NONE, Runs
 

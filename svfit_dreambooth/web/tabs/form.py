@@ -1,0 +1,54 @@
+"""What the form of a run calls its fields, and the options that they stand for."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from svfit_dreambooth.errors import SVFitError
+
+# the form's advanced fields, in its order: option -> what a person reads
+LABELS = {
+    "max_train_steps": "Steps",
+    "learning_rate": "Learning rate",
+    "rank": "Rank",
+    "resolution": "Resolution",
+    "train_batch_size": "Batch",
+    "validation_steps": "Pictures on the way",
+    "num_inference_steps": "Their steps",
+    "seed": "Seed",
+    "mixed_precision": "Mixed precision",
+    "train_text_encoder": "Teach the text encoder too",
+    "random_flip": "Mirror photos at random",
+    "gradient_checkpointing": "Less memory, slower",
+    "with_prior_preservation": "Keep others of its kind apart",
+}
+ADVANCED = tuple(LABELS)
+NUMBERS = ADVANCED[:2] + ADVANCED[3:8]
+ELSEWHERE = {
+    "pretrained_model_name_or_path": "Base model",
+    "adapter_name": "Name",
+    "instance_prompt": "the prompt of the photos",
+    "preset": "Preset",
+    "instance_data_dir": "the photos",
+}
+ORDINARY = ("rank", "seed", "resolution", "preset")  # words that a sentence may use in their own sense
+
+
+def in_form_words(sentence: str, parameters: tuple[str, ...] = ()) -> str:
+    """A sentence of the library or of the training command, with options called as the form calls them.
+
+    `parameters`: ordinary words in it that stand for options.
+    """
+    for name, label in {**LABELS, **ELSEWHERE}.items():
+        plain = name not in ORDINARY or name in parameters or sentence.startswith(f"{name} ")
+        sentence = re.sub(rf"--{name}\b" + (rf"|\b{name}\b" if plain else ""), f"“{label}”", sentence)
+    return sentence
+
+
+@contextmanager
+def worded() -> Iterator[None]:
+    """Within it, mistakes are told in the words of the form."""
+    try:
+        yield
+    except SVFitError as error:
+        raise SVFitError(in_form_words(str(error), error.parameters)) from error
