@@ -76,6 +76,11 @@ def test_import_paint_download(served, adapter_path, tiny_base):
         ("/generate", ("a dog", {}, "/etc"), "no base model that is offered here"),
         ("/generate", ("a dog", {}, "toybox", "", 1000), "number of pictures is 1000"),
         ("/run_state", ("../../etc",), "no such run"),
+        ("/download_adapter", ("<b>'x'",), "no adapter called \"<b>'x'\""),  # plain text, not markup
+        ("/generate", ("a dog", ["dog"]), r"adapters is \['dog'\]: write"),
+        ("/generate", ("a dog", {"dog": "much"}), "strength of 'dog' is 'much': it must be a number"),
+        ("/generate", ("a dog", {}, "toybox", "", 1.5), "num_images is 1.5: it must be a whole number"),
+        ("/generate", ("d" * 5000,), "the prompt has 5,000 characters"),
     ],
 )
 def test_mistakes_and_tricks_end_in_a_sentence(served, endpoint, arguments, sentence):
@@ -256,11 +261,12 @@ def test_remarks_go_by_base_and_resolution_and_the_form_comes_back(public, tmp_p
     ):  # fmt: skip
         assert ("will be enlarged" in draft.remark(base, resolution, request)) == warned, (base, resolution)
     assert "will be enlarged" not in draft.show(request)[1]
-    draft.remember("my dog", "sks", "dog", "owner/name", "faithful", request)
-    assert draft.show(request)[4:] == ("my dog", "sks", "dog", "owner/name", "faithful")
+    draft.remember(request, "my dog", "sks", "dog", "owner/name", "faithful", "300", "nonsense")
+    assert draft.show(request)[4:9] == ("my dog", "sks", "dog", "owner/name", "faithful")
+    assert draft.show(request)[9:12] == ("300", "nonsense", gr_skip())  # Advanced too, as it was written
     assert "will be enlarged" in draft.show(request)[1]
     draft.take_bundled("dog_patch", "", request)
-    assert draft.show(request)[4:] == ("dog_patch", "sks", "dog", "toybox", "faithful")
+    assert draft.show(request)[4:9] == ("dog_patch", "sks", "dog", "toybox", "faithful")
     assert draft.show(Request("f" * 32))[4] == gr_skip()
 
 
@@ -315,7 +321,19 @@ def test_a_page_that_is_reloaded_finds_its_painting_again(public, tiny_base):
     assert painter.open_page(request)[-1].interactive
     followed = list(painter.follow(request))
     assert "3 pictures done" in followed[-1][0] and len(followed[-1][2]) == 3
-    assert list(painter.follow(request)) == [] and list(painter.follow(Request("b" * 32))) == []
+    for other in (request, Request("b" * 32)):
+        assert list(painter.follow(other)) == [(gr_skip(),) * 12]  # nothing is emptied
+
+
+def test_the_form_that_paints_comes_back_to_its_visitor(public):
+    painter, request = Painter(public), Request("a" * 32)
+    form = ("a sks dog\non the beach", "rain", 3, 12, "7.5", 5, False, "64", "")
+    painter.remember(request, *form)
+    assert painter.open_page(request)[4] == form[0] and painter.recall(request) == form[1:]
+    other = Request("b" * 32)
+    assert painter.open_page(other)[4] == "" and set(map(str, painter.recall(other))) == {str(gr_skip())}
+    (public.visitor(request).folder / "form.json").write_text("[" * 100_000)
+    assert painter.open_page(request)[4] == ""
 
 
 def test_ticks_never_choose_a_run(public, photo_folder):

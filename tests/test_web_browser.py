@@ -196,7 +196,7 @@ def test_train_reload_kill_stop_resume_paint_download(server, visit, tmp_path):
     says(page, "#run-status", "Bello · finished")
     page.locator("#curve svg").wait_for()
     page.locator("#sheet img").first.wait_for()
-    says(page, "#sheet", "like the subject")
+    says(page, "#sheet", "likeness to the subject")
     page.locator("#try-run").click()
     page.get_by_text("Strength of Bello").wait_for()
     has_value(page, "#prompt textarea", "a photo of sks dog")

@@ -1,5 +1,6 @@
 """The page's functions for programs: endpoints with names that stay, for gradio_client and plain HTTP (docs/web.md)."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +18,7 @@ from svfit_dreambooth.web.rooms.studio import AS_TRAINED, Order
 from svfit_dreambooth.web.rooms.workspace import library_of
 from svfit_dreambooth.web.tabs.draft import Draft
 from svfit_dreambooth.web.tabs.form import ADVANCED
-from svfit_dreambooth.web.tabs.mistakes import plainly
+from svfit_dreambooth.web.tabs.mistakes import for_programs
 
 API_GRACE = 20.0  # seconds for which a painting goes on while no program reads it
 
@@ -29,7 +30,7 @@ class Endpoints:
         self.app = app
         self.draft = Draft(app)
 
-    @plainly
+    @for_programs
     def generate(
         self, prompt: str, adapters: dict[str, float] | None, base: str, negative_prompt: str, num_images: float,
         seed: float, num_inference_steps: float, guidance_scale: float, width: float,
@@ -38,18 +39,23 @@ class Endpoints:
         """Paints; adapters: {"name in the library": strength}; 0 as guidance or size: as suits. Returns PNG files."""
         visitor = self.app.visitor(request)
         if not isinstance(adapters or {}, dict):
-            raise SVFitError('adapters reads {"dog": 0.8}: names in the library, with their strengths.')
+            raise SVFitError(
+                f'adapters is {adapters!r}: write {{"dog": 0.8}}, names in the library with their strengths.'
+            )
         order = Order(
             prompt=prompt,
             base=base or AS_TRAINED,
-            adapters=[(self.app.find_adapter(visitor, name), float(s)) for name, s in (adapters or {}).items()],
+            adapters=[
+                (self.app.find_adapter(visitor, name), _number(f"strength of {name!r}", strength))
+                for name, strength in (adapters or {}).items()
+            ],
             negative_prompt=negative_prompt or "",
-            num_images=int(num_images),
-            seed=int(seed),
-            num_inference_steps=int(num_inference_steps),
-            guidance_scale=guidance_scale or None,
-            width=int(width) if width else None,
-            height=int(height) if height else None,
+            num_images=_whole("num_images", num_images),
+            seed=_whole("seed", seed),
+            num_inference_steps=_whole("num_inference_steps", num_inference_steps),
+            guidance_scale=_number("guidance_scale", guidance_scale or 0) or None,
+            width=_whole("width", width or 0) or None,
+            height=_whole("height", height or 0) or None,
         )
         painting = self.app.paintings.begin(visitor, order, alone=False, grace=API_GRACE)
         seen, shown = 0, -1
@@ -65,7 +71,7 @@ class Endpoints:
             raise painting.failure
         yield [(self.app.serve(one.path), pictures.caption(one.settings)) for one in painting.made]
 
-    @plainly
+    @for_programs
     def stop_painting(self, request: gr.Request) -> int:
         """Stops what this client paints, within one denoising step; returns how many orders that were."""
         working = self.app.paintings.of(self.app.visitor(request))
@@ -73,7 +79,7 @@ class Endpoints:
             painting.set()
         return len(working)
 
-    @plainly
+    @for_programs
     def list_adapters(self, request: gr.Request) -> list[dict[str, Any]]:
         """The adapters of the library, then those that all may paint with: name, words, base, bytes."""
         found, _ = library.entries(self.app.visitor(request).library)
@@ -89,24 +95,24 @@ class Endpoints:
             for entry in found
         ]
 
-    @plainly
+    @for_programs
     def import_adapter(self, file: str, request: gr.Request) -> str:
         """Puts an adapter file into the library; returns its name there."""
         return library.add(self.app.visitor(request).library, Path(file))
 
-    @plainly
+    @for_programs
     def download_adapter(self, name: str, request: gr.Request) -> str:
         """The file of an adapter of the library."""
         return self.app.serve(library.find(self.app.visitor(request).library, name))
 
-    @plainly
+    @for_programs
     def train(
         self, photos: list[str], name: str, word: str, kind: str, base: str, preset: str, steps: float,
         request: gr.Request,
     ) -> str:  # fmt: skip
         """Queues a run on the given photos; returns its id. steps: 0 takes the preset's."""
         visitor = self.app.visitor(request)
-        advanced = dict.fromkeys(ADVANCED) | {"max_train_steps": str(int(steps)) if steps else None}
+        advanced = dict.fromkeys(ADVANCED) | {"max_train_steps": str(_whole("steps", steps)) if steps else None}
         visitor.folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".photos-", dir=visitor.folder) as place:  # those on the page stay as they are
             if refused := add_photos(Path(place), [Path(photo) for photo in photos or []]):
@@ -114,7 +120,7 @@ class Endpoints:
             options = self.draft.options(Path(place), word, kind, base, preset or None, *advanced.values())
             return self.app.jobs.submit(visitor, name, options, Path(place)).id
 
-    @plainly
+    @for_programs
     def run_state(self, id: str, request: gr.Request) -> dict[str, Any]:
         """How a run is: state, step, of, loss, message, adapter (its name in the library once it is there)."""
         job = self.app.jobs.find(self.app.visitor(request), id)
@@ -128,14 +134,14 @@ class Endpoints:
             "adapter": result.stem if (result := self.app.jobs.result(job)) else None,
         }
 
-    @plainly
+    @for_programs
     def stop_run(self, id: str, request: gr.Request) -> str:
         """Stops a run, which saves what it has learnt; returns its state."""
         job = self.app.jobs.find(self.app.visitor(request), id)
         self.app.jobs.stop(job)
         return self.app.jobs.state(job)
 
-    @plainly
+    @for_programs
     def resume_run(self, id: str, request: gr.Request) -> str:
         """Lets a run that was stopped or cut off go on; returns its state."""
         job = self.app.jobs.find(self.app.visitor(request), id)
@@ -182,3 +188,21 @@ def build_endpoints(app: App) -> None:
             endpoint, inputs, output, api_name=endpoint.__name__, api_description=endpoint.__doc__,
             concurrency_limit=None,
         )  # fmt: skip
+
+
+def _number(name: str, value: Any) -> float:
+    """A finite number; JSON lets programs send anything."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number) or isinstance(value, bool):
+        raise SVFitError(f"{name} is {value!r}: it must be a number.")
+    return number
+
+
+def _whole(name: str, value: Any) -> int:
+    number = _number(name, value)
+    if number != int(number):
+        raise SVFitError(f"{name} is {value!r}: it must be a whole number.")
+    return int(value)

@@ -34,7 +34,7 @@ def theme() -> gr.themes.Base:
 
 
 CSS = """
-.gradio-container { width: 100%; max-width: 1320px !important; margin: 0 auto !important; }
+.gradio-container { overflow: clip !important; width: 100%; max-width: 1320px !important; margin: 0 auto !important; }
 
 #gallery .empty { border: 0; }
 #gallery .empty::after { content: "Pictures appear here. Say what to paint and press Generate."; font-size: .9rem; margin-top: 10px; }
@@ -101,7 +101,15 @@ footer .divider { display: none !important; }
 .figures th:first-child, .figures td:first-child { text-align: left; padding-left: 0 !important; }
 pre.log { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .78rem; max-height: 220px; overflow-y: auto; }
 
+/* what starts things stays in sight */
+.in-sight { position: sticky; z-index: 6; bottom: 0; background: var(--body-background-fill); padding: 8px 0 !important; }
+.in-sight.top { top: 0; bottom: auto; }
+:focus-visible { outline: 2px solid var(--primary-500) !important; outline-offset: 2px; }
+
+@media (pointer: coarse) { button:not(.reset-button), [role=tab] { min-height: 40px; } }
 @media (max-width: 640px) {
+  .in-sight, .in-sight.top { position: fixed; left: 0; right: 0; bottom: 0; top: auto; padding: 8px 12px !important; }
+  .tabitem { padding-bottom: 64px !important; }
   .gradio-container, main.fillable { padding: 6px !important; }
   #title p { display: none; }
   .pictures .grid-container { grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)) !important; }
@@ -110,7 +118,8 @@ pre.log { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .78rem; max
 }
 """
 
-# Small pictures (the embedded base paints 64 pixels) are shown with crisp pixels; Ctrl+Enter presses Generate.
+# Small pictures (the embedded base paints 64 pixels) are shown with crisp pixels; Ctrl+Enter presses Generate; the address
+# names the open tab, and opens it again.
 HEAD = """
 <script>
 document.addEventListener("load", (event) => {
@@ -122,5 +131,15 @@ document.addEventListener("keydown", (event) => {
   const button = document.querySelector("#generate-button");
   if (button && button.offsetParent && !button.disabled) { event.preventDefault(); button.click(); }
 });
+const tabs = () => [...document.querySelectorAll("[role=tab]")];
+const called = (tab) => "#" + tab.textContent.trim().toLowerCase();
+let wanted = location.hash;
+new MutationObserver(() => {
+  const open = tabs().find((tab) => tab.getAttribute("aria-selected") === "true");
+  const other = wanted && tabs().find((tab) => called(tab) === wanted);
+  if (other) { wanted = ""; other.click(); }
+  else if (open && !wanted && location.hash !== called(open)) history.replaceState(null, "", called(open));
+}).observe(document, { subtree: true, childList: true, attributes: true, attributeFilter: ["aria-selected"] });
+addEventListener("hashchange", () => tabs().find((tab) => called(tab) === location.hash)?.click());
 </script>
 """

@@ -20,6 +20,7 @@ from svfit_dreambooth.web.rooms.turns import Line
 MAX_PIXELS = 2048  # of a side
 MAX_PICTURES = 64  # of one order
 MAX_STEPS = 200
+MAX_PROMPT = 4000  # characters
 MAX_ORDERS = 8  # of one person that are painted or wait
 MAX_ORDERS_ALL = 40
 SLICE = 20.0  # seconds after which an order lets others have a turn
@@ -284,6 +285,9 @@ def check(order: Order) -> None:
     """Raises SVFitError for an order that would never end or fit."""
     if not order.prompt.strip():
         raise SVFitError("the prompt is empty: say what to paint, such as “a photo of sks dog on the beach”.")
+    for what, text in (("prompt", order.prompt), ("negative prompt", order.negative_prompt)):
+        if len(text) > MAX_PROMPT:
+            raise SVFitError(f"the {what} has {len(text):,} characters: {MAX_PROMPT:,} are the most.")
     for name, value, most in (
         ("number of pictures", order.num_images, MAX_PICTURES),
         ("number of steps", order.num_inference_steps, MAX_STEPS),

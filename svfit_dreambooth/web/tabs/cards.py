@@ -3,6 +3,7 @@
 import html
 import re
 import time
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,23 +21,29 @@ def card(entry: Entry, picture_url: str | None) -> str:
     if total["rank_max"] != total["rank_min"]:
         ranks += f" to {total['rank_max']}"
     facts = [
-        f"on {entry.base_model}",
+        f"on {readable(entry.base_model)}",
         ranks,
         f"{total['values']:,} values",
         size_text(entry.description["file_bytes"]),
         time.strftime("%d %b %Y", time.localtime(entry.date)),
     ]
-    name = html.escape(entry.name)
+    name = html.escape(readable(entry.name))
     face = (
         f'<div class="face"><img src="{html.escape(picture_url)}" alt="pictures of {name}" loading="lazy"></div>'
         if picture_url
         else '<div class="face none">no picture yet</div>'
     )
-    words = f"“{html.escape(entry.instance_prompt)}”" if entry.instance_prompt else "no trigger words"
+    words = f"“{html.escape(readable(entry.instance_prompt))}”" if entry.instance_prompt else "no trigger words"
     return (
         f'{face}<div class="text"><h3>{name}</h3><div class="words">{words}</div>'
         f'<div class="facts">{html.escape(" · ".join(facts))}</div>{_bars(entry.description["blocks"])}</div>'
     )
+
+
+def readable(text: str, most: int = 300) -> str:
+    """A stranger's words without characters that are not seen, or turn the reading direction; long ones are cut."""
+    plain = "".join(letter for letter in text if unicodedata.category(letter) not in ("Cc", "Cf", "Cs", "Co", "Cn"))
+    return plain if len(plain) <= most else plain[:most] + " …"
 
 
 def _bars(blocks: dict[str, Any]) -> str:

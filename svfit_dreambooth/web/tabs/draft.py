@@ -2,7 +2,6 @@
 
 import dataclasses
 import html
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import gradio as gr
 
 from svfit_dreambooth.bases.names import DEFAULT_BASE, SUBJECTS_FOLDER
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.files import write_atomically
 from svfit_dreambooth.training.config import TrainConfig
 from svfit_dreambooth.web.rooms.app import App
 from svfit_dreambooth.web.rooms.bases import FOR_PHOTOS
@@ -28,13 +26,13 @@ from svfit_dreambooth.web.rooms.laid_out import (
     thumbnail,
     touched,
 )
+from svfit_dreambooth.web.rooms.memory import remember, remembered
 from svfit_dreambooth.web.rooms.progress import sum_up
 from svfit_dreambooth.web.rooms.workspace import Visitor
 from svfit_dreambooth.web.tabs.form import ADVANCED, LABELS, NUMBERS, in_form_words
 from svfit_dreambooth.web.tabs.mistakes import number, plainly
 
-FORM = "form.json"  # file in a visitor's folder: what REMEMBERED names, as it was last
-REMEMBERED = ("name", "word", "kind", "base", "preset")
+REMEMBERED = ("name", "word", "kind", "base", "preset", *ADVANCED)
 RESOLUTION = 512  # pixels at which bases train at least; an SDXL at 1024, which is known when it is open
 EMBEDDED_RESOLUTION = 64
 NAMES = {field.name for field in dataclasses.fields(TrainConfig)}  # options that a run knows
@@ -69,7 +67,7 @@ class Draft:
             raise SVFitError(f"there is no toy called {subject!r}: choose one of those offered.")
         take_bundled(visitor.photos, subject)
         words = (subject, "sks", subject.partition("_")[0], DEFAULT_BASE)
-        self._remember(visitor, *words)
+        remember(visitor.folder, dict(zip(REMEMBERED, words, strict=False)))
         return (*self._shown(visitor, DEFAULT_BASE, resolution), *words)
 
     @plainly
@@ -97,11 +95,9 @@ class Draft:
     def show(self, request: gr.Request) -> tuple[Any, ...]:
         """For a page that opens: thumbnails, remarks, and that none is selected; then what is remembered of the form."""
         visitor = self.app.visitor(request)
-        form = self._remembered(visitor)
-        return (
-            *self._shown(visitor, form.get("base", DEFAULT_BASE)),
-            *(form.get(field, gr.skip()) for field in REMEMBERED),
-        )
+        form = remembered(visitor.folder)
+        base = form.get("base") or DEFAULT_BASE
+        return (*self._shown(visitor, str(base)), *(form.get(field, gr.skip()) for field in REMEMBERED))
 
     @plainly
     def remark(self, base: str, resolution: str, request: gr.Request) -> str:
@@ -109,22 +105,9 @@ class Draft:
         return self._remarks(self.app.visitor(request), base, resolution)
 
     @plainly
-    def remember(self, name: str, word: str, kind: str, base: str, preset: str, request: gr.Request) -> None:
-        """Keeps these for when the page is opened again."""
-        self._remember(self.app.visitor(request), name, word, kind, base, preset)
-
-    def _remember(self, visitor: Visitor, *values: str) -> None:
-        """The first of REMEMBERED; the others stay as they were."""
-        new = {field: str(value or "")[:200] for field, value in zip(REMEMBERED, values, strict=False)}
-        write_atomically(visitor.folder / FORM, json.dumps(self._remembered(visitor) | new))
-
-    @staticmethod
-    def _remembered(visitor: Visitor) -> dict[str, str]:
-        try:
-            form = json.loads((visitor.folder / FORM).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return form if isinstance(form, dict) else {}
+    def remember(self, request: gr.Request, *values: Any) -> None:
+        """Keeps the values of REMEMBERED for when the page is opened again."""
+        remember(self.app.visitor(request).folder, dict(zip(REMEMBERED, values, strict=False)))
 
     @staticmethod
     def select(event: gr.SelectData) -> tuple[Any, ...]:

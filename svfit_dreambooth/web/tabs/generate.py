@@ -9,6 +9,7 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web.rooms import library
 from svfit_dreambooth.web.rooms.app import App
 from svfit_dreambooth.web.rooms.studio import AS_TRAINED, MAX_STEPS
+from svfit_dreambooth.web.tabs.cards import readable
 from svfit_dreambooth.web.tabs.mistakes import told
 from svfit_dreambooth.web.tabs.painting import FACTORS, IDLE, UNSELECTED, Painter
 from svfit_dreambooth.web.tabs.reuse import ONCE
@@ -43,14 +44,20 @@ def build_generate(app: App, page: gr.Blocks) -> GenerateTab:
                 info="The subjects that it knows. None: the base model alone.",
             )  # fmt: skip
 
-            @gr.render(inputs=[adapters, taken_up], triggers=[page.load, adapters.change, taken_up.change])
+            @gr.render(
+                inputs=[adapters, taken_up],
+                triggers=[page.load, adapters.change, taken_up.change],
+                show_progress="hidden",
+            )
             def strengths(values: list[str] | None, wanted: dict[str, float], request: gr.Request) -> None:
                 visitor, rows = app.visitor(request), []
                 for value in values or []:
                     try:
                         file = app.adapter_file(visitor, value)
                         words = library.entry(file.parent, file.stem).instance_prompt
-                        words = words.replace("](", "]\u200b(")  # a stranger's file puts no links into the page
+                        words = readable(words).replace(
+                            "](", "]\u200b("
+                        )  # a stranger's file puts no links into the page
                     except SVFitError as error:
                         raise told(error) from None
                     rows.append(_strength(file.stem, words, wanted.get(value, 1), (value, str(wanted.get(value)))))
@@ -83,7 +90,7 @@ def build_generate(app: App, page: gr.Blocks) -> GenerateTab:
                     height = gr.Textbox(label="Height", placeholder="as suits", max_lines=1, min_width=90, **OPEN)
                 relatives = gr.Checkbox(False, label="Allow adapters of a related base, such as a fine-tune", **OPEN)
         with gr.Column(scale=6, min_width=300):
-            with gr.Row():
+            with gr.Row(elem_classes="in-sight top"):
                 paint = gr.Button("Generate", variant="primary", elem_id="generate-button", scale=3, min_width=140)
                 stop = gr.Button("Stop", interactive=False, elem_id="stop-button", scale=1, min_width=80)
             status = gr.HTML(IDLE, elem_id="generate-status")
@@ -111,6 +118,11 @@ def build_generate(app: App, page: gr.Blocks) -> GenerateTab:
         concurrency_limit=None,
         **PRIVATE,
     )
+    kept = [prompt, negative, count, steps, guidance, seed, new_seed, width, height]
+    page.load(painting.recall, None, kept[1:], **PRIVATE)
+    for field in kept:
+        leave = field.release if field in (count, steps) else getattr(field, "blur", field.input)
+        leave(painting.remember, kept, None, queue=False, **PRIVATE)
     adapters.change(painting.fill_in, [adapters, prompt, filled], [prompt, filled], **PRIVATE)
     upload.upload(painting.upload, [upload, adapters], adapters, **PRIVATE)
     stop.click(painting.stop, None, [status, stop], queue=False, **PRIVATE)

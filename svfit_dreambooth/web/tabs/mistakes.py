@@ -14,48 +14,59 @@ import gradio as gr
 from svfit_dreambooth.errors import SVFitError
 
 
-def told(error: Exception) -> gr.Error:
-    """A mistake as a toast in plain words; what a file or a person wrote is shown as text, never as markup."""
-    return gr.Error(html.escape(str(error)), duration=12, print_exception=False, title="That did not work")
+def told(error: Exception, *, markup: bool = True) -> gr.Error:
+    """A mistake as a toast in plain words; what a file or a person wrote is shown as text, never as markup.
+
+    `markup`: it is for the page, which reads toasts as markup, rather than for a program.
+    """
+    return gr.Error(
+        html.escape(str(error)) if markup else str(error), duration=12, print_exception=False, title="That did not work"
+    )
 
 
-def plainly(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """`handler`, with whatever goes wrong as a toast: SVFitError in its own words, a full disk or memory in ours."""
+def plainly(handler: Callable[..., Any], *, markup: bool = True) -> Callable[..., Any]:
+    """`handler`, with whatever goes wrong as a toast: SVFitError in its own words, a full disk or memory in ours.
+
+    `markup`: as in `told`.
+    """
     if inspect.isgeneratorfunction(handler):
 
         @functools.wraps(handler)
         def generator(*args: Any, **kwargs: Any) -> Any:
-            with _told():
+            with _told(markup):
                 yield from handler(*args, **kwargs)
 
         return generator
 
     @functools.wraps(handler)
     def function(*args: Any, **kwargs: Any) -> Any:
-        with _told():
+        with _told(markup):
             return handler(*args, **kwargs)
 
     return function
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _told(markup: bool) -> Iterator[None]:
     try:
         yield
     except (SVFitError, gr.Error) as error:
-        raise (told(error) if isinstance(error, SVFitError) else error) from None
+        raise (told(error, markup=markup) if isinstance(error, SVFitError) else error) from None
     except OSError as error:
         traceback.print_exc()
         why = error.strerror or str(error)
         sentence = f"a file could not be read or written ({why}): see whether the disk is full or the folder is gone."
-        raise told(SVFitError(sentence)) from error
+        raise told(SVFitError(sentence), markup=markup) from error
     except Exception as error:  # nobody should look at a page that says nothing
         traceback.print_exc()
         if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
             sentence = "the memory is full: ask for smaller pictures, or wait until a run is over."
         else:
             sentence = f"something went wrong that nobody foresaw ({type(error).__name__}); the server's log says more."
-        raise told(SVFitError(sentence)) from error
+        raise told(SVFitError(sentence), markup=markup) from error
+
+
+for_programs = functools.partial(plainly, markup=False)
 
 
 def number(name: str, text: str | None) -> int | float | None:

@@ -11,6 +11,7 @@ import gradio as gr
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web.rooms import library, pictures
 from svfit_dreambooth.web.rooms.app import App
+from svfit_dreambooth.web.rooms.memory import remember, remembered
 from svfit_dreambooth.web.rooms.paintings import Made, Painting
 from svfit_dreambooth.web.rooms.studio import AS_TRAINED, STRIP, Order, Told
 from svfit_dreambooth.web.rooms.workspace import Visitor, library_of
@@ -20,6 +21,10 @@ from svfit_dreambooth.web.tabs.reuse import ONCE, take_up
 COMPARED, STRENGTHS = "beside the base model", "strengths 0 to 1.5"
 FACTORS: dict[str, tuple[float, ...]] = {ONCE: (1.0,), COMPARED: (0.0, 1.0), STRENGTHS: STRIP}
 SEEDS = 1_000_000  # a new one is chosen among: few enough digits to be told to a friend
+REMEMBERED = (
+    "prompt", "negative_prompt", "num_images", "num_inference_steps_painting", "guidance_scale", "seed_painting",
+    "new_seed", "width", "height",
+)  # fmt: skip
 IDLE = '<div class="status" role="status"></div>'
 UNSELECTED = '<div class="settings">Select a picture to see how it was made.</div>'
 
@@ -36,16 +41,28 @@ class Painter:
         visitor = self.app.visitor(request)
         choices, value = self.app.adapter_choices(visitor), self.app.offers()
         words = self.words(visitor, value)
+        form = remembered(visitor.folder)
         names = pictures.earlier(visitor.pictures)
         return (
             gr.Dropdown([AS_TRAINED, *self.app.studio.bases.names()]),
             gr.Dropdown(choices, value=value),
             self._gallery(visitor, names),
             names,
-            words,
+            form.get("prompt") or words,
             words,
             gr.Button(interactive=bool(self.app.paintings.of(visitor))),
         )
+
+    @plainly
+    def remember(self, request: gr.Request, *values: Any) -> None:
+        """Keeps the values of REMEMBERED for when the page is opened again."""
+        remember(self.app.visitor(request).folder, dict(zip(REMEMBERED, values, strict=True)))
+
+    @plainly
+    def recall(self, request: gr.Request) -> tuple[Any, ...]:
+        """The values of REMEMBERED but the first, which `open_page` brings."""
+        form = remembered(self.app.visitor(request).folder)
+        return tuple(form.get(name, gr.skip()) for name in REMEMBERED[1:])
 
     def at_the_start(self) -> tuple[list[tuple[str, str]], list[str]]:
         """Adapters offered and chosen while it is not known yet who asks."""
@@ -86,7 +103,9 @@ class Painter:
     @plainly
     def follow(self, request: gr.Request) -> Iterator[tuple[Any, ...]]:
         """The same for a page that opens while pictures are being painted: they were asked for before it was reloaded."""
-        for painting in self.app.paintings.of(self.app.visitor(request))[:1]:
+        working = self.app.paintings.of(self.app.visitor(request))
+        yield (gr.skip(),) * 12  # a generator that yields nothing would empty all fields
+        for painting in working[:1]:
             yield from self._watch(painting)
 
     def _watch(self, painting: Painting) -> Iterator[tuple[Any, ...]]:

@@ -72,7 +72,7 @@ def build_train(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: Generate
                 elem_id="preset",
             )  # fmt: skip
             advanced = _advanced()
-            with gr.Row():
+            with gr.Row(elem_classes="in-sight"):
                 estimate = gr.Button("What will it take?", size="md", min_width=170, scale=1)
                 start = gr.Button(
                     "Start training", variant="primary", size="md", min_width=170, scale=2, elem_id="start-training"
@@ -98,7 +98,7 @@ def build_train(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: Generate
     shown = [thumbs, remarks, selected, photo_actions]
     words = [word, kind, base, preset, *advanced]
 
-    remembered, trained_at = [name, word, kind, base, preset], [base, advanced[ADVANCED.index("resolution")]]
+    remembered, trained_at = [name, *words], [base, advanced[ADVANCED.index("resolution")]]
     page.load(draft.show, None, [*shown, *remembered], **PRIVATE)
     page.load(lambda: gr.Dropdown(app.studio.bases.for_training()), None, base, **PRIVATE)
     page.load(runs.open_page, listed, panel, **PRIVATE)
@@ -107,11 +107,12 @@ def build_train(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: Generate
     rotate.click(draft.rotate, [selected, *trained_at], shown, **PRIVATE)
     remove.click(draft.remove, [selected, *trained_at], shown, **PRIVATE)
     clear.click(draft.clear, None, shown, **PRIVATE)
-    take.click(draft.take_bundled, [toy, trained_at[1]], [*shown, *remembered[:-1]], **PRIVATE)
+    take.click(draft.take_bundled, [toy, trained_at[1]], [*shown, name, word, kind, base], **PRIVATE)
     for changed in (trained_at[0].change, trained_at[1].blur):
         changed(draft.remark, trained_at, remarks, **LIVE)
-    for leave in (name.blur, word.blur, kind.blur, base.input, base.blur, preset.input):
-        leave(draft.remember, remembered, None, **LIVE)
+    for field in remembered:
+        for leave in (field.blur, field.input) if field is base else [getattr(field, "blur", field.input)]:
+            leave(draft.remember, remembered, None, **LIVE)
     for field in (word, kind):
         field.change(_say_prompt, [word, kind], shown_prompt, **LIVE)
     estimate.click(runs.estimate, words, estimated, **{**PRIVATE, "show_progress": "minimal"})
