@@ -102,7 +102,7 @@ footer .divider { display: none !important; }
 pre.log { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .78rem; max-height: 220px; overflow-y: auto; }
 
 /* what starts things stays in sight */
-.in-sight { position: sticky; z-index: 6; bottom: 0; background: var(--body-background-fill); padding: 8px 0 !important; }
+.in-sight { position: sticky; z-index: 60; bottom: 0; background: var(--body-background-fill); padding: 8px 0 !important; }
 .in-sight.top { top: 0; bottom: auto; }
 :focus-visible { outline: 2px solid var(--primary-500) !important; outline-offset: 2px; }
 
