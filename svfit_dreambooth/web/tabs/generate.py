@@ -118,7 +118,7 @@ def build_generate(app: App, page: gr.Blocks) -> GenerateTab:
         concurrency_limit=None,
         **PRIVATE,
     )
-    kept = [prompt, negative, count, steps, guidance, seed, new_seed, width, height]
+    kept: list[Any] = [prompt, negative, count, steps, guidance, seed, new_seed, width, height]
     page.load(painting.recall, None, kept[1:], **PRIVATE)
     for field in kept:
         leave = field.release if field in (count, steps) else getattr(field, "blur", field.input)
