@@ -155,7 +155,7 @@ def test_gradients_that_are_never_finite_end_a_run_in_fp16(config, monkeypatch):
     assert events(config, "end")[0].status == "failed"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_run_after_the_step_and_it_can_go_on(config, number, tmp_path):
     def interrupt(step):
         if step.step == 3:
@@ -170,6 +170,38 @@ def test_a_signal_ends_the_run_after_the_step_and_it_can_go_on(config, number, t
     whole = train(TrainConfig(**{**config, "output_dir": str(tmp_path / "whole")}))
     first, second = read_adapter(resumed.adapter_path).shifts, read_adapter(whole.adapter_path).shifts
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_signal_during_the_last_step_leaves_out_what_takes_long(config, caplog):
+    def interrupt(step):
+        if step.step == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    result = train(TrainConfig(**{**config, "final_pictures": True}), on_step=interrupt)
+    assert not result.stopped and result.showing is None and "pictures and LoRA are left out" in caplog.text
+    assert events(config, "end")[0].status == "finished" and read_adapter(result.adapter_path).shifts
+
+
+def test_a_signal_before_the_first_step_is_noted(config, monkeypatch):
+    def paint(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr("svfit_dreambooth.training.run.encode_examples", paint)
+    with pytest.raises(KeyboardInterrupt):
+        train(TrainConfig(**config))
+    assert events(config, "end")[0].status == "stopped"
+
+
+def test_the_environment_of_accelerate_changes_nothing_in_silence(config, monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    result = train(TrainConfig(**{**config, "max_train_steps": 2}))
+    assert all(shift.any() for shift in read_adapter(result.adapter_path).shifts.values())
+    assert result.base.pipeline.unet.dtype == torch.float32
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(SVFitError, match="ACCELERATE_USE_FSDP is set.*unset it"):
+        train(TrainConfig(**config))
 
 
 def test_a_second_interrupt_in_the_middle_of_a_step_keeps_the_last_good_state(config, monkeypatch):
@@ -227,6 +259,31 @@ def test_a_full_disk_costs_a_checkpoint_but_not_the_run(config, monkeypatch, cap
     assert result.steps == 8 and "no checkpoint of step 4" in caplog.text
     names = [path.name for path in sorted((Path(config["output_dir"]) / "checkpoints").iterdir())]
     assert names == ["step-000002.safetensors", "step-000006.safetensors", "step-000008.safetensors"]
+
+
+def test_a_disk_that_is_full_at_the_end_is_made_room_on_or_another_is_found(config, monkeypatch, caplog, tmp_path):
+    from svfit_dreambooth.files import NotWritten
+    from svfit_dreambooth.training import result as outcome
+
+    original, room = outcome.save_adapter, {"after": 1}
+
+    def full(adapter, path, dtype):
+        if path.parent == Path(config["output_dir"]) and room["after"]:
+            room["after"] -= 1
+            raise NotWritten(f"'{path}' can't be written (No space left on device): choose another place.")
+        return original(adapter, path, dtype)
+
+    monkeypatch.setattr(outcome, "save_adapter", full)
+    short = {**config, "max_train_steps": 6}
+    result = train(TrainConfig(**short))
+    kept = [path.name for path in (Path(config["output_dir"]) / "checkpoints").iterdir()]
+    assert result.adapter_path.parent == Path(config["output_dir"]) and kept == ["step-000006.safetensors"]
+    assert "the disk is full: step-000002.safetensors, step-000004.safetensors made room." in caplog.text
+    room["after"] = 99
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    elsewhere = train(TrainConfig(**short)).adapter_path
+    assert read_adapter(elsewhere).shifts and f"The adapter is saved in {elsewhere}: move it from there" in caplog.text
+    assert events(config, "end")[0].adapter is None and str(elsewhere) in events(config, "end")[0].message
 
 
 def test_a_full_disk_costs_the_pictures_of_a_look_but_not_its_measures(config, monkeypatch, caplog):
@@ -420,8 +477,14 @@ def test_trackers_get_the_losses(config):
 
 
 def test_an_unknown_tracker_is_a_sentence(config):
-    with pytest.raises(SVFitError, match="report_to nonsense"):
+    with pytest.raises(SVFitError, match="report_to is 'nonsense', but must be one of: .*tensorboard"):
         train(TrainConfig(**config, report_to="nonsense"))
+
+
+def test_a_tracker_that_is_not_installed_says_so(config, monkeypatch):
+    monkeypatch.setattr("svfit_dreambooth.training.processes.get_available_trackers", list)
+    with pytest.raises(SVFitError, match="report_to wandb needs a package that is not installed"):
+        train(TrainConfig(**config, report_to="wandb"))
 
 
 def test_a_lora_is_written_beside_the_adapter(config):

@@ -172,6 +172,39 @@ def test_a_run_that_lacked_memory_goes_on_without_looks_and_with_checkpointed_gr
     assert resume("spared", gradient_checkpointing=True).steps == 12
 
 
+def test_latest_is_the_newest_checkpoint_that_is_whole(config, whole, tmp_path, caplog):
+    folder = tmp_path / "run"
+    shutil.copytree(whole.adapter_path.parent, folder)
+    newest = folder / "checkpoints" / "step-000012.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-5] ^= 1  # of a value
+    newest.write_bytes(content)
+    options = {**config, "output_dir": str(folder)}
+    result = train(TrainConfig(**options, resume_from_checkpoint="latest"))
+    assert "step-000012.safetensors is damaged, its checksum differs: it is passed over" in caplog.text
+    assert_same_values(result.adapter_path, whole.adapter_path)
+    for path in list_checkpoints(folder / "checkpoints"):
+        path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(SVFitError, match="none of the checkpoints in .* is whole: delete them to start anew"):
+        train(TrainConfig(**options, resume_from_checkpoint="latest"))
+
+
+def test_a_finished_run_goes_on_with_more_steps(config, whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole.adapter_path.parent, folder)
+    options = {**config, "output_dir": str(folder), "max_train_steps": 14, "resume_from_checkpoint": "latest"}
+    result = train(TrainConfig(**options))
+    steps = [event.step for event in RunFolder(folder).events() if event.name == "step"]
+    assert result.steps == 14 and steps == list(range(1, 15))
+
+
+def test_a_base_that_was_moved_is_the_same_base(config, whole, tiny_base, tmp_path):
+    shutil.copytree(tiny_base, tmp_path / "moved")
+    shutil.copytree(whole.adapter_path.parent, tmp_path / "run")
+    options = {**config, "pretrained_model_name_or_path": str(tmp_path / "moved"), "output_dir": str(tmp_path / "run")}
+    assert train(TrainConfig(**options, resume_from_checkpoint="latest")).steps == 12
+
+
 def test_as_many_processes_go_on_as_there_were(config, whole):
     path, run = list_checkpoints(whole.adapter_path.parent / "checkpoints")[0], prepare(TrainConfig(**config))
     base = fingerprint(run.weights())
