@@ -18,7 +18,7 @@ def test_formats(tmp_path, name):
     kind = {"no_suffix": "PNG"}.get(name)
     picture().save(tmp_path / name, kind)
     (photo,) = find_photos(tmp_path)
-    assert photo.path.name == name and photo.size == (WIDTH, HEIGHT) and photo.caption is None
+    assert photo.path.name == name and photo.size == (WIDTH, HEIGHT) and photo.captions == ()
     assert difference(open_photo(photo.path), picture()) < 40
 
 
