@@ -93,10 +93,10 @@ def test_families(adapter, architecture, prediction, expected):
 
 def test_what_an_adapter_takes_over_from_its_base():
     """Toybox says Apache-2.0; a Stable Diffusion of unknown family leaves the licence to the reader."""
-    found = base_metadata("toybox", 16, {})
+    found = base_metadata("toybox", 16, "epsilon")
     assert found == {
         "modelspec.resolution": "16x16",
         "modelspec.prediction_type": "epsilon",
         "modelspec.license": "as the base model's, Apache-2.0",
     }
-    assert "modelspec.license" not in base_metadata("stable-diffusion", 16, {})
+    assert "modelspec.license" not in base_metadata("stable-diffusion", 16, None)

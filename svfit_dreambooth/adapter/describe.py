@@ -32,20 +32,15 @@ def licence_note(adapter: Adapter) -> str:
     return f"{OF_THE_BASE}, {known.name}" if known else f"{OF_THE_BASE} ({adapter.base_model})"
 
 
-def prediction_type(scheduler_config: Any) -> str:
-    """ModelSpec's word for what the base predicts."""
-    return "v" if scheduler_config.get("prediction_type") == "v_prediction" else "epsilon"
-
-
-def base_metadata(architecture: str, resolution: int, scheduler_config: Any) -> dict[str, str]:
+def base_metadata(architecture: str, resolution: int, prediction_type: str | None) -> dict[str, str]:
     """ModelSpec fields that an adapter, and what is made of it, takes over from its base: for `Adapter.metadata`.
 
-    `architecture`: ModelSpec's word.  `resolution`: pixels of a side.
+    `architecture`, `prediction_type`: ModelSpec's words, see `bases.family`.  `resolution`: pixels of a side.
     """
     known = of_family(architecture)
     return {
         "modelspec.resolution": f"{resolution}x{resolution}",
-        "modelspec.prediction_type": prediction_type(scheduler_config),
+        **({"modelspec.prediction_type": prediction_type} if prediction_type else {}),
         **({"modelspec.license": f"{OF_THE_BASE}, {known.name}"} if known else {}),
     }
 

@@ -6,6 +6,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from svfit_dreambooth.bases.family import Family
+from svfit_dreambooth.bases.flux2 import Flux2Klein
 from svfit_dreambooth.bases.names import TOYBOX
 from svfit_dreambooth.bases.sdxl import SDXL
 from svfit_dreambooth.bases.stable_diffusion import StableDiffusion
@@ -14,7 +15,7 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method import targets
 from svfit_dreambooth.method.layer import Rank
 
-FAMILIES: tuple[type[Family], ...] = (StableDiffusion, SDXL)
+FAMILIES: tuple[type[Family], ...] = (StableDiffusion, SDXL, Flux2Klein)
 EMBEDDED: dict[str, type[Family]] = {TOYBOX: Toybox}  # known by the base's name, not by its pipeline
 
 
@@ -23,8 +24,7 @@ def family_named(pipeline_class: str, name: str) -> type[Family]:
     for family in FAMILIES:
         if family.pipeline_class.__name__ == pipeline_class:
             return family
-    known = " and ".join(family.pipeline_class.__name__ for family in FAMILIES)
-    raise SVFitError(f"{name} is a {pipeline_class}, and only {known} models can be adapted.")
+    raise SVFitError(f"{name} is a {pipeline_class}, and only {_known()} models can be adapted.")
 
 
 def family_of(pipeline: DiffusionPipeline, name: str | None = None) -> Family:
@@ -38,8 +38,12 @@ def family_of(pipeline: DiffusionPipeline, name: str | None = None) -> Family:
     for family in FAMILIES:
         if family.fits(pipeline):
             return family(pipeline)
-    known = " and ".join(family.pipeline_class.__name__ for family in FAMILIES)
-    raise SVFitError(f"a {type(pipeline).__name__} cannot be adapted, only the networks of {known}.")
+    raise SVFitError(f"a {type(pipeline).__name__} cannot be adapted, only the networks of {_known()}.")
+
+
+def _known() -> str:
+    names = [family.pipeline_class.__name__ for family in FAMILIES]
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def pipeline_components(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:

@@ -26,10 +26,10 @@ Role: TypeAlias = Literal["denoiser", "text_encoder"]
 class Noising(Protocol):
     """How a family was taught: what noise does to latents, and what the denoiser is to answer."""
 
-    prediction_type: str  # "epsilon", "v_prediction"
+    prediction_type: str  # "epsilon", "v_prediction", "flow"
 
-    def draw_timestep(self, generator: torch.Generator) -> float:
-        """A timestep, as often as the family is trained at it."""
+    def draw_timestep(self, generator: torch.Generator, shape: torch.Size) -> float:
+        """A timestep for latents (channels, h, w), as often as the family is trained at it."""
 
     def even_timesteps(self, count: int) -> list[float]:
         """`count` timesteps that cover all of them evenly."""
@@ -52,7 +52,8 @@ class Family(ABC):
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     denoiser_name: ClassVar[str]
-    text_encoder_names: ClassVar[tuple[str, ...]]  # those that adapters may change; prompts go through all of them
+    text_encoder_names: ClassVar[tuple[str, ...]]  # prompts go through all of them
+    adaptable_text_encoders: ClassVar[bool] = True  # whether adapters may change them
     layer_names: ClassVar[Mapping[Role, LayerNames]]
     checkpointed: ClassVar[tuple[type[nn.Module], ...]]  # the blocks that gradient checkpointing runs again
     guidance_scale: ClassVar[float]  # that suits
@@ -89,6 +90,21 @@ class Family(ABC):
     def resolution(self) -> int:
         """Side in pixels of the pictures that the base was trained on."""
 
+    @property
+    def required_multiple(self) -> int:
+        """What both sides of a picture, in pixels, must be multiples of."""
+        return self.pixels_per_latent
+
+    @property
+    def prediction_type(self) -> str | None:
+        """ModelSpec's word for what the denoiser answers; None where it has none."""
+        return None
+
+    @property
+    def undistilled(self) -> str | None:
+        """The base that should be trained in place of this one, which was distilled for few steps; None: this is it."""
+        return None
+
     # components
 
     @property
@@ -110,6 +126,11 @@ class Family(ABC):
     @property
     def components(self) -> dict[str, nn.Module]:
         """The networks that adapters may change, by name, the denoiser first."""
+        return {self.denoiser_name: self.denoiser, **(self.text_encoders if self.adaptable_text_encoders else {})}
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The denoiser and all text encoders, whether adapters may change them or not."""
         return {self.denoiser_name: self.denoiser, **self.text_encoders}
 
     def role(self, component: str) -> Role:
@@ -134,6 +155,10 @@ class Family(ABC):
         `encoders`: the text encoders by name, maybe wrapped for training.
         """
 
+    def painting_arguments(self, words: dict[str, Any], guidance_scale: float) -> dict[str, Any]:
+        """What the pipeline is called with to paint `words`, "prompt" and "negative_prompt" or their embeddings."""
+        return words | {"guidance_scale": guidance_scale}
+
     # pictures
 
     @property
@@ -151,23 +176,25 @@ class Family(ABC):
 
         Each (n, channels, h, w), in the denoiser's unit; an autoencoder without posterior has spread 0.
         """
-        vae = self.pipeline.vae
-        encoded = vae.encode(pixel_values.to(vae.device, vae.dtype))
-        if hasattr(encoded, "latent_dist"):
-            mean, spread = encoded.latent_dist.mean, encoded.latent_dist.std
-        else:
-            mean, spread = encoded.latents, torch.zeros_like(encoded.latents)
+        mean, spread = posterior(self.pipeline.vae, pixel_values)
         offset, factor = (_like(value, mean) for value in self.latent_unit())
-        return (mean.float() - offset) * factor, spread.float() * factor
+        return (mean - offset) * factor, spread * factor
 
     @torch.no_grad()
-    def decode_latents(self, latents: Tensor) -> list[Image.Image]:
-        """The pictures of `latents` (n, channels, h, w), decoded in the autoencoder's own precision."""
+    def decode_latents(self, latents: Tensor, height: int, width: int) -> list[Image.Image]:
+        """The pictures, `height` by `width` pixels, of what the pipeline returns for the output type "latent".
+
+        Decoded in the autoencoder's own precision.
+        """
+        latents = latents.to(self.pipeline.vae.dtype)
+        offset, factor = (_like(value, latents) for value in self.latent_unit())
+        return self.decode(latents / factor + offset)
+
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """The pictures of `latents` in the autoencoder's own unit and shape."""
         pipeline, vae = self.pipeline, self.pipeline.vae
         device = get_module_execution_device(vae)  # if offloaded, not where its weights wait
-        latents = latents.to(device, vae.dtype)
-        offset, factor = (_like(value, latents) for value in self.latent_unit())
-        pixels = vae.decode((latents / factor + offset).to(vae.dtype), return_dict=False)[0]
+        pixels = vae.decode(latents.to(device, vae.dtype), return_dict=False)[0]
         pipeline.maybe_free_model_hooks()
         if getattr(pipeline, "watermark", None) is not None:
             pixels = pipeline.watermark.apply_watermark(pixels)
@@ -182,8 +209,12 @@ class Family(ABC):
     # the loss
 
     @abstractmethod
-    def noising(self) -> Noising:
-        """How the base was taught.  Raises SVFitError for bases that were taught in a way that is not known here."""
+    def noising(self, sampling: str | None = None) -> Noising:
+        """How the base was taught.  `sampling`: how timesteps are drawn, None: as suits the family.
+
+        Raises SVFitError for bases that were taught in a way that is not known here, and for a `sampling` that is not
+        for them.
+        """
 
     @abstractmethod
     def predict(
@@ -199,6 +230,14 @@ class Family(ABC):
     @abstractmethod
     def stand_in(self, batch: int, resolution: int) -> tuple[Tensor, Tensor, Conditions, Tensor]:
         """What `predict` takes after the denoiser, of the right shapes and without meaning: to count memory."""
+
+
+def posterior(vae: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and spread of the latents that `vae` gives `pixel_values`, float32, in its own unit."""
+    encoded = vae.encode(pixel_values.to(vae.device, vae.dtype))
+    if hasattr(encoded, "latent_dist"):
+        return encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
+    return encoded.latents.float(), torch.zeros_like(encoded.latents, dtype=torch.float32)
 
 
 def _like(value: Tensor | float, latents: Tensor) -> Tensor | float:

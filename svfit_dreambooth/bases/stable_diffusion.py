@@ -75,8 +75,17 @@ class StableDiffusion(Family):
     def encode_tokens(self, tokens: Tokens, encoders: Mapping[str, nn.Module]) -> Conditions:
         return {"prompt_embeds": encoders["text_encoder"](tokens["text_encoder"])[0]}  # (prompts, tokens, dim)
 
-    def noising(self) -> Diffusion:
+    def noising(self, sampling: str | None = None) -> Diffusion:
+        if sampling not in (None, "uniform"):
+            raise SVFitError(
+                f"timestep_sampling {sampling} is for bases trained by flow matching: leave it out.",
+                "timestep_sampling",
+            )
         return Diffusion(self.pipeline.scheduler)
+
+    @property
+    def prediction_type(self) -> str:
+        return "v" if self.pipeline.scheduler.config.get("prediction_type") == "v_prediction" else "epsilon"
 
     def predict(
         self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions, time_ids: Tensor

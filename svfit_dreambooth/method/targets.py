@@ -52,7 +52,10 @@ def matrix_layers(model: nn.Module) -> Projections:
     projections are fused into copies of the weights, on which a patch would have no effect.
     """
     processors = getattr(model, "attn_processors", {})
-    if any(type(processor).__name__.startswith("Fused") for processor in processors.values()):
+    fused = any(type(processor).__name__.startswith("Fused") for processor in processors.values())
+    # attention that can be unfused says whether it is; the older kind goes by its processors and keeps the mark
+    marked = (vars(module) for _, module in walk(model) if hasattr(module, "unfuse_projections"))
+    if fused or any(own.get("fused_projections") is True for own in marked):
         raise SVFitError(
             "the query, key and value projections of this model are fused into copies of the weights, which SVFit "
             "layers would not reach: call unfuse_qkv_projections() first."

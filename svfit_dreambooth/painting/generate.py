@@ -139,6 +139,7 @@ def generate(
     with merge_adapters(pipeline):
         for prompt in prompts:
             words = prompt_arguments(pipeline, prompt, negative_prompt, prompt_weights)
+            words = model.family.painting_arguments(words, guidance_scale)
             for i in range(num_images):
                 painted = _paint(
                     model,
@@ -146,7 +147,6 @@ def generate(
                     **words,
                     generator=torch.Generator().manual_seed(seed + i),
                     num_inference_steps=num_inference_steps,
-                    guidance_scale=guidance_scale,
                     height=height,
                     width=width,
                 )
@@ -173,7 +173,7 @@ def generate(
 def _check_numbers(
     model: BaseModel, num_images: int, seed: int, steps: int, guidance_scale: float, height: int, width: int
 ) -> None:
-    multiple, largest = max(model.family.pixels_per_latent, 8), LARGEST * model.resolution
+    multiple, largest = max(model.family.required_multiple, 8), LARGEST * model.resolution
     for name, size in (("height", height), ("width", width)):
         if size < 1 or size % multiple or size > largest:
             raise SVFitError(
@@ -205,7 +205,7 @@ def _paint(
     unfiltered = getattr(pipeline, "safety_checker", None) is None
     if pipeline.vae.dtype != family.denoiser.dtype and unfiltered:  # see `Family.cast`
         latents = pipeline(**arguments, output_type="latent").images
-        return None if stopped else (family.decode_latents(latents)[0], False)
+        return None if stopped else (family.decode_latents(latents, arguments["height"], arguments["width"])[0], False)
     output = pipeline(**arguments)
     flags = getattr(output, "nsfw_content_detected", None)
     return None if stopped else (output.images[0], bool(flags and flags[0]))

@@ -6,7 +6,7 @@
 import json
 import time
 
-from svfit_dreambooth.adapter.describe import base_metadata, licence_note, prediction_type
+from svfit_dreambooth.adapter.describe import base_metadata, licence_note
 from svfit_dreambooth.adapter.file import Adapter
 from svfit_dreambooth.bases.opening import BaseModel
 
@@ -31,11 +31,11 @@ def lora_metadata(
 
     `ranks`: layer -> rank.  `error`: share of the adapter's change that is left out.
     """
-    architecture, prediction = adapter.architecture, prediction_type(base.pipeline.scheduler.config)
+    architecture, prediction = adapter.architecture, base.family.prediction_type
     if architecture == "stable-diffusion-v2":
         architecture += "-768-v" if prediction == "v" else "-512"
     metadata = {key: value for key, value in adapter.metadata.items() if key.startswith("modelspec.")}
-    metadata |= base_metadata(base.architecture, base.resolution, base.pipeline.scheduler.config) | {
+    metadata |= base_metadata(base.architecture, base.resolution, base.family.prediction_type) | {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{architecture}/lora",

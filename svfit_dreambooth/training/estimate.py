@@ -84,7 +84,7 @@ def _estimate(plan: Plan, config: TrainConfig) -> Estimate:
     size = MIXED_PRECISION[config.mixed_precision].itemsize
     aside = config.validation_steps == 0 and default_device().type != "cpu"  # on the CPU, as `run.step_aside` has it
     networks = 0
-    for component, module in {"vae": plan.base.pipeline.vae, **plan.base.family.components}.items():
+    for component, module in {"vae": plan.base.pipeline.vae, **plan.base.family.networks}.items():
         parameters = sum(parameter.numel() for parameter in module.parameters())
         if component in plan.trained:
             networks += parameters * size
@@ -159,6 +159,8 @@ def _counting(model: nn.Module, redone: tuple[type[nn.Module], ...], checkpointi
     own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     kept: list[Tensor] = []  # holds them, so that no storage is counted twice or reused
     seen: set[int] = set()
+    held: list[Tensor] = []  # the same for the inputs of blocks
+    received: set[int] = set()
     outside = 0
     blocks: list[tuple[int, int]] = []  # bytes of input, bytes kept within
     inside: list[int] = []
@@ -178,14 +180,19 @@ def _counting(model: nn.Module, redone: tuple[type[nn.Module], ...], checkpointi
     def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         inside.append(0)
 
-    def leave(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        given = sum(value.untyped_storage().nbytes() for value in inputs if isinstance(value, Tensor))
+    def leave(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        given = 0
+        for value in (*inputs, *named.values()):
+            if isinstance(value, Tensor) and value.untyped_storage()._cdata not in own | received:
+                received.add(value.untyped_storage()._cdata)  # what all blocks are told is kept once
+                held.append(value)
+                given += value.untyped_storage().nbytes()
         blocks.append((given, inside.pop()))
 
     handles = []
     for module in model.modules():
         if isinstance(module, redone):
-            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, with_kwargs=True)]
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             yield (

@@ -54,7 +54,7 @@ class Objective:
         """`dtype`: in which the denoiser computes; None: as the run's options say.  `networks`: the components of the base by name, maybe wrapped for training."""
         self.config, self.examples, self.family = plan.config, examples, plan.base.family
         self.networks, self.denoiser = networks, networks[self.family.denoiser_name]
-        self.noising = self.family.noising()
+        self.noising = self.family.noising(plan.config.timestep_sampling)
         self.device = device
         self.dtype = MIXED_PRECISION[plan.config.mixed_precision] if dtype is None else dtype
 
@@ -109,7 +109,7 @@ class Objective:
         variant = int(torch.randint(len(mean), (), generator=generator))
         latents = mean[variant] + spread[variant] * torch.randn(mean[variant].shape, generator=generator)
         noise = torch.randn(latents.shape, generator=generator)
-        timestep = self.noising.draw_timestep(generator)
+        timestep = self.noising.draw_timestep(generator, latents.shape)
         if self.config.noise_offset and purpose != "fixed":  # drawn last: the other numbers are as without it
             noise = noise + self.config.noise_offset * torch.randn((len(noise), 1, 1), generator=generator)
         own_weight = None if weight is None else weight[variant]

@@ -149,6 +149,11 @@ class OptimizationOptions:
     adam_weight_decay: float = option(0.0, "Pull of every shift toward 0, the base model.", least=0, most=1000)
     adam_epsilon: float = option(1e-8, "AdamW's guard against division by 0.", above=0)
     max_grad_norm: float = option(1.0, "Longest gradient; longer ones are shortened to it.", above=0)
+    timestep_sampling: Literal["uniform", "logit_normal", "shifted", "shifted_logit_normal"] | None = option(
+        None,
+        "How timesteps are drawn on bases trained by flow matching: all alike, more in the middle, more at high noise "
+        "as the sampler has it, or both; None: as the base's own LoRA scripts do.",
+    )
     snr_gamma: float | None = option(
         None, "Weight timesteps by min-SNR with this ceiling, customarily 5; None: all weigh the same.", above=0
     )

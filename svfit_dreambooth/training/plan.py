@@ -138,7 +138,7 @@ def prepare(config: TrainConfig, *, local_files_only: bool = False, weightless: 
     config.warn_of_lora_values()
     free = available_memory()
     base = outline_run_base(config) if weightless else open_run_base(config, local_files_only=local_files_only)
-    base.family.noising()  # raises for bases that are trained otherwise
+    _check_objective(config, base)
     config = _with_base(config, base)
     if config.learned_word is not None:
         captions = [text for photo in photos for text in photo.captions or (str(config.instance_prompt),)]
@@ -192,6 +192,27 @@ def outline_run_base(config: TrainConfig) -> BaseModel:
     )
 
 
+def _check_objective(config: TrainConfig, base: BaseModel) -> None:
+    """Raises SVFitError where the base is trained otherwise than asked for; warns of one that is better not trained."""
+    family = base.family
+    noising = family.noising(config.timestep_sampling)
+    if config.snr_gamma is not None and noising.prediction_type == "flow":
+        raise SVFitError(
+            f"snr_gamma {config.snr_gamma} is for bases that predict epsilon or v, and {base.name} was trained by flow "
+            "matching: leave it out, timestep_sampling says which timesteps come more often.",
+            "snr_gamma",
+        )
+    if not family.adaptable_text_encoders and (config.train_text_encoder or config.learned_word is not None):
+        given = "train_text_encoder" if config.train_text_encoder else f"learned_word {config.learned_word!r}"
+        raise SVFitError(f"{given} does not work on {base.name}, whose text encoder is not adapted: leave it out.")
+    if family.undistilled is not None:
+        logger.warning(
+            "%s was distilled to paint in a few steps, and training it undoes some of that: train on %s.",
+            base.name,
+            family.undistilled,
+        )
+
+
 def _with_photos(config: TrainConfig) -> tuple[TrainConfig, list[Photo]]:
     """The photos, with words for all of them."""
     folder = Path(str(config.instance_data_dir))
@@ -209,11 +230,11 @@ def _with_base(config: TrainConfig, base: BaseModel) -> TrainConfig:
     quick = base.name == DEFAULT_BASE or default_device().type != "cpu"
     asked = config.dino_path is not None or config.clip_path is not None  # or they would be given for nothing
     looks = max(1, config.max_train_steps // 4) if asked or quick else 0
-    resolution, factor = config.resolution or base.resolution, base.family.pixels_per_latent
+    resolution, factor = config.resolution or base.resolution, base.family.required_multiple
     if resolution % factor:
         raise SVFitError(
-            f"resolution {resolution} is not a multiple of {factor}, the factor by which this base's autoencoder "
-            f"shrinks pictures: use {max(1, round(resolution / factor)) * factor}.",
+            f"resolution {resolution} is not a multiple of {factor}, the side in pixels of what this base sees as one "
+            f"point: use {max(1, round(resolution / factor)) * factor}.",
             "resolution",
         )
     return dataclasses.replace(

@@ -98,7 +98,7 @@ def make_adapter(plan: Plan, trainable: Trainable, ending: Ending, num_processes
         training=training_record(plan, ending, num_processes),
         title=plan.adapter_name,
         architecture=plan.base.architecture,
-        metadata=base_metadata(plan.base.architecture, plan.base.resolution, plan.base.pipeline.scheduler.config),
+        metadata=base_metadata(plan.base.architecture, plan.base.resolution, plan.base.family.prediction_type),
     )
 
 

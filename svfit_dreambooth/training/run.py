@@ -180,7 +180,7 @@ def step_aside(plan: Plan, accelerator: Accelerator) -> None:
     """Brings what has no part in the steps out of their way: only looks at the run need it on its device."""
     waiting = accelerator.device if plan.config.validation_steps else torch.device("cpu")
     plan.base.pipeline.vae.to(waiting)
-    for component, module in plan.base.family.components.items():
+    for component, module in plan.base.family.networks.items():
         if component not in plan.trained:
             module.to(waiting)
 

@@ -105,7 +105,7 @@ class Trainable:
         """
         self.plan, self.accelerator, self.positions = plan, accelerator, positions
         family, word = plan.base.family, plan.config.learned_word
-        for frozen in (plan.base.pipeline.vae, *family.components.values()):
+        for frozen in (plan.base.pipeline.vae, *family.networks.values()):
             frozen.requires_grad_(False)
         adapted = {name: weights[name] for name in weights if positions is None or name in positions}
         self.base_fingerprint = fingerprint(adapted | word_rows(family, word), hashes)
@@ -116,7 +116,7 @@ class Trainable:
         self.roles = {name: role for part in self.parts for name, role in part.roles.items()}
         for value in self.values.values():
             value.requires_grad_(True)
-        self.networks: dict[str, Any] = dict(family.components)
+        self.networks: dict[str, Any] = dict(family.networks)
         for component in plan.trained:
             module = family.components[component].to(accelerator.device, MIXED_PRECISION[plan.config.mixed_precision])
             spare_memory(module.train(), plan.config.gradient_checkpointing)

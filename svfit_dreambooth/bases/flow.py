@@ -1,0 +1,107 @@
+"""What transformer bases trained by flow matching have in common.
+
+Their text encoders hold billions of weights and are not adapted; their denoiser is the pipeline's `transformer`.
+"""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from svfit_dreambooth.bases.family import Family, Tokens
+from svfit_dreambooth.bases.noising import Flow
+
+logger = logging.getLogger(__name__)
+
+
+class FlowTransformer(Family):
+    """A family whose pipeline has a `transformer` and a flow matching sampler."""
+
+    denoiser_name = "transformer"
+    text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    adaptable_text_encoders = False
+    denoiser_class: ClassVar[type[nn.Module]]
+    timestep_sampling: ClassVar[str] = "uniform"  # as the base's own LoRA script draws them, see `noising.Flow`
+    tokens_per_latent: ClassVar[float] = 1  # a quarter where the denoiser itself sees 2 x 2 latents as one
+
+    @classmethod
+    def fits(cls, pipeline: DiffusionPipeline) -> bool:
+        network = getattr(pipeline, "transformer", None)
+        return isinstance(getattr(network, "_orig_mod", network), cls.denoiser_class)
+
+    @classmethod
+    def load_options(cls, content_filter: bool) -> dict[str, Any]:
+        return {}
+
+    def check(self, name: str) -> None:
+        """Every variety that opens can be adapted."""
+
+    @property
+    def size_multiple(self) -> int:
+        return self.required_multiple
+
+    @property
+    def required_multiple(self) -> int:
+        """The denoiser sees 2 x 2 points of the autoencoder's as one."""
+        return 2 * int(self.pipeline.vae_scale_factor)
+
+    def noising(self, sampling: str | None = None) -> Flow:
+        return Flow(sampling or self.timestep_sampling, self.shift)
+
+    def shift(self, shape: torch.Size) -> float:
+        """How far the sampler moves its steps towards the noise for latents (..., h, w), see `Flow.draw_timestep`."""
+        config = self.pipeline.scheduler.config
+        if not config.get("use_dynamic_shifting"):
+            return float(config.get("shift", 1.0))
+        mu = self.shift_mu(round(shape[-2] * shape[-1] * self.tokens_per_latent))
+        return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+
+    def shift_mu(self, tokens: int) -> float:
+        """The sampler's mu for so many image tokens, on the straight line that its configuration gives."""
+        config = self.pipeline.scheduler.config
+        first, last = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        return float(low + (high - low) * (tokens - first) / (last - first))
+
+    def unpacked(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """The pipeline's latents between its steps as `predict` takes them, for a picture of that size in pixels."""
+        return latents
+
+
+def chat_tokens(tokenizer: Any, prompts: Sequence[str], length: int, thinking: bool) -> Tokens:
+    """Prompts as the chat messages that such encoders read: ids and mask (prompts, `length`), padded at the end."""
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=thinking,
+        )
+        for prompt in prompts
+    ]
+    warn_of_cut(tokenizer, prompts, texts, length)
+    found = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    return {"text_encoder": found.input_ids, "attention_mask": found.attention_mask}
+
+
+def warn_of_cut(tokenizer: Any, prompts: Sequence[str], texts: Sequence[str], length: int) -> None:
+    """Names in a warning each of `prompts` whose text the tokenizer will cut to `length` tokens."""
+    for prompt, text in zip(prompts, texts, strict=True):
+        count = len(tokenizer(text).input_ids)
+        if count > length:
+            logger.warning("the prompt %r has %d tokens, and only the first %d are read.", prompt, count, length)
+
+
+def hidden_states(tokens: Tokens, encoders: Mapping[str, nn.Module], layers: Sequence[int]) -> Tensor:
+    """Those hidden states of the text encoder, (prompts, layers, tokens, dim); a prompt at a time, to save memory."""
+    rows = []
+    for ids, mask in zip(tokens["text_encoder"], tokens["attention_mask"], strict=True):
+        output = encoders["text_encoder"](
+            input_ids=ids[None], attention_mask=mask[None], output_hidden_states=True, use_cache=False
+        )
+        rows.append(torch.cat([output.hidden_states[layer] for layer in layers]))  # (layers, tokens, dim)
+    return torch.stack(rows)

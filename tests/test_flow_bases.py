@@ -1,0 +1,185 @@
+"""Transformers trained by flow matching: the whole journey of each family, and what it shares with its pipeline."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from flow_bases import tiny_klein
+
+from svfit_dreambooth import load_adapter, train, unload_adapter
+from svfit_dreambooth.adapter.file import read_adapter
+from svfit_dreambooth.bases.families import family_of
+from svfit_dreambooth.bases.opening import open_base_model
+from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.method.targets import matrix_layers
+from svfit_dreambooth.painting.generate import generate, open_for_adapters
+from svfit_dreambooth.training.config import TrainConfig
+from svfit_dreambooth.training.estimate import _activations, _counting, estimate_memory
+from svfit_dreambooth.training.objective import Objective
+from svfit_dreambooth.training.plan import prepare
+
+BASES = {"klein": tiny_klein}
+EVERY = [name if name == "klein" else pytest.param(name, marks=pytest.mark.slow) for name in BASES]
+
+
+@pytest.fixture(scope="module", params=EVERY)
+def folder(request, tmp_path_factory):
+    """Folder of a tiny base of each family."""
+    path = tmp_path_factory.mktemp("flow") / f"tiny-{request.param}"
+    BASES[request.param]().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def config(folder, photo_folder, tmp_path):
+    return TrainConfig(
+        pretrained_model_name_or_path=str(folder),
+        instance_data_dir=str(photo_folder),
+        instance_prompt="a photo of sks dog",
+        output_dir=str(tmp_path / "run"),
+        resolution=16,
+        max_train_steps=4,
+        checkpointing_steps=2,
+        learning_rate=0.05,
+        train_batch_size=2,
+        fixed_loss_examples=2,
+        num_inference_steps=2,
+        validation_steps=0,
+        final_pictures=False,
+    )
+
+
+def pixels(picture):
+    return np.asarray(picture.image, dtype=int)
+
+
+def paint(model):
+    return generate(model, ["a photo of sks dog"], num_inference_steps=2, seed=3, height=16, width=16)[0]
+
+
+def test_from_photos_to_pictures(config, folder, tmp_path):
+    result = train(config)
+    adapter = read_adapter(result.adapter_path)
+    family = open_base_model(str(folder)).family
+    assert {name.partition(".")[0] for name in adapter.shifts} == {"transformer"}
+    assert len(adapter.shifts) == len(family.find_projections("transformer"))
+    assert adapter.architecture == family.architecture
+    assert any(shift.abs().max() > 0 for shift in adapter.shifts.values())
+
+    model = open_for_adapters([(result.adapter_path, 1.0)], str(folder))
+    painted = paint(model)
+    base = open_base_model(str(folder))
+    plain = paint(base)
+    assert (pixels(painted) != pixels(plain)).any()
+    load_adapter(base.pipeline, result.adapter_path)
+    assert (pixels(paint(base)) == pixels(painted)).all()
+    unload_adapter(base.pipeline)
+    assert (pixels(paint(base)) == pixels(plain)).all()
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(config, tmp_path):
+    whole = train(config)
+    halved = replace(config, output_dir=str(tmp_path / "halved"))
+    train(halved, on_step=lambda step: step.step == 2)
+    resumed = train(replace(halved, resume_from_checkpoint="latest"))
+    expected, found = (read_adapter(result.adapter_path).shifts for result in (whole, resumed))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_looks_and_final_pictures_are_painted(config):
+    result = train(replace(config, validation_steps=4, final_pictures=True, validation_prompts=["a sks dog"]))
+    assert list(result.adapter_path.parent.rglob("step_*.png")) and list(result.adapter_path.parent.rglob("*.png"))
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_step_of_the_sampler_goes_along_what_training_predicts(folder, step):
+    """Time, sign, packing and conditions: the pipeline's latents after a step are x - (s - s') predict(x, s)."""
+    pipeline = open_base_model(str(folder)).pipeline
+    family = family_of(pipeline)
+    seen = []
+
+    def look(pipeline, number, timestep, tensors):
+        seen.append(family.unpacked(tensors["latents"], 16, 16))
+        return {}
+
+    words = family.painting_arguments({"prompt": "a dog", "negative_prompt": None}, 1.0)
+    start = torch.manual_seed(0)
+    pipeline(**words, height=16, width=16, num_inference_steps=3, generator=start, callback_on_step_end=look)
+    sigmas = pipeline.scheduler.sigmas
+    with torch.no_grad():
+        conditions = family.encode_tokens(family.tokenize(["a dog"]), family.text_encoders)
+        answer = family.predict(family.denoiser, seen[step], sigmas[step + 1 : step + 2], conditions, torch.zeros(1, 6))
+    expected = seen[step] - (sigmas[step + 1] - sigmas[step + 2]) * answer
+    torch.testing.assert_close(seen[step + 1], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}])
+def test_the_estimate_counts_what_the_real_network_keeps(config, changes):
+    run = prepare(replace(config, dry_run=True, **changes))
+    family = run.base.family
+    assert estimate_memory(run).total > 0
+    from svfit_dreambooth.bases.families import apply_svfit
+
+    denoiser = family.denoiser.train()
+    apply_svfit(denoiser, target_modules=run.targets["transformer"])
+    shapes = family.stand_in(2, 16)
+    inputs = [
+        {k: torch.randn(v.shape) for k, v in x.items()} if isinstance(x, dict) else torch.rand(x.shape) for x in shapes
+    ]
+    with _counting(denoiser, family.checkpointed, run.config.gradient_checkpointing) as count:
+        family.predict(denoiser, *inputs)
+    assert _activations(run, run.config) == pytest.approx(count(), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"train_text_encoder": True}, "train_text_encoder does not work on .*text encoder is not adapted"),
+        ({"learned_word": "sks"}, "learned_word 'sks' does not work on"),
+        ({"snr_gamma": 5.0}, "snr_gamma 5.0 is for bases that predict epsilon or v"),
+        ({"resolution": 18}, "resolution 18 is not a multiple of 4"),
+    ],
+)
+def test_what_these_bases_cannot_do_is_said(config, changes, message):
+    with pytest.raises(SVFitError, match=message):
+        prepare(replace(config, **changes))
+
+
+def test_adapters_of_other_kinds_of_bases_are_refused(config, tiny_base, folder):
+    flow = train(replace(config, max_train_steps=1)).adapter_path
+    with pytest.raises(SVFitError, match="changes transformer, which this pipeline lacks"):
+        load_adapter(open_base_model(str(tiny_base)).pipeline, flow)
+    other = train(replace(config, pretrained_model_name_or_path=str(tiny_base), max_train_steps=1)).adapter_path
+    with pytest.raises(SVFitError, match="changes unet, which this pipeline lacks"):
+        load_adapter(open_base_model(str(folder)).pipeline, other)
+
+
+def test_fused_projections_are_refused(folder):
+    transformer = open_base_model(str(folder)).pipeline.transformer
+    transformer.fuse_qkv_projections()
+    with pytest.raises(SVFitError, match="unfuse_qkv_projections"):
+        matrix_layers(transformer)
+    transformer.unfuse_qkv_projections()
+    assert matrix_layers(transformer)
+
+
+def test_the_loss_is_that_of_flow_matching(config):
+    """Mean square of predict(x_s, s) - (e - x) at the timestep, noise and photo of the first example."""
+    from accelerate import Accelerator
+
+    from svfit_dreambooth.training.examples import encode_examples
+
+    run = prepare(replace(config, train_batch_size=1))
+    family = run.base.family
+    examples = encode_examples(run, Accelerator(cpu=True).device)
+    model = Objective(run, examples, family.networks, torch.device("cpu"), torch.float32)
+    draw = model._draw(0)
+    s = draw.timestep
+    assert 0 < s < 1
+    conditions = {name: rows[:1] for name, rows in examples.conditions.items()}
+    with torch.no_grad():
+        noisy = ((1 - s) * draw.latents + s * draw.noise)[None]
+        answer = family.predict(family.denoiser, noisy, torch.tensor([s]), conditions, draw.time_ids[None])
+        expected = (answer[0] - (draw.noise - draw.latents)).square().mean()
+        torch.testing.assert_close(model.loss(0, 0, 1).total, expected)
