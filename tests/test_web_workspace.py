@@ -10,7 +10,6 @@ import pytest
 from web_stand_ins import until
 
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.files import file_name
 from svfit_dreambooth.web.rooms import library
 from svfit_dreambooth.web.rooms import workspace as workspace_files
 from svfit_dreambooth.web.rooms.jobs import Jobs
@@ -22,16 +21,6 @@ from svfit_dreambooth.web.rooms.workspace import Workspace, serve
 def test_a_visitor_is_never_a_path(workspace, word):
     with pytest.raises(SVFitError, match="no valid visitor"):
         workspace.visitor(word)
-
-
-@pytest.mark.parametrize(
-    ("text", "name"),
-    [("my dog", "my-dog"), ("../../etc/passwd", "etc-passwd"), (".hidden", "hidden"), ("Höhle", "Höhle")],
-)
-def test_names_are_names_of_files(text, name):
-    assert file_name(text) == name
-    with pytest.raises(SVFitError, match="no letters or digits"):
-        file_name("../..")
 
 
 def test_served_files_have_names_that_nobody_guesses(workspace, tmp_path):
