@@ -18,6 +18,11 @@ def base_name(path: Path) -> str:
     return path.resolve().stem if path.is_file() else path.name or path.resolve().name
 
 
+def home_expanded(name: str) -> str:
+    """`name` with the home folder in place of a leading "~", as shells have it."""
+    return str(Path(name).expanduser()) if name.startswith("~") else name
+
+
 def split_revision(name: str) -> tuple[str, str | None]:
     """The hub id and the revision, None if none is given, of "owner/name[@revision]"; other names stay as they are."""
     match = HUB_ID.fullmatch(name)

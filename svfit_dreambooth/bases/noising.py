@@ -33,6 +33,10 @@ class Diffusion:
         kind = type(sampler).__name__
         if kind.startswith(("EDM", "FlowMatch")):
             raise SVFitError(f"the base is sampled with {kind}, and models of that kind cannot be trained here.")
+        if not {"beta_start", "beta_end"} <= set(sampler.config) and sampler.config.get("trained_betas") is None:
+            raise SVFitError(
+                f"the base is sampled with {kind}, which names no noise schedule: it cannot be trained here."
+            )
         self.scheduler = DDPMScheduler.from_config(sampler.config)
         self.prediction_type: str = self.scheduler.config.prediction_type
         if self.prediction_type not in ("epsilon", "v_prediction"):

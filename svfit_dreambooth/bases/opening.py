@@ -13,7 +13,8 @@ from huggingface_hub import try_to_load_from_cache
 
 from svfit_dreambooth.bases.families import family_named, family_of
 from svfit_dreambooth.bases.family import Family
-from svfit_dreambooth.bases.names import DEFAULT_BASE, EMBEDDED_WEIGHTS, base_name, is_hub_id
+from svfit_dreambooth.bases.names import DEFAULT_BASE, EMBEDDED_WEIGHTS, base_name, home_expanded, is_hub_id
+from svfit_dreambooth.bases.networks import check_weights, open_networks
 from svfit_dreambooth.bases.single_file import read_single_file
 from svfit_dreambooth.errors import SVFitError
 
@@ -54,6 +55,7 @@ def check_base_model(name: str, base_config: str | None = None) -> None:
         if not (EMBEDDED_WEIGHTS / "model_index.json").is_file():
             raise SVFitError(f"the embedded base model is missing: there is no {EMBEDDED_WEIGHTS}.")
         return
+    name = home_expanded(name)
     path = Path(name)
     if path.is_dir():
         kind = _folder_kind(name)
@@ -64,9 +66,13 @@ def check_base_model(name: str, base_config: str | None = None) -> None:
             )
         family_named(kind, name)
     elif path.is_file():
+        if path.suffix != ".safetensors" and path.suffix.lower() == ".safetensors":
+            raise SVFitError(
+                f"{name} ends in {path.suffix}, which libraries do not know: rename it to {path.stem}.safetensors."
+            )
         if path.suffix != ".safetensors":
             raise SVFitError(f"{name} is not a .safetensors checkpoint: convert it, pickled files are never opened.")
-        if base_config is not None and _folder_kind(base_config) is None:
+        if base_config is not None and _folder_kind(home_expanded(base_config)) is None:
             raise SVFitError(f"base_config {base_config} is not a folder with a readable model_index.json.")
     elif not is_hub_id(name):
         raise SVFitError(
@@ -90,6 +96,8 @@ def open_base_model(
     cast and move the pipeline afterwards.  `content_filter`: load the safety checker where the base has one.
     `local_files_only`: never download.  Raises SVFitError for anything that is not such a model.
     """
+    name = home_expanded(name)
+    base_config = base_config and home_expanded(base_config)
     check_base_model(name, base_config)
     path = EMBEDDED_WEIGHTS if name == DEFAULT_BASE else Path(name)
     location: dict[str, Any] = {"local_files_only": local_files_only or path.exists()}
@@ -113,22 +121,23 @@ def open_base_model(
                     scheduler=pipeline.scheduler.from_config(pipeline.scheduler.config, **prediction_type)
                 )
         else:
-            source = path if path.exists() else name
-            kind = DiffusionPipeline.load_config(source, **location)["_class_name"]
+            kind = DiffusionPipeline.load_config(path if path.exists() else name, **location)["_class_name"]
             family = family_named(kind, name)
             if not content_filter and not location["local_files_only"]:
                 _fetch_whole(name, variant=variant, **location)
+            options = {"variant": variant, "use_safetensors": True, **family.load_options(content_filter)}
+            folder = path if path.exists() else Path(family.pipeline_class.download(name, **location, **options))
             pipeline = family.pipeline_class.from_pretrained(
-                source,
-                variant=variant,
-                use_safetensors=True,
+                folder,
+                local_files_only=True,
                 dtype=torch.float32,
-                **location,
-                **family.load_options(content_filter),
+                **options,
+                **open_networks(name, folder, family, variant),
             )
-    except SVFitError:
+            pipeline.register_to_config(_name_or_path=str(path) if path.exists() else name)
+    except (SVFitError, MemoryError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = ""
         if path.is_file() and base_config is None:
@@ -139,6 +148,7 @@ def open_base_model(
     if revision is not None and not path.exists():
         display += f"@{revision}"
     model = BaseModel(display, pipeline)
+    check_weights(name, model.family)
     model.family.check(name)
     return model
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from svfit_dreambooth.bases.family import Conditions, Tokens
 from svfit_dreambooth.bases.stable_diffusion import StableDiffusion
+from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.targets import Projections
 
 
@@ -17,6 +18,7 @@ class SDXL(StableDiffusion):
 
     pipeline_class = StableDiffusionXLPipeline
     text_encoder_names = ("text_encoder", "text_encoder_2")
+    addition_embed_type = "text_time"
 
     @classmethod
     def fits(cls, pipeline: DiffusionPipeline) -> bool:
@@ -44,6 +46,19 @@ class SDXL(StableDiffusion):
             "prompt_embeds": torch.cat([output.hidden_states[-2] for output in outputs], dim=-1),
             "pooled_prompt_embeds": outputs[1][0],  # (prompts, dim)
         }
+
+    def latent_unit(self) -> tuple[Tensor | float, Tensor | float]:
+        """As its pipeline decodes: by mean and spread of each channel too, where the autoencoder names them."""
+        config = self.pipeline.vae.config
+        mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+        if mean is None or std is None:
+            return super().latent_unit()
+        return torch.tensor(mean)[:, None, None], config.scaling_factor / torch.tensor(std)[:, None, None]
+
+    def _check_units(self, name: str) -> None:
+        config = self.pipeline.vae.config
+        if (getattr(config, "latents_mean", None) is None) != (getattr(config, "latents_std", None) is None):
+            raise SVFitError(f"the autoencoder of {name} has one of latents_mean and latents_std: give both.")
 
     def predict(
         self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions, time_ids: Tensor

@@ -11,7 +11,8 @@ from svfit_dreambooth.bases.stable_diffusion import StableDiffusion
 from svfit_dreambooth.errors import SVFitError
 
 DENOISER_PREFIX = "model.diffusion_model."
-SDXL_KEY = "conditioner.embedders.1."  # the second text encoder, which only SDXL has
+SDXL_KEY = "model.diffusion_model.label_emb."  # of its UNet, which is told sizes and crops
+EDM_KEYS = ("edm_mean", "edm_std", "edm_vpred.sigma_max")
 REFINER_KEY = "conditioner.embedders.0.model."
 
 
@@ -33,6 +34,15 @@ def read_single_file(path: Path) -> tuple[type[Family], dict[str, Any] | None]:
     if any(key.startswith(REFINER_KEY) for key in keys):
         raise SVFitError(f"{path} is the SDXL refiner, which cannot be adapted: give the base model.")
     family = SDXL if any(key.startswith(SDXL_KEY) for key in keys) else StableDiffusion
+    if edm := [key for key in EDM_KEYS if key in keys]:
+        raise SVFitError(f"{path} is trained by EDM, it holds {edm[0]}, and models of that kind cannot be adapted.")
+    encoders = ("conditioner.embedders.0.", "conditioner.embedders.1.") if family is SDXL else ("cond_stage_model.",)
+    for part, prefix in (("autoencoder", "first_stage_model."), *(("text encoder", each) for each in encoders)):
+        if not any(key.startswith(prefix) for key in keys):
+            kind = family.pipeline_class.__name__
+            raise SVFitError(
+                f"{path} is a checkpoint for {kind} without {part}, no entry begins with {prefix}: give a whole one."
+            )
     named = {"v": "v_prediction", "epsilon": "epsilon"}.get(metadata.get("modelspec.prediction_type", ""))
     if "v_pred" in keys:
         named = "v_prediction"

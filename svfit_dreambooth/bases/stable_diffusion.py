@@ -1,6 +1,7 @@
 """Stable Diffusion 1.x and 2.x (Rombach et al., 2022, arXiv 2112.10752), and what is built like them."""
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -17,6 +18,8 @@ from svfit_dreambooth.method.targets import LayerNames
 
 logger = logging.getLogger(__name__)
 
+UNLIMITED = 10**9  # tokens
+
 UNET = LayerNames(attention=(("to_q", "to_k", "to_v", "to_out.0"),), feed_forward=("ff.net.0.proj", "ff.net.2"))
 CLIP = LayerNames(attention=(("q_proj", "k_proj", "v_proj", "out_proj"),), feed_forward=("mlp.fc1", "mlp.fc2"))
 
@@ -30,6 +33,7 @@ class StableDiffusion(Family):
     layer_names: ClassVar[Mapping[Role, LayerNames]] = {"denoiser": UNET, "text_encoder": CLIP}
     checkpointed = (ResnetBlock2D, BasicTransformerBlock)
     guidance_scale = 7.5
+    addition_embed_type: ClassVar[str | None] = None  # what the denoiser is told beside prompts
 
     @classmethod
     def fits(cls, pipeline: DiffusionPipeline) -> bool:
@@ -40,9 +44,35 @@ class StableDiffusion(Family):
         return {} if content_filter else {"safety_checker": None, "requires_safety_checker": False}
 
     def check(self, name: str) -> None:
-        taken, given = self.denoiser.config.in_channels, self.pipeline.vae.config.latent_channels
+        config = self.denoiser.config
+        taken, given = config.in_channels, self.pipeline.vae.config.latent_channels
         if taken != given:
             raise SVFitError(f"{name} takes {taken} channels, as inpainting models do: give the plain model.")
+        if config.addition_embed_type != self.addition_embed_type or config.class_embed_type or config.num_class_embeds:
+            raise SVFitError(f"{name} is told more than prompts of this family, such as classes: give the plain model.")
+        size = config.sample_size
+        sides = size if isinstance(size, list | tuple) and len(size) == 2 else [size]
+        if not all(isinstance(side, int) and side > 0 for side in sides):
+            raise SVFitError(f"the sample_size of {name} is {size!r}: write the side of its latents into its config.")
+        self._check_units(name)
+        read = sum(encoder.config.hidden_size for encoder in self.text_encoders.values())  # type: ignore[union-attr,misc]
+        if config.cross_attention_dim != read:
+            raise SVFitError(
+                f"{name} reads prompts {config.cross_attention_dim} wide, and its text encoders give {read}: they do "
+                "not belong together, fetch it again."
+            )
+        for component, tokenizer in self.tokenizers.items():
+            _check_tokenizer(name, component, tokenizer, self.text_encoders[component])
+
+    def _check_units(self, name: str) -> None:
+        """Pictures of this family are decoded by one factor alone, see its pipeline."""
+        config = self.pipeline.vae.config
+        for option in ("latents_mean", "latents_std", "shift_factor"):
+            if getattr(config, option, None):
+                raise SVFitError(
+                    f"the autoencoder of {name} has {option}, which pipelines of its family ignore: give it a "
+                    "scaling_factor alone."
+                )
 
     @property
     def architecture(self) -> str:
@@ -56,7 +86,12 @@ class StableDiffusion(Family):
 
     @property
     def resolution(self) -> int:
-        return int(self.denoiser.config.sample_size) * self.pixels_per_latent
+        """Of a square with as many pixels, where the base was trained on another shape."""
+        size = self.denoiser.config.sample_size
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        multiple = self.size_multiple
+        side = math.sqrt(height * width) * self.pixels_per_latent
+        return int(side) if height == width else max(multiple, round(side / multiple) * multiple)
 
     def tokenize(self, prompts: list[str]) -> Tokens:
         tokens: Tokens = {}
@@ -99,3 +134,25 @@ class StableDiffusion(Family):
         conditions = {"prompt_embeds": torch.empty(batch, tokens, config.cross_attention_dim)}
         latents = torch.empty(batch, config.in_channels, side, side)
         return latents, torch.empty(batch), conditions, torch.empty(batch, 6)
+
+
+def _check_tokenizer(name: str, component: str, tokenizer: Any, encoder: Any) -> None:
+    """Raises SVFitError for a tokenizer of other words than `encoder` knows; a length that cannot be is set right."""
+    words, known, length = tokenizer.get_vocab(), encoder.config.vocab_size, encoder.config.max_position_embeddings
+    if len(words) < known:
+        raise SVFitError(
+            f"the tokenizer of the {component} of {name} knows {len(words)} tokens of {known}: its vocabulary is not "
+            "whole, fetch it again."
+        )
+    if max(words.values()) >= encoder.get_input_embeddings().num_embeddings:
+        raise SVFitError(
+            f"the tokenizer of the {component} of {name} has tokens beyond the {known} that the encoder knows: they do "
+            "not belong together, fetch it again."
+        )
+    given = tokenizer.model_max_length
+    if given < 3:
+        raise SVFitError(f"the tokenizer of {name} reads {given} tokens (model_max_length): write {length} there.")
+    if given > length:
+        if given < UNLIMITED:  # where nothing is said, libraries put a huge number
+            logger.warning("%s reads %d tokens, not the %d that its tokenizer claims.", name, length, given)
+        tokenizer.model_max_length = length

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
@@ -53,6 +54,7 @@ class Loaded:
     shifts: dict[str, Tensor]
     scale: float
     words: dict[Pieces, Tensor] = field(default_factory=dict)  # token ids of a learned word -> (tokens, dim)
+    number: int = field(default_factory=count(1).__next__)  # in which order adapters came
 
 
 def load_adapter(
@@ -142,12 +144,10 @@ def _take_off(model: nn.Module, *names: str) -> None:
 
 
 def loaded_adapters(pipeline: DiffusionPipeline) -> dict[str, float]:
-    """Names and strengths of the adapters on `pipeline`."""
-    return {
-        name: loaded.scale
-        for model in pipeline_components(pipeline).values()
-        for name, loaded in _registry(model).items()
-    }
+    """Names and strengths of the adapters on `pipeline`, in the order in which they were loaded."""
+    registries = [_registry(model) for model in pipeline_components(pipeline).values()]
+    found = [(loaded.number, name, loaded.scale) for registry in registries for name, loaded in registry.items()]
+    return {name: scale for _, name, scale in sorted(found)}
 
 
 def _check_loaded(pipeline: DiffusionPipeline, *names: str) -> None:

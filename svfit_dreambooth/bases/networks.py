@@ -1,0 +1,58 @@
+"""The networks of a diffusers folder, opened one by one, so that none comes with weights made up at random."""
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from svfit_dreambooth.bases.family import Family
+from svfit_dreambooth.errors import SVFitError
+
+SHOWN = 3  # names of weights in a message
+
+
+def open_networks(name: str, folder: Path, family: type[Family], variant: str | None) -> dict[str, nn.Module]:
+    """Denoiser, text encoders and autoencoder of the base `name` in `folder`, by name, float32 on the CPU.
+
+    Raises SVFitError where a file lacks weights of its network or holds others than those: libraries would fill the
+    one with random numbers and drop the other.
+    """
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    opened: dict[str, nn.Module] = {}
+    for part in (family.denoiser_name, *family.text_encoder_names, "vae"):
+        library, kind = index.get(part) or (None, None)
+        if library not in ("diffusers", "transformers"):
+            raise SVFitError(f"{name} has no {part} in its model_index.json: give a whole model folder.")
+        network: Any = getattr(importlib.import_module(library), kind)
+        module, found = network.from_pretrained(
+            folder / part,
+            variant=variant,
+            use_safetensors=True,
+            dtype=torch.float32,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+        _check_loaded(name, part, found)
+        opened[part] = module.eval()
+    return opened
+
+
+def _check_loaded(name: str, part: str, found: dict[str, Any]) -> None:
+    for kind, what in (("missing_keys", "lacks"), ("unexpected_keys", "holds, beside its own,")):
+        keys = sorted(found[kind])
+        if keys:
+            some = ", ".join(keys[:SHOWN]) + (f" and {len(keys) - SHOWN} others" if len(keys) > SHOWN else "")
+            raise SVFitError(f"the {part} of {name} {what} {some}: its files do not belong together, fetch it again.")
+
+
+def check_weights(name: str, family: Family) -> None:
+    """Raises SVFitError for weights of the base `name` that are not there, or are no numbers."""
+    for part, module in {**family.components, "vae": family.pipeline.vae}.items():
+        for path, weight in module.named_parameters():
+            if weight.is_meta:
+                raise SVFitError(f"the {part} of {name} lacks {path}: give a whole model.")
+            if not torch.isfinite(weight.detach().sum(dtype=torch.float64)):
+                raise SVFitError(f"the {part} of {name} holds NaN or infinity in {path}: fetch it again.")

@@ -1,0 +1,246 @@
+"""Bases as people bring them: what is not whole is refused in a sentence, never made up or passed over."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import tiny_pipeline, tiny_sdxl_pipeline, tiny_unet
+from safetensors.torch import load_file, save_file
+from single_file import save_single_file
+
+from svfit_dreambooth.bases.names import home_expanded
+from svfit_dreambooth.bases.opening import open_base_model
+from svfit_dreambooth.errors import SVFitError
+
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+    "text_encoder_2": "model.safetensors",
+}
+
+
+@pytest.fixture
+def copies(tiny_base, tiny_base_xl, tmp_path):
+    """A function to a copy of a base that may be damaged."""
+
+    def copy(base="tiny_base"):
+        source = {"tiny_base": tiny_base, "tiny_base_xl": tiny_base_xl}[base]
+        return shutil.copytree(source, tmp_path / f"copy-{len(list(tmp_path.iterdir()))}")
+
+    return copy
+
+
+def change_weights(folder, part, change):
+    path = folder / part / WEIGHTS[part]
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, {"format": "pt"})
+
+
+def change_json(path, **entries):
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+@pytest.mark.parametrize(
+    ("base", "part", "beginning"),
+    [
+        ("tiny_base", "unet", "conv_in.weight"),
+        ("tiny_base", "vae", "decoder.conv_out.bias"),
+        ("tiny_base", "text_encoder", "encoder.layers.1."),
+        ("tiny_base_xl", "text_encoder", "encoder.layers.0.self_attn.q_proj."),
+        ("tiny_base_xl", "text_encoder_2", "text_projection."),
+    ],
+)
+def test_missing_weights_are_named_and_never_made_up(copies, base, part, beginning):
+    folder = copies(base)
+
+    def lose(weights):
+        lost = [name for name in weights if beginning in name]
+        assert lost
+        for name in lost:
+            del weights[name]
+
+    change_weights(folder, part, lose)
+    with pytest.raises(SVFitError, match=f"the {part} of .* lacks .*{beginning}"):
+        open_base_model(str(folder))
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_weights_of_another_network_are_named(copies, part):
+    folder = copies()
+    change_weights(folder, part, lambda weights: weights.update({"somebody.elses.weight": torch.zeros(3)}))
+    with pytest.raises(SVFitError, match=f"the {part} of .* holds, beside its own, somebody.elses.weight"):
+        open_base_model(str(folder))
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_weights_that_are_no_numbers(copies, part):
+    folder = copies()
+    change_weights(folder, part, lambda weights: weights[max(weights)].view(-1)[0].fill_(float("nan")))
+    with pytest.raises(SVFitError, match=f"the {part} of .* holds NaN or infinity in"):
+        open_base_model(str(folder))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04\x95pickle", None])
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_broken_weight_files_are_a_sentence(copies, part, content):
+    folder = copies()
+    path = folder / part / WEIGHTS[part]
+    path.write_bytes(path.read_bytes()[:-100] if content is None else content)
+    with pytest.raises(SVFitError, match=f"the base model {folder} cannot be opened"):
+        open_base_model(str(folder))
+
+
+def test_a_tokenizer_without_its_vocabulary(copies):
+    folder = copies()
+    for path in (folder / "tokenizer").iterdir():
+        if path.name != "tokenizer_config.json":
+            path.unlink()
+    with pytest.raises(SVFitError, match="its vocabulary is not whole|cannot be opened"):
+        open_base_model(str(folder))
+
+
+def test_a_tokenizer_with_words_that_the_encoder_does_not_know(copies):
+    folder = copies()
+    pipeline = tiny_pipeline()
+    pipeline.tokenizer.add_tokens(["zwx"])
+    pipeline.tokenizer.save_pretrained(folder / "tokenizer")
+    with pytest.raises(SVFitError, match="tokens beyond the .* that the encoder knows"):
+        open_base_model(str(folder))
+
+
+@pytest.mark.parametrize(("given", "expected"), [(10**30, 77), (225, 77), (20, 20)])
+def test_no_prompt_is_longer_than_the_encoder_reads(copies, given, expected):
+    folder = copies()
+    change_json(folder / "tokenizer" / "tokenizer_config.json", model_max_length=given)
+    model = open_base_model(str(folder))
+    assert model.pipeline.tokenizer.model_max_length == expected
+    assert model.family.tokenize(["a dog"])["text_encoder"].shape == (1, expected)
+
+
+def test_a_length_of_prompts_that_cannot_be(copies):
+    folder = copies()
+    change_json(folder / "tokenizer" / "tokenizer_config.json", model_max_length=-5)
+    with pytest.raises(SVFitError, match="reads -5 tokens"):
+        open_base_model(str(folder))
+
+
+def test_bases_for_other_shapes_than_squares(copies):
+    folder = copies()
+    change_json(folder / "unet" / "config.json", sample_size=[4, 16])
+    assert open_base_model(str(folder)).resolution == 16  # as many pixels as 4 * 16 latents of 2 * 2
+    for wrong in (None, [8], "large", 0):
+        change_json(folder / "unet" / "config.json", sample_size=wrong)
+        with pytest.raises(SVFitError, match="sample_size"):
+            open_base_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("file", "entries"),
+    [
+        ("unet/config.json", {"block_out_channels": "wide"}),
+        ("text_encoder/config.json", {"hidden_size": "wide"}),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": "many"}),
+        ("model_index.json", {"tokenizer": ["transformers", "NoTokenizer"]}),
+        ("model_index.json", {"unet": [None, None]}),
+    ],
+)
+def test_configs_that_say_nonsense_are_a_sentence(copies, file, entries):
+    folder = copies()
+    change_json(folder / file, **entries)
+    with pytest.raises(SVFitError, match=str(folder)):
+        open_base_model(str(folder)).family.noising()
+
+
+@pytest.mark.parametrize("file", ["model_index.json", "unet/config.json", "tokenizer/tokenizer_config.json"])
+def test_configs_that_are_lists_are_a_sentence(copies, file):
+    folder = copies()
+    (folder / file).write_text("[]")
+    with pytest.raises(SVFitError, match=str(folder)):
+        open_base_model(str(folder))
+
+
+def test_units_of_latents_are_those_of_the_pipeline(copies):
+    """SDXL's pipeline decodes by mean and spread of each channel where there are some; the other refuses them."""
+    mean, std = [0.5, -1.0, 2.0, 0.0], [2.0, 0.5, 1.0, 4.0]
+    folder = copies("tiny_base_xl")
+    plain = open_base_model(str(folder)).family
+    change_json(folder / "vae" / "config.json", latents_mean=mean, latents_std=std)
+    family = open_base_model(str(folder)).family
+    pixels = torch.rand(1, 3, 16, 16) * 2 - 1
+    z = plain.encode_images(pixels)[0] / plain.pipeline.vae.config.scaling_factor
+    shift, spread = (torch.tensor(values).view(1, 4, 1, 1) for values in (mean, std))
+    latents = family.encode_images(pixels)[0]
+    assert torch.allclose(latents, (z - shift) / spread * family.pipeline.vae.config.scaling_factor, atol=1e-5)
+    (own,) = family.decode_latents(latents)
+    (expected,) = plain.decode_latents(z * plain.pipeline.vae.config.scaling_factor)
+    assert max(abs(a - b) for a, b in zip(own.tobytes(), expected.tobytes(), strict=True)) <= 1
+    folder = copies()
+    change_json(folder / "vae" / "config.json", latents_mean=mean, latents_std=std)
+    with pytest.raises(SVFitError, match="has latents_mean, which pipelines of its family ignore"):
+        open_base_model(str(folder))
+
+
+def test_networks_that_are_told_classes(copies):
+    folder = copies()
+    tiny_unet(num_class_embeds=3).save_pretrained(folder / "unet")
+    with pytest.raises(SVFitError, match="is told more than prompts"):
+        open_base_model(str(folder))
+
+
+def test_samplers_without_a_schedule(copies):
+    folder = copies()
+    model = open_base_model(str(folder))
+    model.pipeline.scheduler.register_to_config(beta_start=None)
+    sampler = type("Sampler", (), {"config": {"prediction_type": "epsilon"}})()
+    model.pipeline.scheduler = sampler
+    with pytest.raises(SVFitError, match="sampled with Sampler, which names no noise schedule"):
+        model.family.noising()
+
+
+# ---------------------------------------------------------------- single files
+
+
+@pytest.mark.parametrize("key", ["edm_mean", "edm_std", "edm_vpred.sigma_max"])
+def test_files_of_models_trained_by_edm(tmp_path, key):
+    path = save_single_file(tiny_sdxl_pipeline(), tmp_path / "a.safetensors", extra={key: torch.zeros(4)})
+    with pytest.raises(SVFitError, match=f"is trained by EDM, it holds {key}"):
+        open_base_model(str(path))
+
+
+@pytest.mark.parametrize("kind", ["sd", "xl"])
+@pytest.mark.parametrize(
+    ("lost", "words"),
+    [("first_stage_model.", "without autoencoder"), (("cond_stage_model.", "conditioner."), "without text encoder")],
+)
+def test_files_that_lack_a_network(tmp_path, kind, lost, words):
+    pipeline = tiny_pipeline() if kind == "sd" else tiny_sdxl_pipeline()
+    path = save_single_file(pipeline, tmp_path / "a.safetensors")
+    save_file({name: tensor for name, tensor in load_file(path).items() if not name.startswith(lost)}, path)
+    named = type(pipeline).__name__
+    with pytest.raises(SVFitError, match=f"is a checkpoint for {named} {words}"):
+        open_base_model(str(path))
+
+
+@pytest.mark.parametrize("beginning", ["model.diffusion_model.out.2.weight", "first_stage_model.decoder.conv_out."])
+def test_files_that_lack_a_weight(tmp_path, beginning):
+    pipeline = tiny_pipeline()
+    pipeline.save_pretrained(tmp_path / "configs")
+    path = save_single_file(pipeline, tmp_path / "a.safetensors")
+    save_file({name: tensor for name, tensor in load_file(path).items() if not name.startswith(beginning)}, path)
+    with pytest.raises(SVFitError, match="lacks conv_out.weight|lacks decoder.conv_out.weight|cannot be opened"):
+        open_base_model(str(path), base_config=str(tmp_path / "configs"))
+
+
+def test_a_suffix_in_capitals_is_called_no_pickle(tmp_path):
+    path = save_single_file(tiny_pipeline(), tmp_path / "a.safetensors").rename(tmp_path / "A.SAFETENSORS")
+    with pytest.raises(SVFitError, match="rename it to A.safetensors"):
+        open_base_model(str(path))
+
+
+def test_the_home_folder_may_be_short(tiny_base, monkeypatch):
+    monkeypatch.setenv("HOME", str(tiny_base.parent))
+    assert open_base_model(f"~/{tiny_base.name}").name == tiny_base.name
+    assert home_expanded("someone/model~2") == "someone/model~2"
