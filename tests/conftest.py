@@ -1,5 +1,7 @@
 """Tiny pipelines built from configs: the real classes, random weights, no network."""
 
+import copy
+import functools
 import gc
 import os
 import tempfile
@@ -39,6 +41,12 @@ def pytest_collection_finish():
 
 
 WORDS = ["a", "photo", "of", "dog", "cat", "mug", "on", "the", "beach", "in", "snow", "sks"]
+
+
+@functools.cache
+def tiny_tokenizer():
+    """One vocabulary for all: words of equal rank may come in another order when they are learned again."""
+    return build_tokenizer(WORDS, max_length=77)
 
 
 def tiny_unet(**changes):
@@ -87,7 +95,7 @@ def tiny_autoencoder():
 def tiny_pipeline(vae="kl", prediction_type="epsilon", seed=0):
     """A Stable Diffusion pipeline of a few thousand weights; `vae`: "kl" (AutoencoderKL) or "tiny" (AutoencoderTiny)."""
     torch.manual_seed(seed)
-    tokenizer = build_tokenizer(WORDS, max_length=77)
+    tokenizer = copy.deepcopy(tiny_tokenizer())
     if vae == "kl":
         autoencoder = tiny_autoencoder()
     else:
@@ -120,7 +128,7 @@ def tiny_pipeline(vae="kl", prediction_type="epsilon", seed=0):
 def tiny_sdxl_pipeline(seed=0):
     """The same for SDXL: two text encoders, pooled embeddings and time ids."""
     torch.manual_seed(seed)
-    tokenizer = build_tokenizer(WORDS, max_length=77)
+    tokenizer = copy.deepcopy(tiny_tokenizer())
     pipeline = StableDiffusionXLPipeline(
         vae=tiny_autoencoder(),
         text_encoder=tiny_text_encoder(len(tokenizer)),

@@ -185,6 +185,7 @@ def test_mixed_precision(tiny_base_xl, photo_folder, tmp_path, precision):
     changes = {"mixed_precision": precision, "train_text_encoder": True, "gradient_checkpointing": True}
     result = train(TrainConfig(**options(tiny_base_xl, photo_folder, tmp_path, **changes)))
     assert result.base.pipeline.vae.dtype == torch.float32
+    assert not any("forward" in vars(module) for module in result.base.family.components.values())
     assert all(shift.isfinite().all() for shift in read_adapter(result.adapter_path).shifts.values())
 
 

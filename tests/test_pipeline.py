@@ -80,6 +80,16 @@ def test_strengths(pipeline):
     assert torch.equal(paint(pipeline), adapted)
 
 
+def test_adapters_are_listed_as_they_were_loaded():
+    """Also where the first changes another component than the second."""
+    pipeline = tiny_pipeline()
+    kinds = {"words": ("text_encoder",), "looks": ("unet",), "both": ("unet", "text_encoder")}
+    made = {name: make_adapter(pipeline, components=components) for name, components in kinds.items()}
+    for name, adapter in made.items():
+        load_adapter(pipeline, adapter, name=name)
+    assert list(loaded_adapters(pipeline)) == ["words", "looks", "both"]
+
+
 def test_several_adapters_add_up_whatever_their_ranks(pipeline):
     small, large = make_adapter(pipeline, 1, rank=3, components=("unet",)), make_adapter(pipeline, 2)
     load_adapter(pipeline, small, 0.7)

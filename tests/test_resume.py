@@ -157,6 +157,14 @@ def test_a_named_checkpoint_resumes_into_another_folder(config, whole, tmp_path)
     assert_same_values(result.adapter_path, whole.adapter_path)
 
 
+def test_a_base_that_was_moved_is_known_by_its_weights(config, whole, tmp_path):
+    checkpoint = whole.adapter_path.parent / "checkpoints" / "step-000009.safetensors"
+    moved = shutil.copytree(config["pretrained_model_name_or_path"], tmp_path / "moved")
+    options = {**config, "pretrained_model_name_or_path": str(moved)}
+    result = train(TrainConfig(**options, output_dir=str(tmp_path / "b"), resume_from_checkpoint=str(checkpoint)))
+    assert_same_values(result.adapter_path, whole.adapter_path)
+
+
 def test_a_run_that_lacked_memory_goes_on_without_looks_and_with_checkpointed_gradients(config, whole, tmp_path):
     checkpoint = whole.adapter_path.parent / "checkpoints" / "step-000009.safetensors"
 
