@@ -8,6 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from conftest import offload_sequentially, tiny_pipeline
+from diffusers import UNet2DConditionModel
 from diffusers.hooks import apply_group_offloading
 
 from svfit_dreambooth import load_adapter, merge_adapters, save_adapter, set_adapters, unload_adapter
@@ -266,3 +267,19 @@ def test_pipelines_that_share_components_share_adapters(pipeline):
     other = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
     load_adapter(other, make_adapter(pipeline), name="dog")
     assert loaded_adapters(pipeline) == {"dog": 1.0}
+
+
+def test_saving_a_pipeline_does_not_lose_its_adapters_in_silence(tmp_path):
+    pipeline = tiny_pipeline()
+    adapter = make_adapter(pipeline, rank=2)
+    name, other = load_adapter(pipeline, adapter), load_adapter(pipeline, adapter, name="other")
+    for save in (pipeline.save_pretrained, pipeline.unet.save_pretrained, pipeline.text_encoder.save_pretrained):
+        with pytest.raises(SVFitError, match="which save_pretrained would lose: unload them first"):
+            save(tmp_path / "model")
+    unload_adapter(pipeline, name)
+    with pytest.raises(SVFitError, match="would lose"):
+        pipeline.save_pretrained(tmp_path / "model")
+    unload_adapter(pipeline, other)
+    pipeline.save_pretrained(tmp_path / "model")
+    again = UNet2DConditionModel.from_pretrained(tmp_path / "model", subfolder="unet")
+    assert again.state_dict().keys() == tiny_pipeline().unet.state_dict().keys()

@@ -102,6 +102,7 @@ def load_adapter(
                 if component in words:
                     install_words(components[component], family.tokenizers[component])
                 _refresh(components[component])
+                _plain(components[component]).save_pretrained = _saving_forbidden  # type: ignore[assignment]
         except BaseException:  # out of memory, Ctrl-C: as it was before
             for component in shifts:
                 _take_off(components[component], name)
@@ -141,6 +142,19 @@ def _take_off(model: nn.Module, *names: str) -> None:
     else:
         remove_svfit(model)
         remove_word_embedding(model)
+        vars(_plain(model)).pop("save_pretrained", None)  # the class has its own
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """`model` without what torch.compile puts around it."""
+    return getattr(model, "_orig_mod", model)
+
+
+def _saving_forbidden(*args: object, **kwargs: object) -> None:
+    raise SVFitError(
+        "this model carries SVFit adapters, which save_pretrained would lose: unload them first, or write a model with "
+        "them merged in by the command export, format merged."
+    )
 
 
 def loaded_adapters(pipeline: DiffusionPipeline) -> dict[str, float]:
@@ -168,7 +182,7 @@ def merge_adapters(pipeline: DiffusionPipeline) -> Iterator[None]:
 
 
 def _registry(model: nn.Module) -> dict[str, Loaded]:
-    model = getattr(model, "_orig_mod", model)
+    model = _plain(model)
     if not hasattr(model, "svfit_adapters"):
         model.svfit_adapters = {}  # type: ignore[assignment]
     return model.svfit_adapters  # type: ignore[return-value]
