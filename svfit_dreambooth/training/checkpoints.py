@@ -180,7 +180,7 @@ def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> TrainState:
     for name, tensor in tensors.items():
         group, _, rest = name.partition(".")
         groups[group][rest] = tensor
-    best = None if facts["best"] is None else Best(*facts["best"], groups["best"])
+    best = None if facts["best"] is None else Best(facts["best"][0], facts["best"][1], groups["best"])
     positions = groups["position"] if facts["chosen"] else None
     return TrainState(
         facts["step"],

@@ -284,6 +284,9 @@ def end_of(result: TrainResult, now: float) -> End:
     ending, showing, path = result.ending, result.showing, result.adapter_path
     at_home = path.parent == result.plan.folder.path
     message = None if ending.failure is None else str(ending.failure)
+    figures: dict[str, dict[str, float | None]] | None = None
+    if showing is not None and showing.figures is not None:
+        figures = {name: dict(scores.known()) for name, scores in showing.figures.items()}
     return End(
         ending.status,
         now,
@@ -292,5 +295,5 @@ def end_of(result: TrainResult, now: float) -> End:
         ending.kept,
         path.name if at_home else None,
         None if showing is None else showing.sheet.name,
-        None if showing is None or showing.figures is None else {n: s.known() for n, s in showing.figures.items()},
+        figures,
     )

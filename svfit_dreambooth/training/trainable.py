@@ -19,8 +19,8 @@ from svfit_dreambooth.training.words import learn_words, learned_words, remove_w
 class Part(Protocol):
     """One kind of trained values.  They keep at least float32, whatever their network is cast to."""
 
-    values: Mapping[str, nn.Parameter]  # by their names in checkpoints, zero where they are the base
-    roles: Mapping[str, str]  # role of each, by which it is given its rate
+    values: dict[str, nn.Parameter]  # by their names in checkpoints, zero where they are the base
+    roles: dict[str, str]  # role of each, by which it is given its rate
 
     def learnt(self) -> dict[str, Any]:
         """The values as fields of an `Adapter`."""
@@ -58,7 +58,7 @@ class Shifts:
             if plan.initial is not None:
                 set_shifts(module, plan.initial.component_shifts(component))
             self.values |= {f"{component}.{name}": shift for name, shift in shifts.items()}
-        self.roles = {name: family.role(name) for name in self.values}
+        self.roles: dict[str, str] = {name: family.role(name) for name in self.values}
 
     def learnt(self) -> dict[str, Any]:
         shifts = {
