@@ -2,13 +2,16 @@
 
 import torch
 from diffusers import (
+    AutoencoderKL,
     AutoencoderKLFlux2,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -30,8 +33,8 @@ def byte_tokenizer():
     return tokenizer
 
 
-def tiny_qwen3(layers, vocabulary_size, width=16):
-    return Qwen3ForCausalLM(
+def tiny_qwen3(layers, vocabulary_size, kind=Qwen3ForCausalLM, width=16):
+    return kind(
         Qwen3Config(
             vocab_size=vocabulary_size,
             hidden_size=width,
@@ -77,6 +80,54 @@ def tiny_klein(seed=0, **changes):
             guidance_embeds=False,
         ).eval(),
         **changes,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_autoencoder():
+    """As FLUX.1's: 4 channels, moved and scaled."""
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+        scaling_factor=0.4,
+        shift_factor=0.1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).eval()
+
+
+def tiny_z_image(seed=0):
+    """Z-Image of one refiner each and two blocks, 16 pixels."""
+    torch.manual_seed(seed)
+    tokenizer = byte_tokenizer()
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=16,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[4, 2, 2],
+        axes_lens=[1024, 32, 32],
+    ).eval()
+    for padding in (
+        transformer.x_pad_token,
+        transformer.cap_pad_token,
+    ):  # zeros, with which the norm would divide 0 by 0
+        torch.nn.init.normal_(padding)
+    pipeline = ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=tiny_autoencoder(),
+        text_encoder=tiny_qwen3(2, len(tokenizer), Qwen3Model),
+        tokenizer=tokenizer,
+        transformer=transformer,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -5,21 +5,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from flow_bases import tiny_klein
+from flow_bases import tiny_klein, tiny_z_image
 
 from svfit_dreambooth import load_adapter, train, unload_adapter
 from svfit_dreambooth.adapter.file import read_adapter
 from svfit_dreambooth.bases.families import family_of
 from svfit_dreambooth.bases.opening import open_base_model
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.method.targets import matrix_layers
 from svfit_dreambooth.painting.generate import generate, open_for_adapters
 from svfit_dreambooth.training.config import TrainConfig
 from svfit_dreambooth.training.estimate import _activations, _counting, estimate_memory
 from svfit_dreambooth.training.objective import Objective
 from svfit_dreambooth.training.plan import prepare
 
-BASES = {"klein": tiny_klein}
+BASES = {"klein": tiny_klein, "z-image": tiny_z_image}
+UNGUIDED = {"Z-Image": 0.0}  # whose guidance is what is added to 1
 EVERY = [name if name == "klein" else pytest.param(name, marks=pytest.mark.slow) for name in BASES]
 
 
@@ -103,7 +103,9 @@ def test_a_step_of_the_sampler_goes_along_what_training_predicts(folder, step):
         seen.append(family.unpacked(tensors["latents"], 16, 16))
         return {}
 
-    words = family.painting_arguments({"prompt": "a dog", "negative_prompt": None}, 1.0)
+    words = family.painting_arguments(
+        {"prompt": "a dog", "negative_prompt": None}, UNGUIDED.get(family.architecture, 1.0)
+    )
     start = torch.manual_seed(0)
     pipeline(**words, height=16, width=16, num_inference_steps=3, generator=start, callback_on_step_end=look)
     sigmas = pipeline.scheduler.sigmas
@@ -153,15 +155,6 @@ def test_adapters_of_other_kinds_of_bases_are_refused(config, tiny_base, folder)
     other = train(replace(config, pretrained_model_name_or_path=str(tiny_base), max_train_steps=1)).adapter_path
     with pytest.raises(SVFitError, match="changes unet, which this pipeline lacks"):
         load_adapter(open_base_model(str(folder)).pipeline, other)
-
-
-def test_fused_projections_are_refused(folder):
-    transformer = open_base_model(str(folder)).pipeline.transformer
-    transformer.fuse_qkv_projections()
-    with pytest.raises(SVFitError, match="unfuse_qkv_projections"):
-        matrix_layers(transformer)
-    transformer.unfuse_qkv_projections()
-    assert matrix_layers(transformer)
 
 
 def test_the_loss_is_that_of_flow_matching(config):

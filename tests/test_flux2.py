@@ -6,7 +6,8 @@ from diffusers import Flux2Transformer2DModel
 from flow_bases import tiny_klein
 
 from svfit_dreambooth.bases.flux2 import FLUX2, Flux2Klein
-from svfit_dreambooth.method.targets import find_projections
+from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.method.targets import find_projections, matrix_layers
 
 SIZES = {  # of the published transformers
     "4b": {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680},
@@ -72,3 +73,12 @@ def test_the_negative_prompt_is_refused_not_ignored(family):
 def test_a_distilled_base_names_its_sibling():
     assert Flux2Klein(tiny_klein()).undistilled is None
     assert Flux2Klein(tiny_klein(is_distilled=True)).undistilled == "black-forest-labs/FLUX.2-klein-base-9B"
+
+
+def test_fused_projections_are_refused():
+    transformer = tiny_klein().transformer
+    transformer.fuse_qkv_projections()
+    with pytest.raises(SVFitError, match="unfuse_qkv_projections"):
+        matrix_layers(transformer)
+    transformer.unfuse_qkv_projections()
+    assert matrix_layers(transformer)

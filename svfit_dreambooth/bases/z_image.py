@@ -1,0 +1,91 @@
+"""Z-Image (Tongyi-MAI, 2025, arXiv 2511.22699): one stream of picture and prompt, read by a Qwen3."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from diffusers import ZImagePipeline, ZImageTransformer2DModel
+from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
+from PIL import Image
+from torch import Tensor, nn
+
+from svfit_dreambooth.bases.family import Conditions, Role, Tokens
+from svfit_dreambooth.bases.flow import FlowTransformer, chat_tokens, hidden_states
+from svfit_dreambooth.method.targets import LayerNames
+
+Z_IMAGE = LayerNames(
+    attention=(("to_q", "to_k", "to_v", "to_out.0"),),
+    feed_forward=("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+)
+PROMPT_TOKENS = 512
+
+
+class ZImage(FlowTransformer):
+    """The denoiser is given 1 - s for the time, and answers x - e; prompts are read at their own length."""
+
+    pipeline_class = ZImagePipeline
+    denoiser_class = ZImageTransformer2DModel
+    layer_names: ClassVar[Mapping[Role, LayerNames]] = {"denoiser": Z_IMAGE}
+    checkpointed = (ZImageTransformerBlock,)
+    guidance_scale = 5.0
+    tokens_per_latent = 0.25
+    timestep_sampling = "shifted"
+
+    @property
+    def architecture(self) -> str:
+        return "Z-Image"
+
+    @property
+    def resolution(self) -> int:
+        return int(self.pipeline.vae.config.sample_size)
+
+    # prompts
+
+    def tokenize(self, prompts: list[str]) -> Tokens:
+        return chat_tokens(self.pipeline.tokenizer, prompts, PROMPT_TOKENS, thinking=True)
+
+    def encode_tokens(self, tokens: Tokens, encoders: Mapping[str, nn.Module]) -> Conditions:
+        states = hidden_states(tokens, encoders, [-2])[:, 0]  # (prompts, tokens, dim)
+        return {"prompt_embeds": states, "attention_mask": tokens["attention_mask"]}
+
+    @torch.no_grad()
+    def painting_arguments(self, words: dict[str, Any], guidance_scale: float) -> dict[str, Any]:
+        """The embeddings in the denoiser's type: the pipeline itself would hand them over in the text encoder's."""
+        found = self.pipeline.encode_prompt(
+            words["prompt"],
+            do_classifier_free_guidance=guidance_scale > 0,
+            negative_prompt=words.get("negative_prompt"),
+        )
+        dtype = self.denoiser.dtype
+        embeds, negative = ([rows.to(dtype) for rows in prompts] for prompts in found)
+        return {"prompt_embeds": embeds, "negative_prompt_embeds": negative, "guidance_scale": guidance_scale}
+
+    # pictures
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor, height: int, width: int) -> list[Image.Image]:
+        return super().decode_latents(latents.float(), height, width)
+
+    # the loss
+
+    def predict(
+        self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions, time_ids: Tensor
+    ) -> Tensor:
+        embeds = conditions["prompt_embeds"].to(noisy_latents.dtype)
+        prompts = list(embeds)
+        if "attention_mask" in conditions:
+            masks = conditions["attention_mask"].bool()
+            prompts = [rows[mask] for rows, mask in zip(embeds, masks, strict=True)]  # (own length, dim) each
+        answers = denoiser(
+            list(noisy_latents.unsqueeze(2)),  # (channels, 1, h, w) each
+            1 - timesteps,
+            prompts,
+            return_dict=False,
+        )[0]
+        return -torch.stack(list(answers)).squeeze(2)
+
+    def stand_in(self, batch: int, resolution: int) -> tuple[Tensor, Tensor, Conditions, Tensor]:
+        """With prompts of full length."""
+        config, side = self.denoiser.config, resolution // self.pixels_per_latent
+        conditions = {"prompt_embeds": torch.empty(batch, PROMPT_TOKENS, config.cap_feat_dim)}
+        return torch.empty(batch, config.in_channels, side, side), torch.empty(batch), conditions, torch.empty(batch, 6)
