@@ -94,7 +94,7 @@ def visit(server, browser):
         contexts.append(context)
         page = context.new_page()
         page.goto(server.url)
-        page.locator("#generate-button").wait_for()
+        page.get_by_role("tab", name="Train").wait_for()
         return page
 
     yield visit
