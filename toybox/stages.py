@@ -98,9 +98,10 @@ def train_autoencoder(
     accelerator: Accelerator,
     batch_size: int = 32,
     learning_rate: float = 2e-3,
+    muon_rate: float = 4e-3,
     log_every: int = 50,
 ) -> None:
-    """Fit the encoder and train the decoder."""
+    """Fit the encoder and train the decoder; the rates are those of `train_unet`."""
     fit_encoder(vae, pictures)
     vae.encoder.requires_grad_(False)
 
@@ -111,7 +112,9 @@ def train_autoencoder(
 
     vae.to(accelerator.device, memory_format=torch.channels_last)  # a quarter faster on CPUs
     parts = nn.ModuleDict({"encoder": vae.encoder, "decoder": vae.decoder})
-    fit(parts, compute_loss, checkpoint, budget, {"decoder": learning_rate}, accelerator, log_every=log_every)
+    fit(
+        parts, compute_loss, checkpoint, budget, {"decoder": learning_rate}, accelerator, muon_rate, log_every=log_every
+    )  # fmt: skip
     vae.requires_grad_(True)
 
 
