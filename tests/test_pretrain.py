@@ -46,6 +46,11 @@ def test_known_words_are_single_tokens_and_survive_saving(tmp_path):
         assert len(each(sentence).input_ids) == len(sentence.split()) + 2
 
 
+def test_a_vocabulary_is_the_same_however_often_it_is_built():
+    first = build_tokenizer(WORDS).get_vocab()
+    assert all(build_tokenizer(reversed(WORDS)).get_vocab() == first for _ in range(5))
+
+
 def test_rates_follow_the_budget():
     factors = [rate_factor(fraction) for fraction in np.linspace(0, 1, 101)]
     assert max(factors) == 1.0 and factors[-1] == pytest.approx(0, abs=1e-9)

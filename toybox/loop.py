@@ -67,7 +67,7 @@ def fit(
     then gets a number of its own in each of them, and the gradients are averaged.
     """
     modules.to(accelerator.device).train()
-    parameters = [parameter for name in learning_rates for parameter in modules[name].parameters()]
+    parameters: list[Any] = [parameter for name in learning_rates for parameter in modules[name].parameters()]
     matrices = inner_matrices(modules, learning_rates) if muon_rate else []
     inner = {id(parameter) for parameter in matrices}
     groups: list[dict[str, Any]] = [
@@ -141,7 +141,7 @@ def fit(
     return step
 
 
-def inner_matrices(modules: nn.ModuleDict, names: Iterable[str]) -> list[nn.Parameter]:
+def inner_matrices(modules: nn.ModuleDict, names: Iterable[str]) -> list[Tensor]:
     """The weights of linear layers and convolutions of the named modules, but for their first and last ones."""
     return [
         layer.weight

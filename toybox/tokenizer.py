@@ -3,12 +3,12 @@
 Every byte is an entry, so any word can be spelled; words that captions often use are one entry each.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from transformers import CLIPTokenizer
 
 MAX_LENGTH = 48  # tokens a prompt may have, start and end included
@@ -24,12 +24,24 @@ def frequent_words(captions: Iterable[str], least: float = 2e-4) -> list[str]:
 
 
 def learn_merges(words: Iterable[str]) -> list[tuple[str, str]]:
-    """Byte-pair encoding (Sennrich et al., 2016), until every word is one piece."""
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix=WORD_END))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    trainer = trainers.BpeTrainer(vocab_size=100_000, min_frequency=1, end_of_word_suffix=WORD_END, show_progress=False)
-    tokenizer.train_from_iterator(words, trainer)
-    return [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+    """Byte-pair encoding (Sennrich et al., 2016): join the most frequent pair until every word is one piece."""
+    spellings = {word: [*word[:-1], word[-1] + WORD_END] for word in words}
+    merges = []
+    while pairs := Counter(pair for pieces in spellings.values() for pair in pairwise(pieces)):
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))  # ties go by the alphabet: the result is reproducible
+        merges.append(best)
+        spellings = {word: _join(pieces, best) for word, pieces in spellings.items()}
+    return merges
+
+
+def _join(pieces: list[str], pair: tuple[str, str]) -> list[str]:
+    joined: list[str] = []
+    for piece in pieces:
+        if joined and (joined[-1], piece) == pair:
+            joined[-1] += piece
+        else:
+            joined.append(piece)
+    return joined
 
 
 def build_tokenizer(words: Iterable[str], max_length: int = MAX_LENGTH) -> CLIPTokenizer:
