@@ -24,6 +24,7 @@ OF_A_FAMILY = {  # beginning of modelspec's architecture -> the licence of the f
     "stable-diffusion-xl": OPENRAIL_2,
     "Flux.2-klein-4b": APACHE,
     "Z-Image": APACHE,
+    "Qwen-Image": APACHE,
 }
 OF_A_BASE = {  # name of a base -> its licence; fine-tunes of these have their own
     "toybox": APACHE,

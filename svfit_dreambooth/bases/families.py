@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from svfit_dreambooth.bases.family import Family
 from svfit_dreambooth.bases.flux2 import Flux2Klein
 from svfit_dreambooth.bases.names import TOYBOX
+from svfit_dreambooth.bases.qwen_image import QwenImage
 from svfit_dreambooth.bases.sdxl import SDXL
 from svfit_dreambooth.bases.stable_diffusion import StableDiffusion
 from svfit_dreambooth.bases.toybox import Toybox
@@ -16,7 +17,7 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method import targets
 from svfit_dreambooth.method.layer import Rank
 
-FAMILIES: tuple[type[Family], ...] = (StableDiffusion, SDXL, Flux2Klein, ZImage)
+FAMILIES: tuple[type[Family], ...] = (StableDiffusion, SDXL, Flux2Klein, ZImage, QwenImage)
 EMBEDDED: dict[str, type[Family]] = {TOYBOX: Toybox}  # known by the base's name, not by its pipeline
 
 

@@ -195,6 +195,8 @@ class Family(ABC):
         pipeline, vae = self.pipeline, self.pipeline.vae
         device = get_module_execution_device(vae)  # if offloaded, not where its weights wait
         pixels = vae.decode(latents.to(device, vae.dtype), return_dict=False)[0]
+        if pixels.ndim == 5:  # of an autoencoder for videos: the only frame
+            pixels = pixels[:, :, 0]
         pipeline.maybe_free_model_hooks()
         if getattr(pipeline, "watermark", None) is not None:
             pixels = pipeline.watermark.apply_watermark(pixels)

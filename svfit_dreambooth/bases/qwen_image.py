@@ -1,0 +1,135 @@
+"""Qwen-Image (Wu et al., 2025, arXiv 2508.02324): two streams, and an autoencoder made for videos."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
+from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
+from PIL import Image
+from torch import Tensor, nn
+
+from svfit_dreambooth.bases.family import Conditions, Role, Tokens, posterior
+from svfit_dreambooth.bases.flow import FlowTransformer, warn_of_cut
+from svfit_dreambooth.method.targets import LayerNames
+
+QWEN_IMAGE = LayerNames(
+    attention=(
+        ("to_q", "to_k", "to_v", "to_out.0"),
+        ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    ),
+    feed_forward=tuple(f"{stream}_mlp.net.{layer}" for stream in ("img", "txt") for layer in ("0.proj", "2")),
+)
+PROMPT_TOKENS = 1024
+NO_PROMPT = " "  # what stands for no negative prompt
+
+
+class QwenImage(FlowTransformer):
+    """Prompts are read at their own length, by a Qwen2.5-VL that is asked to describe them, without the question."""
+
+    pipeline_class = QwenImagePipeline
+    denoiser_class = QwenImageTransformer2DModel
+    layer_names: ClassVar[Mapping[Role, LayerNames]] = {"denoiser": QWEN_IMAGE}
+    checkpointed = (QwenImageTransformerBlock,)
+    guidance_scale = 4.0
+    tokens_per_latent = 0.25
+
+    @property
+    def architecture(self) -> str:
+        return "Qwen-Image"
+
+    @property
+    def resolution(self) -> int:
+        return int(self.pipeline.default_sample_size) * self.pixels_per_latent
+
+    # prompts
+
+    def tokenize(self, prompts: list[str]) -> Tokens:
+        pipeline = self.pipeline
+        texts = [pipeline.prompt_template_encode.format(prompt) for prompt in prompts]
+        length = PROMPT_TOKENS + pipeline.prompt_template_encode_start_idx
+        warn_of_cut(pipeline.tokenizer, prompts, texts, length)
+        found = pipeline.tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        return {"text_encoder": found.input_ids, "attention_mask": found.attention_mask}
+
+    def encode_tokens(self, tokens: Tokens, encoders: Mapping[str, nn.Module]) -> Conditions:
+        asked = self.pipeline.prompt_template_encode_start_idx  # tokens of the question
+        masks = tokens["attention_mask"]
+        rows = []
+        for ids, mask in zip(tokens["text_encoder"], masks, strict=True):
+            own = mask.bool()
+            output = encoders["text_encoder"](
+                input_ids=ids[own][None], attention_mask=mask[own][None], output_hidden_states=True
+            )
+            states = output.hidden_states[-1][0, asked:]  # (own length, dim)
+            rows.append(nn.functional.pad(states, (0, 0, 0, PROMPT_TOKENS - len(states))))
+        lengths = masks.sum(1) - asked
+        kept = torch.arange(PROMPT_TOKENS, device=masks.device)[None] < lengths[:, None]
+        return {"prompt_embeds": torch.stack(rows), "prompt_embeds_mask": kept.long()}
+
+    @torch.no_grad()
+    def painting_arguments(self, words: dict[str, Any], guidance_scale: float) -> dict[str, Any]:
+        """The embeddings in the denoiser's type: the pipeline itself would hand them over in the text encoder's."""
+        texts = {"": words["prompt"]}
+        if guidance_scale > 1:
+            texts["negative_"] = words.get("negative_prompt") or NO_PROMPT
+        arguments: dict[str, Any] = {"true_cfg_scale": guidance_scale}
+        for kind, text in texts.items():
+            embeds, mask = self.pipeline.encode_prompt(text)
+            arguments[f"{kind}prompt_embeds"] = embeds.to(self.denoiser.dtype)
+            arguments[f"{kind}prompt_embeds_mask"] = embeds.new_ones(embeds.shape[:2]).long() if mask is None else mask
+        return arguments
+
+    # pictures
+
+    def latent_unit(self) -> tuple[Tensor, Tensor]:
+        config = self.pipeline.vae.config
+        mean, spread = (torch.tensor(values).view(1, -1, 1, 1) for values in (config.latents_mean, config.latents_std))
+        return mean, 1 / spread
+
+    @torch.no_grad()
+    def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """A photo is a video of one frame."""
+        mean, spread = (z.squeeze(2) for z in posterior(self.pipeline.vae, pixel_values.unsqueeze(2)))
+        offset, factor = (value.to(mean) for value in self.latent_unit())
+        return (mean - offset) * factor, spread * factor
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor, height: int, width: int) -> list[Image.Image]:
+        latents = self.unpacked(latents, height, width).float()
+        offset, factor = (value.to(latents) for value in self.latent_unit())
+        return self.decode((latents / factor + offset).unsqueeze(2))
+
+    def unpacked(self, latents: Tensor, height: int, width: int) -> Tensor:
+        return self.pipeline._unpack_latents(latents, height, width, self.pixels_per_latent).squeeze(2)
+
+    # the loss
+
+    def predict(
+        self, denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions, time_ids: Tensor
+    ) -> Tensor:
+        batch, channels, h, w = noisy_latents.shape
+        embeds, mask = conditions["prompt_embeds"].to(noisy_latents.dtype), None
+        if "prompt_embeds_mask" in conditions:
+            mask = conditions["prompt_embeds_mask"].bool()
+            longest = int(mask.sum(1).max())
+            embeds, mask = embeds[:, :longest], mask[:, :longest]
+            if mask.all():
+                mask = None
+        answer = denoiser(
+            hidden_states=self.pipeline._pack_latents(noisy_latents, batch, channels, h, w),
+            timestep=timesteps.to(noisy_latents.dtype),
+            guidance=None,
+            encoder_hidden_states=embeds,
+            encoder_hidden_states_mask=mask,
+            img_shapes=[[(1, h // 2, w // 2)]] * batch,
+            return_dict=False,
+        )[0]
+        return self.unpacked(answer, h * self.pixels_per_latent, w * self.pixels_per_latent)
+
+    def stand_in(self, batch: int, resolution: int) -> tuple[Tensor, Tensor, Conditions, Tensor]:
+        """With prompts of full length."""
+        config, side = self.denoiser.config, resolution // self.pixels_per_latent
+        conditions = {"prompt_embeds": torch.empty(batch, PROMPT_TOKENS, config.joint_attention_dim)}
+        latents = torch.empty(batch, config.in_channels // 4, side, side)
+        return latents, torch.empty(batch), conditions, torch.empty(batch, 6)
