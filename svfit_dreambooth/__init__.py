@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from svfit_dreambooth.method.targets import remove_svfit
     from svfit_dreambooth.painting.generate import generate
     from svfit_dreambooth.painting.loading import load_adapter, merge_adapters, set_adapters, unload_adapter
+    from svfit_dreambooth.painting.mixes import adapter_mixes
     from svfit_dreambooth.peft.method import SVFitConfig, adapter_from_peft
     from svfit_dreambooth.training.config import TrainConfig
     from svfit_dreambooth.training.run import train
@@ -31,6 +32,7 @@ _HOME = {
     "generate": "painting.generate",
     "SVFitConfig": "peft.method",
     "adapter_from_peft": "peft.method",
+    "adapter_mixes": "painting.mixes",
     "load_adapter": "painting.loading",
     "merge_adapters": "painting.loading",
     "set_adapters": "painting.loading",
@@ -47,6 +49,7 @@ __all__ = [
     "SVFitLinear",
     "TrainConfig",
     "adapter_from_peft",
+    "adapter_mixes",
     "apply_svfit",
     "decompose",
     "generate",

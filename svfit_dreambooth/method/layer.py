@@ -129,7 +129,8 @@ class SVFitLayer(nn.Module):
     float64 weight, and stays so through `.half()`, `.bfloat16()` and `.to(dtype)`: near 1, bfloat16 cannot hold
     a step of 1e-3.
 
-    `shift` may also be (batch, 1, r), a value of its own for every sample of a batch.
+    `shift` may also be (batch, 1, r), a value of its own for every sample of a batch; a batch of another size raises
+    SVFitError.
     """
 
     weight: Any  # nn.Parameter, as the layer's own class declares it
@@ -161,6 +162,12 @@ class SVFitLayer(nn.Module):
     def base_weight(self) -> Tensor:
         """The base's own weight, also while merged."""
         return self.weight.detach() if self.unmerged_weight is None else self.unmerged_weight
+
+    def shift_of(self, input: Tensor) -> Tensor:
+        """The shift in the shape that the batch `input` needs: (r,), or (batch, 1, r) with as many samples."""
+        if self.shift.ndim == 3 and len(self.shift) != len(input):
+            raise SVFitError(f"the shifts of {len(self.shift)} samples meet a batch of {len(input)}.")
+        return self.shift
 
     def delta(self) -> Tensor:
         """U diag(shift) Vh in the shape of the weight: what the adapter adds to it."""
@@ -233,7 +240,7 @@ class SVFitLinear(SVFitLayer, nn.Linear):
 
     def forward_factored(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)"""
-        shift: Tensor = self.shift
+        shift = self.shift_of(input)
         if shift.ndim == 3:  # one per sample: (batch, 1, r) to as many dimensions as the input has
             shift = shift.reshape(-1, *(1 for _ in range(input.ndim - 2)), self.rank)
         coefficients = F.linear(input, self.Vh) * shift  # (..., r)
@@ -279,7 +286,8 @@ class SVFitConv2d(SVFitLayer, nn.Conv2d):
                 f"not with one of shape {tuple(self.shift.shape)}."
             )
         kernels = self.Vh.view(self.rank, *self.weight.shape[1:])  # (r, in, h, w)
-        shift = self.shift.reshape(-1, self.rank, 1, 1) if self.shift.ndim == 3 else self.shift[:, None, None]
+        shift = self.shift_of(input)
+        shift = shift.reshape(-1, self.rank, 1, 1) if shift.ndim == 3 else shift[:, None, None]
         coefficients = self._conv_forward(input, kernels, None) * shift  # (batch, r, height', width')
         mixed = F.conv2d(coefficients.to(input.dtype), self.U[:, :, None, None])  # (batch, out, height', width')
         return nn.Conv2d.forward(self, input) + mixed

@@ -33,7 +33,7 @@ class WordEmbedding(nn.Embedding):
     """The token embedding of a text encoder, with deltas at the places of some words.
 
     `weight` keeps its name and its values, so a checkpoint of the base loads.  Deltas are float32 and stay so through
-    `.half()` and `.to(dtype)`.
+    `.half()` and `.to(dtype)`.  One may also be (batch, k, dim), a meaning of its own for every prompt of a batch.
     """
 
     ends: Tensor
@@ -48,11 +48,11 @@ class WordEmbedding(nn.Embedding):
         self.words: dict[Pieces, str] = {}  # pieces -> name of the parameter that holds their delta
 
     def deltas(self) -> dict[Pieces, nn.Parameter]:
-        """Pieces of every word -> (k, dim)."""
+        """Pieces of every word -> (k, dim), or (batch, k, dim)."""
         return {pieces: getattr(self, name) for pieces, name in self.words.items()}
 
     def put(self, deltas: Mapping[Pieces, Tensor]) -> None:
-        """Replaces all words by `deltas`, pieces -> (k, dim); none of them is to be trained."""
+        """Replaces all words by `deltas`, pieces -> (k, dim) or (batch, k, dim); none of them is to be trained."""
         for name in self.words.values():
             delattr(self, name)
         self.words = {pieces: f"delta_{number}" for number, pieces in enumerate(deltas)}
@@ -67,10 +67,12 @@ class WordEmbedding(nn.Embedding):
         added = self.num_embeddings - len(self.ends)  # tokens of textual inversions that were loaded since
         ends = F.pad(self.ends, (0, added), value=True) if added > 0 else self.ends
         for pieces, delta in self.deltas().items():
+            if delta.ndim == 3 and len(delta) != len(input):
+                raise SVFitError(f"the meanings of a word for {len(delta)} prompts meet {len(input)} prompts.")
             starts = find_word(input, pieces, ends)  # (..., tokens)
             for k in range(len(pieces)):
                 here = F.pad(starts, (k, 0))[..., :tokens, None]  # (..., tokens, 1)
-                embedded = torch.where(here, (embedded + delta[k]).to(embedded.dtype), embedded)
+                embedded = torch.where(here, (embedded + delta[..., k, None, :]).to(embedded.dtype), embedded)
         return embedded
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WordEmbedding:

@@ -6,10 +6,10 @@ shifts, each times its strength.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import combinations, count
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
@@ -34,6 +34,7 @@ from svfit_dreambooth.method.targets import (
     svfit_layers,
 )
 from svfit_dreambooth.method.word import (
+    WORD_END,
     Pieces,
     base_rows,
     install_words,
@@ -65,13 +66,16 @@ def load_adapter(
     *,
     allow_other_base: bool = False,
     basis_cache_dir: str | Path | None = None,
+    known_hashes: dict[str, str] | None = None,
 ) -> str:
     """Loads an adapter onto `pipeline` beside those already there; `pipeline(prompt)` then uses it.
 
     `adapter`: a file, or a repository on the Hugging Face Hub as "owner/name[@revision]", see `source.find_adapter`.
-    `scale`: its strength, 1 as trained.  `name`: how `set_adapters` and `unload_adapter` call it, by default the
-    file's name without suffix; it is returned.  Offloaded pipelines stay offloaded.
-    Raises SVFitError for a bad file, a name in use, and a pipeline that holds another base than the adapter was
+    `scale`: its strength, 1 as trained; one at 0 rests.  `name`: how `set_adapters` and `unload_adapter` call it, by default the
+    file's name without suffix; it is returned.  Offloaded pipelines stay offloaded.  `known_hashes`: who loads many
+    adapters onto a base that nothing changes in between gives an empty dictionary and the same again each time, and
+    its weights are read only once.
+    Raises SVFitError for a bad file, a name in use, a word that another adapter in force learned, and a pipeline that holds another base than the adapter was
     trained on, unless `allow_other_base` (for fine-tunes of the same family).
     """
     if not isinstance(adapter, Adapter):
@@ -88,20 +92,24 @@ def load_adapter(
     with layers_exchanged(pipeline):
         weights = adapted_weights(pipeline, adapter, name)
         words = _learned_words(family, name, adapter)
-        hashes = weight_hashes(weights)
+        in_force = [other for other, strength in loaded_adapters(pipeline).items() if strength and scale]
+        check_meanings(pipeline, in_force, {name: words})
+        known_hashes = {} if known_hashes is None else known_hashes
+        hashes = known_hashes | weight_hashes({key: w for key, w in weights.items() if key not in known_hashes})
+        known_hashes |= {key: hash for key, hash in hashes.items() if key not in adapter.word_deltas()}
         _check_base(pipeline, adapter, name, weights, hashes, allow_other_base)
         for component in shifts:
             model = components[component]
-            if (svfit_layers(model) or word_embedding(model)) and not _registry(model):
+            if (svfit_layers(model) or word_embedding(model)) and not adapters_on(model):
                 raise SVFitError(f"the {component} is being trained: finish with remove_svfit before loading adapters.")
         try:
             for component, own in shifts.items():
                 _widen(component, components[component], own, weights, hashes, basis_cache_dir)
             for component, own in shifts.items():
-                _registry(components[component])[name] = Loaded(own, float(scale), words.get(component, {}))
+                adapters_on(components[component])[name] = Loaded(own, float(scale), words.get(component, {}))
                 if component in words:
                     install_words(components[component], family.tokenizers[component])
-                _refresh(components[component])
+                refresh(components[component])
                 _plain(components[component]).save_pretrained = _saving_forbidden  # type: ignore[assignment]
         except BaseException:  # out of memory, Ctrl-C: as it was before
             for component in shifts:
@@ -111,34 +119,38 @@ def load_adapter(
 
 
 def set_adapters(pipeline: DiffusionPipeline, strengths: Mapping[str, float]) -> None:
-    """Sets the strengths of loaded adapters by name; those not named rest at 0.  Nothing is reloaded."""
-    _check_loaded(pipeline, *strengths)
+    """Sets the strengths of loaded adapters by name; those not named rest at 0.  Nothing is reloaded.
+
+    Raises SVFitError for a name that is not loaded, and for two in force that learned the same word.
+    """
+    check_loaded(pipeline, *strengths)
+    check_meanings(pipeline, [name for name, strength in strengths.items() if strength])
     for name, strength in strengths.items():
         check_finite(f"the strength of {name}", strength)
     with offloading_lifted(pipeline):
         for model in pipeline_components(pipeline).values():
-            for name, loaded in _registry(model).items():
+            for name, loaded in adapters_on(model).items():
                 loaded.scale = float(strengths.get(name, 0.0))
-            _refresh(model)
+            refresh(model)
 
 
 def unload_adapter(pipeline: DiffusionPipeline, name: str | None = None) -> None:
     """Takes off the adapter `name`, or all of them; without any, the pipeline is the base again, to the bit."""
     if name is not None:
-        _check_loaded(pipeline, name)
+        check_loaded(pipeline, name)
     with layers_exchanged(pipeline):
         for model in pipeline_components(pipeline).values():
-            if _registry(model):  # without adapters, layers of SVFit are those of a training
-                _take_off(model, *([name] if name is not None else list(_registry(model))))
+            if adapters_on(model):  # without adapters, layers of SVFit are those of a training
+                _take_off(model, *([name] if name is not None else list(adapters_on(model))))
 
 
 def _take_off(model: nn.Module, *names: str) -> None:
     """Takes those of the adapters `names` that `model` has off it; without any left, it is the base again."""
-    registry = _registry(model)
+    registry = adapters_on(model)
     for name in names:
         registry.pop(name, None)
     if registry:
-        _refresh(model)
+        refresh(model)
     else:
         remove_svfit(model)
         remove_word_embedding(model)
@@ -159,12 +171,13 @@ def _saving_forbidden(*args: object, **kwargs: object) -> None:
 
 def loaded_adapters(pipeline: DiffusionPipeline) -> dict[str, float]:
     """Names and strengths of the adapters on `pipeline`, in the order in which they were loaded."""
-    registries = [_registry(model) for model in pipeline_components(pipeline).values()]
+    registries = [adapters_on(model) for model in pipeline_components(pipeline).values()]
     found = [(loaded.number, name, loaded.scale) for registry in registries for name, loaded in registry.items()]
     return {name: scale for _, name, scale in sorted(found)}
 
 
-def _check_loaded(pipeline: DiffusionPipeline, *names: str) -> None:
+def check_loaded(pipeline: DiffusionPipeline, *names: str) -> None:
+    """Raises SVFitError for a name that no adapter on `pipeline` has."""
     present = loaded_adapters(pipeline)
     for name in names:
         if name not in present:
@@ -181,7 +194,8 @@ def merge_adapters(pipeline: DiffusionPipeline) -> Iterator[None]:
         yield
 
 
-def _registry(model: nn.Module) -> dict[str, Loaded]:
+def adapters_on(model: nn.Module) -> dict[str, Loaded]:
+    """The adapters of one network, by name: the dictionary itself."""
     model = _plain(model)
     if not hasattr(model, "svfit_adapters"):
         model.svfit_adapters = {}  # type: ignore[assignment]
@@ -219,28 +233,44 @@ def adapted_weights(pipeline: DiffusionPipeline, adapter: Adapter, name: str) ->
 
 
 def _learned_words(family: Family, name: str, adapter: Adapter) -> dict[str, dict[Pieces, Tensor]]:
-    """The adapter's words: component -> pieces -> (tokens, dim); a word can have only one meaning at a time."""
+    """The adapter's words: component -> pieces -> (tokens, dim)."""
     words: dict[str, dict[Pieces, Tensor]] = {}
     for learned in adapter.learned_words:
         for component, delta in learned.deltas.items():
-            tokenizer, model = family.tokenizers[component], family.components[component]
+            tokenizer = family.tokenizers[component]
             pieces = word_pieces(tokenizer, learned.word)
-            embedding = model.get_input_embeddings()  # type: ignore[operator]
+            embedding = family.components[component].get_input_embeddings()  # type: ignore[operator]
             spelling = tokenizer.convert_ids_to_tokens(list(pieces))
             if spelling != learned.tokens[component] or delta.shape[1] != embedding.embedding_dim:
                 raise SVFitError(
                     f"the adapter {name!r} learned the word {learned.word!r} on {adapter.base_model}, and the "
                     f"{component} of this pipeline reads it otherwise: load it on that base."
                 )
-            others = [(other, known) for other, loaded in _registry(model).items() for known in loaded.words]
-            for other, known in [*others, *((name, known) for known in words.get(component, {}))]:
-                if overlap(pieces, known):
-                    raise SVFitError(
-                        f"the adapters {other!r} and {name!r} both learned the word {learned.word!r}, which can mean "
-                        f"only one of them: unload {other!r}, or train one with another word."
-                    )
             words.setdefault(component, {})[pieces] = delta
     return words
+
+
+def check_meanings(
+    pipeline: DiffusionPipeline,
+    names: Sequence[str],
+    new: Mapping[str, Mapping[str, Mapping[Pieces, Tensor]]] | None = None,
+) -> None:
+    """Raises SVFitError where two of the adapters `names`, or of `new` ones, learned the same word.
+
+    `new`: name -> component -> pieces -> (tokens, dim), of adapters that are not loaded yet.
+    """
+    family = family_of(pipeline)
+    for component in family.components.keys() & family.tokenizers.keys():
+        loaded, tokenizer = adapters_on(family.components[component]), family.tokenizers[component]
+        known = [(name, pieces) for name in names if name in loaded for pieces in loaded[name].words]
+        known += [(name, pieces) for name, words in (new or {}).items() for pieces in words.get(component, {})]
+        for (first, one), (second, other) in combinations(known, 2):
+            if overlap(one, other):
+                word = "".join(tokenizer.convert_ids_to_tokens(list(other))).replace(WORD_END, "")
+                raise SVFitError(
+                    f"the adapters {first!r} and {second!r} both learned the word {word!r}, which can mean only one "
+                    f"of them: unload {first!r} or set it to 0, or train one with another word."
+                )
 
 
 def _check_base(
@@ -295,9 +325,9 @@ def _widen(
             layer.shift.requires_grad_(False)
 
 
-def _refresh(model: nn.Module) -> None:
+def refresh(model: nn.Module) -> None:
     """Sets what `model` computes with to the sum of its adapters."""
-    registry = _registry(model).values()
+    registry = [loaded for loaded in adapters_on(model).values() if loaded.scale]
     set_shifts(model, add_shifts([(loaded.shifts, loaded.scale) for loaded in registry]))
     embedding = word_embedding(model)
     if embedding is not None:
