@@ -15,6 +15,7 @@ from svfit_dreambooth.commands.base import add_base, base_options
 from svfit_dreambooth.commands.evaluate import add_evaluate
 from svfit_dreambooth.commands.files import add_file_commands
 from svfit_dreambooth.commands.inspect import add_inspect
+from svfit_dreambooth.commands.jobs import add_jobs, generate_jobs
 from svfit_dreambooth.commands.push import add_push
 from svfit_dreambooth.commands.wording import printable, with_dashes
 from svfit_dreambooth.errors import SVFitError
@@ -115,21 +116,22 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="paint pictures with adapters")
     generate.add_argument("--adapter", action="append", default=[], metavar="PATH[:WEIGHT]", help="may be repeated")
-    generate.add_argument("--prompt", action="append", required=True, help="may be repeated")
+    generate.add_argument("--prompt", action="append", help="may be repeated")
     generate.add_argument("--negative_prompt")
     generate.add_argument(
         "--prompt_weights", action="store_true", help='let words weigh: "a ball++", "a (red ball)1.3 on grass--"'
     )
     generate.add_argument("--output_dir", type=Path, required=True, help="folder for the PNG files")
     add_base(generate)
-    generate.add_argument("--num_images", type=int, default=4, help="pictures of each prompt (default: 4)")
-    generate.add_argument("--seed", type=int, default=0, help="seed of the first picture, counting up (default: 0)")
+    generate.add_argument("--num_images", type=int, help="pictures of each prompt (default: 4)")
+    generate.add_argument("--seed", type=int, help="seed of the first picture, counting up (default: 0)")
     generate.add_argument("--num_inference_steps", type=int, default=25, help="denoising steps (default: 25)")
     generate.add_argument("--guidance_scale", type=float, help="default: what suits the base, 7.5 for Stable Diffusion")
     generate.add_argument("--height", type=int, help="pixels; default: the base's")
     generate.add_argument("--width", type=int, help="pixels; default: the base's")
     generate.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     generate.add_argument("--allow_other_base", action="store_true", help="use adapters on a relative of their base")
+    add_jobs(generate)
     generate.set_defaults(run=_generate)
 
     cache = commands.add_parser("cache", help="list or clear the decomposed bases on this disk")
@@ -144,6 +146,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _generate(options: argparse.Namespace) -> None:
+    if options.jobs is not None:
+        generate_jobs(options)
+        return
+    for name in ("batch_size", "adapter_memory"):
+        if getattr(options, name) is not None:
+            raise SVFitError(f"{name} goes with jobs alone: leave it out.", "jobs")
+    if not options.prompt:
+        raise SVFitError("there is nothing to paint: give a prompt, or a file of jobs.", "prompt", "jobs")
     from svfit_dreambooth.adapter.source import split_strength
     from svfit_dreambooth.bases.devices import DTYPES
     from svfit_dreambooth.painting.generate import generate, open_for_adapters
@@ -167,8 +177,8 @@ def _generate(options: argparse.Namespace) -> None:
     generate(
         model,
         options.prompt,
-        num_images=options.num_images,
-        seed=options.seed,
+        num_images=4 if options.num_images is None else options.num_images,
+        seed=options.seed or 0,
         num_inference_steps=options.num_inference_steps,
         guidance_scale=options.guidance_scale,
         negative_prompt=options.negative_prompt,

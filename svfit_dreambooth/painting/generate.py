@@ -131,7 +131,7 @@ def generate(
     pipeline = model.pipeline
     height, width = height or model.resolution, width or model.resolution
     guidance_scale = model.guidance_scale if guidance_scale is None else guidance_scale
-    _check_numbers(model, num_images, seed, num_inference_steps, guidance_scale, height, width)
+    check_numbers(model, num_images, seed, num_inference_steps, guidance_scale, height, width)
     for prompt in prompts:
         check_text("the prompt", prompt)
     check_text("the negative prompt", negative_prompt)
@@ -141,7 +141,7 @@ def generate(
             words = prompt_arguments(pipeline, prompt, negative_prompt, prompt_weights)
             words = model.family.painting_arguments(words, guidance_scale)
             for i in range(num_images):
-                painted = _paint(
+                painted = paint(
                     model,
                     on_denoising_step,
                     **words,
@@ -152,27 +152,29 @@ def generate(
                 )
                 if painted is None:
                     return pictures
-                image, filtered = painted
-                settings = {
-                    "prompt": prompt,
-                    "negative_prompt": negative_prompt or "",
-                    "seed": seed + i,
-                    "adapters": loaded_adapters(pipeline),
-                    "base_model": model.name,
-                    "num_inference_steps": num_inference_steps,
-                    "guidance_scale": guidance_scale,
-                    "width": width,
-                    "height": height,
-                } | ({"prompt_weights": True} if prompt_weights else {})
+                ((image, filtered),) = painted
+                settings = picture_settings(
+                    model,
+                    prompt,
+                    negative_prompt,
+                    seed + i,
+                    loaded_adapters(pipeline),
+                    num_inference_steps=num_inference_steps,
+                    guidance_scale=guidance_scale,
+                    height=height,
+                    width=width,
+                    prompt_weights=prompt_weights,
+                )
                 pictures.append(Picture(image, settings, filtered))
                 if on_picture is not None:
                     on_picture(pictures[-1])
     return pictures
 
 
-def _check_numbers(
+def check_numbers(
     model: BaseModel, num_images: int, seed: int, steps: int, guidance_scale: float, height: int, width: int
 ) -> None:
+    """Raises SVFitError for numbers that the base cannot paint with."""
     multiple, largest = max(model.family.required_multiple, 8), LARGEST * model.resolution
     for name, size in (("height", height), ("width", width)):
         if size < 1 or size % multiple or size > largest:
@@ -189,10 +191,37 @@ def _check_numbers(
     check_finite("guidance_scale", guidance_scale)
 
 
-def _paint(
+def picture_settings(
+    model: BaseModel,
+    prompt: str,
+    negative_prompt: str | None,
+    seed: int,
+    adapters: Mapping[str, float],
+    *,
+    num_inference_steps: int,
+    guidance_scale: float,
+    height: int,
+    width: int,
+    prompt_weights: bool,
+) -> dict[str, Any]:
+    """What makes a picture again."""
+    return {
+        "prompt": prompt,
+        "negative_prompt": negative_prompt or "",
+        "seed": seed,
+        "adapters": dict(adapters),
+        "base_model": model.name,
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "width": width,
+        "height": height,
+    } | ({"prompt_weights": True} if prompt_weights else {})
+
+
+def paint(
     model: BaseModel, on_denoising_step: Callable[[int, int], bool | None] | None, **arguments: Any
-) -> tuple[Image.Image, bool] | None:
-    """The picture, and whether the content filter blacked it out; None: `on_denoising_step` stopped it."""
+) -> list[tuple[Image.Image, bool]] | None:
+    """Each picture, and whether the content filter blacked it out; None: `on_denoising_step` stopped them."""
     pipeline, family, stopped = model.pipeline, model.family, False
 
     def after_step(pipeline: Any, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -205,7 +234,8 @@ def _paint(
     unfiltered = getattr(pipeline, "safety_checker", None) is None
     if pipeline.vae.dtype != family.denoiser.dtype and unfiltered:  # see `Family.cast`
         latents = pipeline(**arguments, output_type="latent").images
-        return None if stopped else (family.decode_latents(latents, arguments["height"], arguments["width"])[0], False)
+        images = family.decode_latents(latents, arguments["height"], arguments["width"])
+        return None if stopped else [(image, False) for image in images]
     output = pipeline(**arguments)
-    flags = getattr(output, "nsfw_content_detected", None)
-    return None if stopped else (output.images[0], bool(flags and flags[0]))
+    flags = getattr(output, "nsfw_content_detected", None) or [False] * len(output.images)
+    return None if stopped else [(image, bool(flag)) for image, flag in zip(output.images, flags, strict=True)]

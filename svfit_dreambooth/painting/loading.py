@@ -94,9 +94,7 @@ def load_adapter(
         words = _learned_words(family, name, adapter)
         in_force = [other for other, strength in loaded_adapters(pipeline).items() if strength and scale]
         check_meanings(pipeline, in_force, {name: words})
-        known_hashes = {} if known_hashes is None else known_hashes
-        hashes = known_hashes | weight_hashes({key: w for key, w in weights.items() if key not in known_hashes})
-        known_hashes |= {key: hash for key, hash in hashes.items() if key not in adapter.word_deltas()}
+        hashes = _hashes(weights, adapter, known_hashes)
         _check_base(pipeline, adapter, name, weights, hashes, allow_other_base)
         for component in shifts:
             model = components[component]
@@ -116,6 +114,30 @@ def load_adapter(
                 _take_off(components[component], name)
             raise
     return name
+
+
+def check_adapter(
+    pipeline: DiffusionPipeline,
+    adapter: Adapter,
+    name: str,
+    *,
+    allow_other_base: bool = False,
+    known_hashes: dict[str, str] | None = None,
+) -> None:
+    """Raises SVFitError where `load_adapter` would refuse `adapter`, called `name`, for its base; loads nothing."""
+    with offloading_lifted(pipeline):
+        weights = adapted_weights(pipeline, adapter, name)
+        _learned_words(family_of(pipeline), name, adapter)
+        _check_base(pipeline, adapter, name, weights, _hashes(weights, adapter, known_hashes), allow_other_base)
+
+
+def _hashes(weights: Mapping[str, Tensor], adapter: Adapter, known: dict[str, str] | None) -> dict[str, str]:
+    """`weight_hashes` of the weights that `adapter` changes; those of layers are taken from `known`, and put there."""
+    known = {} if known is None else known
+    hashes = {key: known[key] for key in weights if key in known}
+    hashes |= weight_hashes({key: weight for key, weight in weights.items() if key not in known})
+    known |= {key: hash for key, hash in hashes.items() if key not in adapter.word_deltas()}
+    return hashes
 
 
 def set_adapters(pipeline: DiffusionPipeline, strengths: Mapping[str, float]) -> None:
