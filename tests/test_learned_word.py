@@ -246,9 +246,15 @@ def test_several_words_at_once_and_clashes():
     assert torch.equal(paint(pipeline), alone)
     load_adapter(pipeline, cat, 0.0, name="cat")
     assert torch.equal(paint(pipeline), alone)  # its word stands in no prompt, its shifts rest
+    assert len(pipeline.text_encoder.get_input_embeddings().words) == 1
+    set_adapters(pipeline, {"dog": 1.0, "cat": 0.5})
     assert len(pipeline.text_encoder.get_input_embeddings().words) == 2
     unload_adapter(pipeline, "cat")
     assert torch.equal(paint(pipeline), alone)
+    load_adapter(pipeline, with_word(tiny_pipeline(), "sks", 3), 0.0, name="other")  # at rest it means nothing
+    assert torch.equal(paint(pipeline), alone)
+    with pytest.raises(SVFitError, match="'dog' and 'other' both learned the word 'sks'.*set it to 0"):
+        set_adapters(pipeline, {"dog": 1.0, "other": 0.5})
 
 
 def test_another_spelling_and_another_base_are_refused():
