@@ -40,6 +40,17 @@ def write(path, *entries):
     return path
 
 
+def test_no_negative_prompt_is_not_an_empty_one(tiny_base_xl):
+    """SDXL takes zeros for none."""
+    jobs = [Job("a dog"), Job("a dog", negative_prompt=""), Job("a dog", negative_prompt="snow")]
+    shelf, painted = Shelf(open_base_model(str(tiny_base_xl))), {}
+    shelf.model.pipeline.register_to_config(force_zeros_for_empty_prompt=True)
+    paint_jobs(shelf, jobs, on_picture=lambda job, picture: painted.setdefault(job, picture), **SMALL)
+    for job in jobs:
+        (expected,) = generate(shelf.model, ["a dog"], negative_prompt=job.negative_prompt, **SMALL)
+        assert np.abs(pixels(painted[job].image) - pixels(expected.image)).max() <= 1
+
+
 @pytest.mark.parametrize("batch_size", [2, 5])
 def test_pictures_are_those_of_generate(tiny_base, adapters, batch_size):
     dog, mug, cat = (str(adapters / f"{name}.safetensors") for name in ("dog", "mug", "cat"))

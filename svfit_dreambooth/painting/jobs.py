@@ -257,11 +257,14 @@ Sample = tuple[Job, int, dict[str, Any]]  # a picture to be painted: its job, it
 def _batches(
     shelf: Shelf, jobs: Sequence[Job], batch_size: int, guidance_scale: float, prompt_weights: bool
 ) -> Iterator[list[Sample]]:
-    """Pictures that fit into one call: all as texts, or all as embeddings of one length."""
+    """Pictures that fit into one call: all as texts, with negative ones or without, or all as embeddings of one length.
+
+    No negative prompt is not the same as an empty one: SDXL reads zeros for it.
+    """
     waiting: dict[Any, list[Sample]] = {}
     for job in jobs:
         words = _words(shelf, job, guidance_scale, prompt_weights)
-        kind = tuple((name, tuple(value.shape)) for name, value in words.items() if isinstance(value, torch.Tensor))
+        kind = tuple((name, type(value), getattr(value, "shape", None)) for name, value in words.items())
         for i in range(job.count):
             batch = waiting.setdefault(kind, [])
             batch.append((job, job.seed + i, words))
@@ -283,12 +286,14 @@ def _words(shelf: Shelf, job: Job, guidance_scale: float, prompt_weights: bool) 
 
 
 def _paint_batch(shelf: Shelf, batch: Sequence[Sample], common: dict[str, Any]) -> list[Any]:
-    first = batch[0][2]
     words: dict[str, Any] = {}
-    for name in first:
+    for name, first in batch[0][2].items():
         values = [arguments[name] for _, _, arguments in batch]
-        words[name] = torch.cat(values) if isinstance(first[name], torch.Tensor) else [value or "" for value in values]
+        if isinstance(first, torch.Tensor):
+            words[name] = torch.cat(values)
+        else:
+            words[name] = values if isinstance(first, str) else first  # None, and the guidance, are the same for all
     shelf.bring(list(dict.fromkeys(name for job, _, _ in batch for name, _ in job.adapters)))
     with adapter_mixes(shelf.model.pipeline, [dict(job.adapters) for job, _, _ in batch]):
         generators = [torch.Generator().manual_seed(seed) for _, seed, _ in batch]
-        return paint(shelf.model, None, **words, generator=generators, **common) or []
+        return paint(shelf.model, None, **{**common, **words}, generator=generators) or []
