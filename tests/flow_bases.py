@@ -1,6 +1,7 @@
 """Tiny pipelines of the families trained by flow matching: their real classes, random weights, no network."""
 
 import torch
+from conftest import WORDS, tiny_text_encoder
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
@@ -8,6 +9,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     ZImagePipeline,
@@ -21,7 +24,12 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
 )
+
+from toybox.tokenizer import build_tokenizer
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -178,6 +186,42 @@ def tiny_qwen_image(seed=0):
             num_attention_heads=2,
             joint_attention_dim=16,
             axes_dims_rope=(4, 2, 2),
+        ).eval(),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_t5(width=16):
+    """A T5 that reads letters, and its tokenizer."""
+    pieces = ["<pad>", "</s>", "<unk>", "\u2581", *"abcdefghijklmnopqrstuvwxyz"]
+    tokenizer = T5TokenizerFast(vocab=[(piece, -1.0) for piece in pieces], extra_ids=0)
+    config = T5Config(vocab_size=len(pieces), d_model=width, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
+    return T5EncoderModel(config).eval(), tokenizer
+
+
+def tiny_flux1(seed=0, guidance_embeds=True):
+    """FLUX.1 of one double and two single blocks, 16 pixels."""
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer(WORDS, max_length=77)
+    text_encoder_2, tokenizer_2 = tiny_t5()
+    pipeline = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=tiny_autoencoder(),
+        text_encoder=tiny_text_encoder(len(tokenizer)).eval(),
+        tokenizer=tokenizer,
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=tokenizer_2,
+        transformer=FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            pooled_projection_dim=24,
+            axes_dims_rope=(4, 2, 2),
+            guidance_embeds=guidance_embeds,
         ).eval(),
     )
     pipeline.set_progress_bar_config(disable=True)

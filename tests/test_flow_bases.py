@@ -5,20 +5,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from flow_bases import tiny_klein, tiny_qwen_image, tiny_z_image
+from flow_bases import tiny_flux1, tiny_klein, tiny_qwen_image, tiny_z_image
 
 from svfit_dreambooth import load_adapter, train, unload_adapter
 from svfit_dreambooth.adapter.file import read_adapter
 from svfit_dreambooth.bases.families import family_of
 from svfit_dreambooth.bases.opening import open_base_model
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.method.arithmetic import exact_delta
+from svfit_dreambooth.method.targets import matrix_layers, svfit_layers
 from svfit_dreambooth.painting.generate import generate, open_for_adapters
+from svfit_dreambooth.sharing.export import export_lora
 from svfit_dreambooth.training.config import TrainConfig
 from svfit_dreambooth.training.estimate import _activations, _counting, estimate_memory
 from svfit_dreambooth.training.objective import Objective
 from svfit_dreambooth.training.plan import prepare
 
-BASES = {"klein": tiny_klein, "z-image": tiny_z_image, "qwen-image": tiny_qwen_image}
+BASES = {"klein": tiny_klein, "z-image": tiny_z_image, "qwen-image": tiny_qwen_image, "flux-1": tiny_flux1}
 UNGUIDED = {"Z-Image": 0.0}  # whose guidance is what is added to 1
 EVERY = [name if name == "klein" else pytest.param(name, marks=pytest.mark.slow) for name in BASES]
 
@@ -176,3 +179,34 @@ def test_the_loss_is_that_of_flow_matching(config):
         answer = family.predict(family.denoiser, noisy, torch.tensor([s]), conditions, draw.time_ids[None])
         expected = (answer[0] - (draw.noise - draw.latents)).square().mean()
         torch.testing.assert_close(model.loss(0, 0, 1).total, expected)
+
+
+def test_a_lora_in_the_layout_of_diffusers_is_the_adapter(config, folder, tmp_path):
+    """The pipeline's own loader finds every key, and what it merges is the adapter's change, to 1e-3."""
+    adapter = train(config).adapter_path
+    base = open_base_model(str(folder))
+    before = {name: layer.weight.clone() for name, (_, _, layer) in matrix_layers(base.pipeline.transformer).items()}
+    load_adapter(base.pipeline, adapter)
+    deltas = {
+        name: exact_delta(layer.U, layer.shift.detach(), layer.Vh)
+        for name, layer in svfit_layers(base.pipeline.transformer).items()
+    }
+    unload_adapter(base.pipeline)
+    found = export_lora(adapter, base, tmp_path / "lora.safetensors", "diffusers")
+    base.pipeline.load_lora_weights(found.path)
+    base.pipeline.fuse_lora()
+    base.pipeline.unload_lora_weights()
+    after = matrix_layers(base.pipeline.transformer)
+    assert set(deltas) <= set(after) and sum(delta.norm() for delta in deltas.values()) > 0
+    for name, (_, _, layer) in after.items():
+        change = layer.weight.detach() - before[name]
+        if name in deltas:
+            assert (change - deltas[name]).norm() <= 1e-3 * deltas[name].norm()
+        else:
+            assert torch.equal(layer.weight, before[name])
+
+
+def test_kohya_files_have_no_names_for_these_bases(config, folder, tmp_path):
+    adapter = train(replace(config, max_train_steps=1)).adapter_path
+    with pytest.raises(SVFitError, match="export in the diffusers layout"):
+        export_lora(adapter, open_base_model(str(folder)), tmp_path / "lora.safetensors", "kohya")

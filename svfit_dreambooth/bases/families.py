@@ -6,6 +6,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from svfit_dreambooth.bases.family import Family
+from svfit_dreambooth.bases.flux1 import Flux1
 from svfit_dreambooth.bases.flux2 import Flux2Klein
 from svfit_dreambooth.bases.names import TOYBOX
 from svfit_dreambooth.bases.qwen_image import QwenImage
@@ -17,7 +18,7 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method import targets
 from svfit_dreambooth.method.layer import Rank
 
-FAMILIES: tuple[type[Family], ...] = (StableDiffusion, SDXL, Flux2Klein, ZImage, QwenImage)
+FAMILIES: tuple[type[Family], ...] = (StableDiffusion, SDXL, Flux2Klein, ZImage, QwenImage, Flux1)
 EMBEDDED: dict[str, type[Family]] = {TOYBOX: Toybox}  # known by the base's name, not by its pipeline
 
 

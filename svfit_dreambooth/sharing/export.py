@@ -19,6 +19,7 @@ from torch import Tensor
 
 from svfit_dreambooth.adapter.file import Adapter, read_adapter
 from svfit_dreambooth.bases.opening import BaseModel
+from svfit_dreambooth.bases.sdxl import SDXL
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import check_output, share, size_text
 from svfit_dreambooth.method.arithmetic import exact_delta
@@ -113,7 +114,7 @@ def layer_shapes(base: BaseModel, adapter: Adapter) -> dict[str, tuple[int, int]
 
 def sdxl_layers_per_block(base: BaseModel) -> int | None:
     """`layers_per_block` of an SDXL's UNet, whose layers kohya files call by Stability's names; None for others."""
-    if getattr(base.pipeline, "text_encoder_2", None) is None:
+    if not isinstance(base.family, SDXL):
         return None
     return int(base.pipeline.unet.config.layers_per_block)
 
