@@ -13,11 +13,14 @@ from diffusers import (
     FluxTransformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
+    CLIPTextModelWithProjection,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2TokenizerFast,
@@ -222,6 +225,38 @@ def tiny_flux1(seed=0, guidance_embeds=True):
             pooled_projection_dim=24,
             axes_dims_rope=(4, 2, 2),
             guidance_embeds=guidance_embeds,
+        ).eval(),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_sd3(seed=0, with_t5=True):
+    """Stable Diffusion 3.5 of two blocks, 16 pixels."""
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer(WORDS, max_length=77)
+    text_encoder_3, tokenizer_3 = tiny_t5(width=64) if with_t5 else (None, None)
+    pipeline = StableDiffusion3Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=tiny_autoencoder(),
+        text_encoder=tiny_text_encoder(len(tokenizer), CLIPTextModelWithProjection).eval(),
+        tokenizer=tokenizer,
+        text_encoder_2=tiny_text_encoder(len(tokenizer), CLIPTextModelWithProjection, width=32).eval(),
+        tokenizer_2=tokenizer,
+        text_encoder_3=text_encoder_3,
+        tokenizer_3=tokenizer_3,
+        transformer=SD3Transformer2DModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=64,
+            caption_projection_dim=16,
+            pooled_projection_dim=24 + 32,
+            pos_embed_max_size=16,
+            qk_norm="rms_norm",
         ).eval(),
     )
     pipeline.set_progress_bar_config(disable=True)

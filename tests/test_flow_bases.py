@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from flow_bases import tiny_flux1, tiny_klein, tiny_qwen_image, tiny_z_image
+from flow_bases import tiny_flux1, tiny_klein, tiny_qwen_image, tiny_sd3, tiny_z_image
 
 from svfit_dreambooth import load_adapter, train, unload_adapter
 from svfit_dreambooth.adapter.file import read_adapter
@@ -21,7 +21,13 @@ from svfit_dreambooth.training.estimate import _activations, _counting, estimate
 from svfit_dreambooth.training.objective import Objective
 from svfit_dreambooth.training.plan import prepare
 
-BASES = {"klein": tiny_klein, "z-image": tiny_z_image, "qwen-image": tiny_qwen_image, "flux-1": tiny_flux1}
+BASES = {
+    "klein": tiny_klein,
+    "z-image": tiny_z_image,
+    "qwen-image": tiny_qwen_image,
+    "flux-1": tiny_flux1,
+    "sd3": tiny_sd3,
+}
 UNGUIDED = {"Z-Image": 0.0}  # whose guidance is what is added to 1
 EVERY = [name if name == "klein" else pytest.param(name, marks=pytest.mark.slow) for name in BASES]
 

@@ -12,13 +12,14 @@ from svfit_dreambooth.bases.names import TOYBOX
 from svfit_dreambooth.bases.qwen_image import QwenImage
 from svfit_dreambooth.bases.sdxl import SDXL
 from svfit_dreambooth.bases.stable_diffusion import StableDiffusion
+from svfit_dreambooth.bases.stable_diffusion_3 import StableDiffusion3
 from svfit_dreambooth.bases.toybox import Toybox
 from svfit_dreambooth.bases.z_image import ZImage
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method import targets
 from svfit_dreambooth.method.layer import Rank
 
-FAMILIES: tuple[type[Family], ...] = (StableDiffusion, SDXL, Flux2Klein, ZImage, QwenImage, Flux1)
+FAMILIES: tuple[type[Family], ...] = (StableDiffusion, SDXL, Flux2Klein, ZImage, QwenImage, Flux1, StableDiffusion3)
 EMBEDDED: dict[str, type[Family]] = {TOYBOX: Toybox}  # known by the base's name, not by its pipeline
 
 

@@ -187,7 +187,7 @@ def _compare(folder: Path, merged: Mapping[str, Tensor], base: BaseModel) -> flo
     """
     again = open_base_model(str(folder))
     worst = 0.0
-    dtype = base.pipeline.unet.dtype
+    dtype = base.family.denoiser.dtype
     found = _weights(again)
     for name, weight in merged.items():
         off = ((found[name].double() - weight.double()).norm() / weight.double().norm()).item()
