@@ -29,6 +29,7 @@ NETWORKS = ("--dino_path", "--clip_path")  # toybox has its judge
 QUICK = {  # so few that a test has the time
     "train": ["--max_train_steps=2", "--num_inference_steps=1", "--num_class_images=2", "--mixed_precision=no"],
     "generate": ["--num_images=1", "--num_inference_steps=1"],
+    "jobs": ["--num_inference_steps=1"],
     "evaluate": ["--num_images=1", "--num_inference_steps=1"],
 }
 
@@ -79,6 +80,8 @@ def workplace(tmp_path, monkeypatch):
     for folder in ("photos/my_dog", "more_photos_of_the_dog"):
         shutil.copytree(SUBJECTS_FOLDER / "dog_patch", tmp_path / folder)
     Image.new("RGB", (64, 64), "red").save(tmp_path / "dog.png")
+    (lines,) = blocks(ROOT / "docs/painting.md", "json")
+    (tmp_path / "jobs.jsonl").write_text(lines)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -94,7 +97,7 @@ def test_commands_run(page, workplace, capsys):
         if command.startswith(TRAIN):
             code = main_train([*words, *QUICK["train"]])
         elif words and " ".join(words) not in NOT_WITHOUT_THE_HUB and words[0] != "import":  # SVDiff's: test_svdiff.py
-            code = main([*words, *QUICK.get(words[0], [])])
+            code = main([*words, *QUICK.get("jobs" if "--jobs" in words else words[0], [])])
         else:
             continue
         assert code == 0, f"{command}\n{capsys.readouterr().err}"

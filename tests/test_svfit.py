@@ -267,3 +267,21 @@ def test_training_the_shift_lowers_a_loss():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (3, 40, 2), (3, 4, 5, 2)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_shift_for_every_sample_by_either_route(shape, bias):
+    torch.manual_seed(0)
+    linear = nn.Linear(6, 5, bias=bias, dtype=torch.float64)
+    U, _, Vh = decompose(linear.weight)
+    layer = SVFitLinear(linear, U, Vh)
+    layer.shift.data = torch.randn(3, 1, 5, dtype=torch.float64)
+    input = torch.randn(*shape[:-1], 6, dtype=torch.float64)
+    expected = torch.stack(
+        [nn.functional.linear(input[i], linear.weight + U * layer.shift[i] @ Vh, linear.bias) for i in range(3)]
+    )
+    for forward in (layer, layer.forward_merged, layer.forward_factored):
+        assert torch.allclose(forward(input), expected, atol=1e-12)
+        with pytest.raises(SVFitError, match="shifts of 3 samples meet a batch of 2"):
+            forward(input[:2])

@@ -232,9 +232,10 @@ class SVFitLinear(SVFitLayer, nn.Linear):
         """(..., in) -> (..., out)"""
         if self.unmerged_weight is not None:
             return nn.Linear.forward(self, input)
-        tokens = input.numel() // self.in_features
+        each = self.shift_of(input).ndim == 3  # a weight for every sample, and its own tokens alone
+        tokens = input.numel() // self.in_features // (len(input) if each else 1)
         training = torch.is_grad_enabled() and self.shift.requires_grad
-        if self.shift.ndim == 1 and merged_is_cheaper(tokens, self.in_features, self.out_features, self.rank, training):
+        if merged_is_cheaper(tokens, self.in_features, self.out_features, self.rank, training):
             return self.forward_merged(input)
         return self.forward_factored(input)
 
@@ -248,7 +249,15 @@ class SVFitLinear(SVFitLayer, nn.Linear):
 
     def forward_merged(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)"""
-        return F.linear(input, self.weight + self.delta().to(self.weight.dtype), self.bias)
+        shift = self.shift_of(input)
+        if shift.ndim == 1:
+            return F.linear(input, self.weight + self.delta().to(self.weight.dtype), self.bias)
+        weights = self.weight + delta(self.U, shift, self.Vh).to(self.weight.dtype)  # (batch, out, in)
+        output = input.flatten(1, -2) if input.ndim > 2 else input[:, None]  # (batch, tokens, in)
+        output = output @ weights.mT  # (batch, tokens, out)
+        if self.bias is not None:
+            output = output + self.bias
+        return output.view(*input.shape[:-1], self.out_features)
 
     def _empty(self) -> nn.Linear:
         return nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
