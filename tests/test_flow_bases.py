@@ -216,3 +216,36 @@ def test_kohya_files_have_no_names_for_these_bases(config, folder, tmp_path):
     adapter = train(replace(config, max_train_steps=1)).adapter_path
     with pytest.raises(SVFitError, match="export in the diffusers layout"):
         export_lora(adapter, open_base_model(str(folder)), tmp_path / "lora.safetensors", "kohya")
+
+
+def test_latents_that_the_pipeline_hands_out_are_decoded_as_it_would(folder):
+    pipeline = open_base_model(str(folder)).pipeline
+    family = family_of(pipeline)
+    words = family.painting_arguments({"prompt": "a dog", "negative_prompt": None}, 2.0)
+
+    def call(**options):
+        start = torch.manual_seed(0)
+        return pipeline(**words, height=16, width=24, num_inference_steps=2, generator=start, **options).images
+
+    (expected,) = call()
+    (found,) = family.decode_latents(call(output_type="latent"), 16, 24)
+    assert found.size == expected.size == (24, 16)
+    assert np.abs(np.asarray(found, dtype=int) - np.asarray(expected, dtype=int)).max() <= 1
+
+
+def test_a_run_in_bf16_paints_its_looks(config):
+    """Denoiser in bf16, text encoder and autoencoder in float32."""
+    result = train(replace(config, mixed_precision="bf16", max_train_steps=2, validation_steps=1, keep="last"))
+    assert result.adapter_path.is_file() and len(list(result.adapter_path.parent.rglob("step_*.png"))) >= 2
+
+
+def test_bf16_pictures_are_close_to_those_of_float32(folder):
+    plain = paint(open_base_model(str(folder)))
+    half = open_base_model(str(folder))
+    half.pipeline.transformer.to(torch.bfloat16)
+    assert np.abs(pixels(paint(half)) - pixels(plain)).mean() < 8
+
+
+def test_a_plan_without_weights_knows_the_same_layers(config):
+    whole, outline = prepare(replace(config, dry_run=True)), prepare(replace(config, dry_run=True), weightless=True)
+    assert outline.shapes == whole.shapes and outline.report() == whole.report()
