@@ -233,7 +233,7 @@ def paint_jobs(
         except SVFitError as error:
             raise SVFitError(f"line {job.line}: {error}", *error.parameters) from None
     shelf.check(jobs)
-    common = {
+    common: dict[str, Any] = {
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,
         "height": height,
