@@ -217,7 +217,7 @@ def test_a_run_on_masked_portraits_beside_a_square(tiny_base, tmp_path):
     assert examples.weight[1].shape == (4, 1, 10, 6)
     assert examples.weight[1][:, :, :2].eq(0.1).all() and examples.weight[1][:, :, -2:].eq(1).all()
     square = train(dataclasses.replace(config, aspect_ratio="square", output_dir=str(tmp_path / "square")))
-    assert "16x16 (3)" in "\n".join(square.run.report())
+    assert "16x16 (3)" in "\n".join(square.plan.report())
 
 
 # ---------------------------------------------------------------- captions

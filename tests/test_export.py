@@ -216,7 +216,7 @@ def test_choices_that_make_no_sense(base, path, tmp_path, options, sentence):
 def test_the_adapter_is_never_replaced(base, path):
     content = path.read_bytes()
     for output in (path, path.parent):
-        with pytest.raises(SVFitError, match="is the adapter itself"):
+        with pytest.raises(SVFitError, match="is what the output is made from"):
             export_lora(path, base, output)
     assert path.read_bytes() == content
 

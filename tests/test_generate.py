@@ -138,7 +138,7 @@ def test_options_of_a_base_that_only_the_adapter_names(adapter_path, tmp_path, c
     with pytest.raises(SVFitError, match="is not on this disk with revision v3 variant fp16, and"):
         open_for_adapters([(path, 1.0)], device="cpu", variant="fp16", revision="v3")
     for given, said in ((["--variant", "fp16"], ""), (["--base_config", "b"], "--base_config b does not apply to the")):
-        assert main(["inspect", str(path), "--plot", str(tmp_path / "a.png"), *given]) == 0
+        assert main(["inspect", str(path), "--plot", str(tmp_path / f"{given[1]}.png"), *given]) == 0
         text = capsys.readouterr().out
         assert ("are not drawn" in text) == bool(said) and said in text
     for option in ("variant", "revision", "base_config"):

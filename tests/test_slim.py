@@ -79,7 +79,7 @@ def test_a_unet_keeps_less_and_its_shifts_learn_the_same(autocast):
     inputs = (torch.randn(2, 4, 16, 16), torch.zeros(2), torch.randn(2, 7, unet.config.cross_attention_dim))
 
     def gradients():
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), _counting(unet, False) as count:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), _counting(unet, (), False) as count:
             output = unet(*inputs, return_dict=False)[0]
         output.float().square().mean().backward()
         found = [shift.grad.clone() for shift in shifts.values()]

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from svfit_dreambooth import read_adapter, save_adapter
-from svfit_dreambooth.adapter import file as adapter
+from svfit_dreambooth.adapter import describe as adapter
 from svfit_dreambooth.adapter.describe import annotate_adapter
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web.rooms import library
