@@ -26,7 +26,7 @@ def open_networks(name: str, folder: Path, family: type[Family], variant: str | 
         library, kind = index.get(part) or (None, None)
         if library not in ("diffusers", "transformers"):
             raise SVFitError(f"{name} has no {part} in its model_index.json: give a whole model folder.")
-        network: Any = getattr(importlib.import_module(library), kind)
+        network: Any = getattr(importlib.import_module(library), str(kind))
         module, found = network.from_pretrained(
             folder / part,
             variant=variant,
