@@ -1,10 +1,10 @@
 """Pre-train the toybox model from nothing: `python -m toybox.pretrain all --work_dir WORK`.
 
 Stages, each of which can be run alone and goes on where it was when killed:
-render, autoencoder, text, unet, judge, export. All of them together take about two hours on two processor cores.
+render, autoencoder, text, unet, judge, export. All of them together take about half a day on two processor cores.
 
 Several processes share the work: on a CPU that others use too, one process of one thread for each core
-(`ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m toybox.pretrain unet --num_threads 1 --batch_size 32`) is much
+(`ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m toybox.pretrain unet --num_threads 1 --batch_size 24`) is much
 faster than one process of several threads, which wait for each other hundreds of times a step.
 On a CPU, `MALLOC_MMAP_THRESHOLD_=2000000000 MALLOC_TRIM_THRESHOLD_=8000000000` in the environment saves 15 %.
 """
