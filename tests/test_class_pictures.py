@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_denoising import CPU, Constant, denoiser
+from test_objective import CPU, Constant, denoiser
 
 from svfit_dreambooth import TrainConfig, read_adapter, train
 from svfit_dreambooth.bases.opening import open_base_model

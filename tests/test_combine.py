@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from conftest import tiny_pipeline
-from test_learned_word import with_word
-from test_pipeline import make_adapter, paint
+from test_loading import make_adapter, paint
+from test_word import with_word
 
 from svfit_dreambooth import load_adapter, read_adapter, save_adapter, unload_adapter
 from svfit_dreambooth.bases.families import find_projections

@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_pipeline
 from PIL import Image
 from safetensors.torch import save_file
-from test_pipeline import make_adapter
+from test_loading import make_adapter
 
 from svfit_dreambooth import read_adapter, save_adapter
 from svfit_dreambooth.bases.opening import open_base_model

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import tiny_pipeline
 from PIL import Image
-from test_pipeline import make_adapter
+from test_loading import make_adapter
 
 from svfit_dreambooth import read_adapter, save_adapter
 from svfit_dreambooth.adapter.describe import (

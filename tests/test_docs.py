@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import tiny_unet
 from PIL import Image
-from test_pipeline import make_adapter
+from test_loading import make_adapter
 from transformers import ViTConfig, ViTForImageClassification
 
 from svfit_dreambooth import save_adapter

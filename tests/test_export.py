@@ -10,8 +10,8 @@ from conftest import tiny_pipeline
 from diffusers import LCMScheduler
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_learned_word import with_word
-from test_pipeline import make_adapter, paint
+from test_loading import make_adapter, paint
+from test_word import with_word
 
 from svfit_dreambooth import load_adapter, save_adapter, unload_adapter
 from svfit_dreambooth.bases.families import find_projections

@@ -7,7 +7,7 @@ import torch
 from conftest import tiny_pipeline
 from PIL import Image
 from safetensors.torch import save_file
-from test_pipeline import make_adapter
+from test_loading import make_adapter
 
 from svfit_dreambooth import save_adapter
 from svfit_dreambooth.commands.main import main

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import offload_sequentially, tiny_pipeline, tiny_sdxl_pipeline
-from test_pipeline import make_adapter
+from test_loading import make_adapter
 
 from svfit_dreambooth import load_adapter, unload_adapter
 from svfit_dreambooth.errors import SVFitError

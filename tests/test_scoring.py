@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_learned_word import with_word
-from test_pipeline import make_adapter
+from test_loading import make_adapter
+from test_word import with_word
 
 from svfit_dreambooth import save_adapter
 from svfit_dreambooth.bases.names import SUBJECTS_FOLDER

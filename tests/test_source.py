@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import tiny_pipeline
-from test_pipeline import make_adapter
+from test_loading import make_adapter
 
 from svfit_dreambooth import load_adapter, save_adapter, set_adapters
 from svfit_dreambooth.adapter.source import distinct_names, split_strength

@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import tiny_pipeline
 from safetensors.torch import save_file
-from test_pipeline import paint
+from test_loading import paint
 
-from svfit_dreambooth import load_adapter
+from svfit_dreambooth import load_adapter, read_adapter
 from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import canonical_weight
@@ -118,3 +118,9 @@ def test_no_file(tmp_path):
         import_svdiff(tmp_path, BaseModel("tiny", tiny_pipeline()))
     with pytest.raises(SVFitError, match="There is no file"):
         import_svdiff(tmp_path / "x.safetensors", BaseModel("tiny", tiny_pipeline()))
+
+
+def test_read_as_an_adapter_it_is_sent_to_its_import(tmp_path):
+    svdiff_file(tiny_pipeline("kl").unet, tmp_path / "svdiff.safetensors")
+    with pytest.raises(SVFitError, match=r"holds spectral shifts of SVDiff .*the command import turns it into one"):
+        read_adapter(tmp_path / "svdiff.safetensors")

@@ -47,10 +47,8 @@ from svfit_dreambooth.training.watch import Watch
 
 logger = logging.getLogger(__name__)
 
-BYTES_A_VALUE, BYTES_BESIDE = (
-    8,
-    200_000,
-)  # of an adapter file, at most: numbers and positions; names, texts, a thumbnail
+# of an adapter file, at most: number and position; names, texts, a thumbnail
+BYTES_A_VALUE, BYTES_BESIDE = 8, 200_000
 
 
 def train(config: TrainConfig, on_step: OnStep | None = None) -> TrainResult:
@@ -157,9 +155,7 @@ def begin(plan: Plan, resumed: TrainState | None, accelerator: Accelerator) -> N
             logger.info("the earlier files in %s lie in %s now.", folder.path, aside)
         write_atomically(folder.config, config_to_yaml(plan.config))
         values = sum(min(shape) for shape in plan.shapes.values())
-        write_atomically(
-            folder.reserve, bytes(BYTES_A_VALUE * values + BYTES_BESIDE)
-        )  # for the adapter, on a full disk
+        write_atomically(folder.reserve, bytes(BYTES_A_VALUE * values + BYTES_BESIDE))  # room on a disk that fills
         for line in plan.report():
             logger.info("%s", line)
         estimate = estimate_memory(plan)

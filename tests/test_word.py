@@ -7,7 +7,7 @@ import torch
 from conftest import tiny_pipeline, tiny_text_encoder
 from safetensors import safe_open
 from test_adapter_checks import refuses, write_with
-from test_pipeline import make_adapter, paint
+from test_loading import make_adapter, paint
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
