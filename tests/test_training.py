@@ -265,8 +265,8 @@ def test_a_dry_run_trains_nothing(config, tmp_path):
 def test_base_folders_that_are_none(config, tmp_path):
     with pytest.raises(SVFitError, match="is not a diffusers model folder"):
         train(TrainConfig(**{**config, "pretrained_model_name_or_path": str(tmp_path)}))
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(SVFitError, match="is a FluxPipeline"):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}')
+    with pytest.raises(SVFitError, match="is a KandinskyPipeline"):
         train(TrainConfig(**{**config, "pretrained_model_name_or_path": str(tmp_path)}))
     (tmp_path / "model.ckpt").write_bytes(b"\x80")
     with pytest.raises(SVFitError, match="pickled files are never opened"):

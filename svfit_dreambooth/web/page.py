@@ -136,7 +136,6 @@ def build_page(
     import gradio as gr
 
     from svfit_dreambooth.web.api import build_endpoints
-    from svfit_dreambooth.web.rooms import library
     from svfit_dreambooth.web.rooms.app import App
     from svfit_dreambooth.web.rooms.bases import Bases
     from svfit_dreambooth.web.rooms.jobs import Jobs
@@ -159,7 +158,7 @@ def build_page(
             "paint it anywhere; pass on a file of a few hundred kilobytes.</p>",
             elem_id="title",
         )
-        with gr.Tabs(selected=None if library.names(own) or not workspace.shared else "train") as tabs:
+        with gr.Tabs() as tabs:
             with gr.Tab("Generate", id="generate"):
                 generate_tab = build_generate(app, page)
             with gr.Tab("Train", id="train"):
