@@ -6,6 +6,7 @@ sees them: latents (n, channels, h, w) in its unit, conditions as `encode_tokens
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
@@ -21,6 +22,9 @@ from svfit_dreambooth.method.targets import LayerNames, Projections, find_projec
 Tokens: TypeAlias = dict[str, Tensor]  # what the tokenizers make of prompts, (prompts, tokens) each
 Conditions: TypeAlias = dict[str, Tensor]  # what the denoiser is told of prompts, (prompts, ...) each
 Role: TypeAlias = Literal["denoiser", "text_encoder"]
+
+
+logger = logging.getLogger(__name__)
 
 
 class Noising(Protocol):
@@ -240,6 +244,14 @@ def posterior(vae: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
     if hasattr(encoded, "latent_dist"):
         return encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
     return encoded.latents.float(), torch.zeros_like(encoded.latents, dtype=torch.float32)
+
+
+def warn_of_cut(tokenizer: Any, prompts: Sequence[str], texts: Sequence[str], length: int) -> None:
+    """Names in a warning each of `prompts` whose text the tokenizer will cut to `length` tokens."""
+    for prompt, text in zip(prompts, texts, strict=True):
+        count = len(tokenizer(text).input_ids)
+        if count > length:
+            logger.warning("the prompt %r has %d tokens, and only the first %d are read.", prompt, count, length)
 
 
 def _like(value: Tensor | float, latents: Tensor) -> Tensor | float:

@@ -3,7 +3,6 @@
 Their text encoders hold billions of weights and are not adapted; their denoiser is the pipeline's `transformer`.
 """
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -12,10 +11,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from svfit_dreambooth.bases.family import Family, Tokens
+from svfit_dreambooth.bases.family import Family, Tokens, warn_of_cut
 from svfit_dreambooth.bases.noising import Flow
-
-logger = logging.getLogger(__name__)
+from svfit_dreambooth.errors import SVFitError
 
 
 class FlowTransformer(Family):
@@ -88,12 +86,12 @@ def chat_tokens(tokenizer: Any, prompts: Sequence[str], length: int, thinking: b
     return {"text_encoder": found.input_ids, "attention_mask": found.attention_mask}
 
 
-def warn_of_cut(tokenizer: Any, prompts: Sequence[str], texts: Sequence[str], length: int) -> None:
-    """Names in a warning each of `prompts` whose text the tokenizer will cut to `length` tokens."""
-    for prompt, text in zip(prompts, texts, strict=True):
-        count = len(tokenizer(text).input_ids)
-        if count > length:
-            logger.warning("the prompt %r has %d tokens, and only the first %d are read.", prompt, count, length)
+def refuse_negative_prompt(words: Mapping[str, Any], base: str) -> None:
+    """Raises SVFitError where `words` hold a negative prompt; `base` names a family that takes none, and why."""
+    if words.get("negative_prompt"):
+        raise SVFitError(
+            f"negative_prompt {words['negative_prompt']!r} does not work with {base}: leave it out.", "negative_prompt"
+        )
 
 
 def hidden_states(tokens: Tokens, encoders: Mapping[str, nn.Module], layers: Sequence[int]) -> Tensor:

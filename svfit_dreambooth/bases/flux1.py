@@ -9,8 +9,8 @@ from diffusers.models.transformers.transformer_flux import FluxSingleTransformer
 from PIL import Image
 from torch import Tensor, nn
 
-from svfit_dreambooth.bases.family import Conditions, Role, Tokens
-from svfit_dreambooth.bases.flow import FlowTransformer, warn_of_cut
+from svfit_dreambooth.bases.family import Conditions, Role, Tokens, warn_of_cut
+from svfit_dreambooth.bases.flow import FlowTransformer, refuse_negative_prompt
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.targets import LayerNames
 
@@ -78,12 +78,7 @@ class Flux1(FlowTransformer):
     @torch.no_grad()
     def painting_arguments(self, words: dict[str, Any], guidance_scale: float) -> dict[str, Any]:
         """The embeddings in the denoiser's type: the pipeline itself would hand them over in the text encoder's."""
-        if words.get("negative_prompt"):
-            raise SVFitError(
-                f"negative_prompt {words['negative_prompt']!r} does not work with FLUX.1, whose guidance was distilled: "
-                "leave it out.",
-                "negative_prompt",
-            )
+        refuse_negative_prompt(words, "FLUX.1, whose guidance was distilled")
         embeds, pooled, _ = self.pipeline.encode_prompt(words["prompt"])
         dtype = self.denoiser.dtype
         return {

@@ -11,8 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from svfit_dreambooth.bases.family import Conditions, Role, Tokens, posterior
-from svfit_dreambooth.bases.flow import FlowTransformer, chat_tokens, hidden_states
-from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.bases.flow import FlowTransformer, chat_tokens, hidden_states, refuse_negative_prompt
 from svfit_dreambooth.method.targets import LayerNames
 
 FLUX2 = LayerNames(
@@ -74,12 +73,7 @@ class Flux2Klein(FlowTransformer):
     @torch.no_grad()
     def painting_arguments(self, words: dict[str, Any], guidance_scale: float) -> dict[str, Any]:
         """The embeddings in the denoiser's type: the pipeline itself would hand them over in the text encoder's."""
-        if words.get("negative_prompt"):
-            raise SVFitError(
-                f"negative_prompt {words['negative_prompt']!r} does not work with FLUX.2-klein, which knows none: "
-                "leave it out.",
-                "negative_prompt",
-            )
+        refuse_negative_prompt(words, "FLUX.2-klein, which knows none")
         arguments = {"prompt_embeds": words["prompt"]}
         if guidance_scale > 1 and not self.pipeline.config.get("is_distilled"):
             arguments["negative_prompt_embeds"] = ""

@@ -9,8 +9,8 @@ from diffusers.models.transformers.transformer_qwenimage import QwenImageTransfo
 from PIL import Image
 from torch import Tensor, nn
 
-from svfit_dreambooth.bases.family import Conditions, Role, Tokens, posterior
-from svfit_dreambooth.bases.flow import FlowTransformer, warn_of_cut
+from svfit_dreambooth.bases.family import Conditions, Role, Tokens, posterior, warn_of_cut
+from svfit_dreambooth.bases.flow import FlowTransformer
 from svfit_dreambooth.method.targets import LayerNames
 
 QWEN_IMAGE = LayerNames(

@@ -11,7 +11,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from svfit_dreambooth.bases.family import Conditions, Family, Role, Tokens
+from svfit_dreambooth.bases.family import Conditions, Family, Role, Tokens, warn_of_cut
 from svfit_dreambooth.bases.noising import Diffusion
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.targets import LayerNames
@@ -97,12 +97,8 @@ class StableDiffusion(Family):
         tokens: Tokens = {}
         for name, tokenizer in self.tokenizers.items():
             length = tokenizer.model_max_length
-            for prompt in prompts if not tokens else []:
-                count = len(tokenizer(prompt).input_ids)
-                if count > length:
-                    logger.warning(
-                        "the prompt %r has %d tokens, and only the first %d are read.", prompt, count, length
-                    )
+            if not tokens:
+                warn_of_cut(tokenizer, prompts, prompts, length)
             text = tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
             tokens[name] = text.input_ids
         return tokens

@@ -9,8 +9,8 @@ from diffusers.models.attention import JointTransformerBlock
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from svfit_dreambooth.bases.family import Conditions, Role, Tokens
-from svfit_dreambooth.bases.flow import FlowTransformer, warn_of_cut
+from svfit_dreambooth.bases.family import Conditions, Role, Tokens, warn_of_cut
+from svfit_dreambooth.bases.flow import FlowTransformer
 from svfit_dreambooth.method.targets import LayerNames
 
 SD3 = LayerNames(
