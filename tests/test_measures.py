@@ -28,3 +28,7 @@ def test_text_for_a_terminal_stands_in_columns_and_says_what_they_are():
     )
     assert len(first) == len(base) == len(dog) and dog.index("0.250") + 5 == first.index("drift") + 5
     assert [line.split(":")[0] for line in legend] == ["right", "drift"]
+
+
+def test_shares_are_told_in_percent():
+    assert table([("adapter", {"subject": 0.5, "right": 6 / 7})])[1] == [["adapter", "0.500", "85.7%"]]

@@ -49,3 +49,8 @@ def test_the_library_knows_no_flags():
             if re.search(r"(?<![\w(-])--[a-z{][a-z_]+", line) and "var(--" not in line:
                 found.append(f"{path.name}: {line.strip()}")
     assert not found
+
+
+def test_the_end_of_a_run_names_the_flag_that_keeps_the_last_step():
+    said = with_dashes("kept: step 6, the best of those measured (keep last for the last)", {"keep"}, ["keep"])
+    assert said == "kept: step 6, the best of those measured (--keep last for the last)"

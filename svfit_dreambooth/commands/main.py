@@ -94,7 +94,7 @@ def _train(arguments: Sequence[str], names: set[str]) -> None:
 
     result = train(config)
     if PartialState().is_main_process:  # of several that share the run, one speaks
-        print(with_dashes(result.summary(), names))
+        print(with_dashes(result.summary(), names, ["keep"]))
 
 
 def _dispatch(arguments: Sequence[str], names: set[str]) -> None:

@@ -10,13 +10,14 @@ class Named(NamedTuple):
 
     words: str
     meaning: str
+    is_share: bool = False  # shown in percent
 
 
 MEASURES = {
     "subject": Named(
         "likeness to the subject", "mean cosine with photos of it, or with a bundled subject's renderings"
     ),
-    "right": Named("prompts followed", "share of the pictures that show everything the prompt names"),
+    "right": Named("prompts followed", "share of the pictures that show everything the prompt names", True),
     "prompt": Named("fit to the prompts", "mean cosine of each picture with its prompt"),
     "drift": Named("change of unrelated pictures", "1 less their mean cosine with the base's own, 0 is none"),
     "preservation": Named(
@@ -29,15 +30,19 @@ FIXED_LOSS = Named("loss on fixed noise", "mean squared error on noises and time
 Table = tuple[list[str], list[list[str]]]  # head, rows; the first of each is what the row is called
 
 
-def number(value: Any) -> str:
-    """A measured value for people; "" where nothing was measured."""
-    return f"{value:.3f}" if isinstance(value, int | float) and math.isfinite(value) else ""
+def number(value: Any, is_share: bool = False) -> str:
+    """A measured value for people, a share in percent; "" where nothing was measured."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return ""
+    return f"{value:.1%}" if is_share else f"{value:.3f}"
 
 
 def table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
     """The measures that any of `rows`, (what it is called, measure -> value), has, by their names."""
     names = [name for name in MEASURES if any(number(values.get(name)) for _, values in rows)]
-    return ["", *names], [[label, *(number(values.get(name)) for name in names)] for label, values in rows]
+    return ["", *names], [
+        [label, *(number(values.get(name), MEASURES[name].is_share) for name in names)] for label, values in rows
+    ]
 
 
 def in_words(head: Sequence[str]) -> list[str]:
