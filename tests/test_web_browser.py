@@ -152,7 +152,6 @@ def look_at(page, run):
     page.get_by_role("option", name=run).click()
 
 
-@pytest.mark.slow
 def test_train_reload_kill_stop_resume_paint_download(server, visit, tmp_path):
     """Two runs, one in line behind the other; what each shows is looked at while the other works."""
     page = visit()
