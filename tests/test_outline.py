@@ -1,5 +1,8 @@
 """A base without its weights tells what the base itself tells."""
 
+import json
+import shutil
+
 import pytest
 import torch
 
@@ -42,3 +45,12 @@ def test_a_base_that_is_not_here_is_a_sentence():
     with pytest.raises(SVFitError, match="the configs of nobody/nothing cannot be read from this disk"):
         outline_base_model("nobody/nothing")
     assert torch.get_default_device().type == "cpu"
+
+
+def test_a_folder_names_no_code_to_run(tiny_base, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_base, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "scheduler": ["subprocess", "Popen"]}))
+    with pytest.raises(SVFitError, match="has no scheduler in its model_index.json"):
+        outline_base_model(str(folder))

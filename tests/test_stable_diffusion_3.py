@@ -5,6 +5,8 @@ import torch
 from diffusers import SD3Transformer2DModel
 from flow_bases import tiny_sd3
 
+from svfit_dreambooth.bases.opening import open_base_model
+from svfit_dreambooth.bases.outline import outline_base_model
 from svfit_dreambooth.bases.stable_diffusion_3 import SD3, StableDiffusion3
 from svfit_dreambooth.method.targets import find_projections
 
@@ -27,3 +29,13 @@ def test_prompts_are_read_as_the_pipeline_reads_them(with_t5):
         embeds, _, pooled, _ = family.pipeline.encode_prompt(prompts, None, None)
     torch.testing.assert_close(found["prompt_embeds"], embeds)
     torch.testing.assert_close(found["pooled_prompt_embeds"], pooled)
+
+
+def test_a_folder_may_lack_its_t5(tmp_path):
+    pipeline = tiny_sd3(with_t5=False)
+    pipeline.save_pretrained(tmp_path)
+    base, outline = open_base_model(str(tmp_path)), outline_base_model(str(tmp_path))
+    for found in (base, outline):
+        assert list(found.family.text_encoders) == ["text_encoder", "text_encoder_2"]
+    for name, tensor in pipeline.transformer.state_dict().items():
+        assert torch.equal(base.family.denoiser.state_dict()[name], tensor)

@@ -57,6 +57,7 @@ class Family(ABC):
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     denoiser_name: ClassVar[str]
     text_encoder_names: ClassVar[tuple[str, ...]]  # prompts go through all of them
+    optional_text_encoders: ClassVar[tuple[str, ...]] = ()  # those of them that a base may lack
     adaptable_text_encoders: ClassVar[bool] = True  # whether adapters may change them
     layer_names: ClassVar[Mapping[Role, LayerNames]]
     checkpointed: ClassVar[tuple[type[nn.Module], ...]]  # the blocks that gradient checkpointing runs again
@@ -123,9 +124,7 @@ class Family(ABC):
     @property
     def tokenizers(self) -> dict[str, Any]:
         """The tokenizer of each text encoder, by the encoder's name."""
-        return {
-            name: getattr(self.pipeline, name.replace("text_encoder", "tokenizer", 1)) for name in self.text_encoders
-        }
+        return {name: getattr(self.pipeline, tokenizer_name(name)) for name in self.text_encoders}
 
     @property
     def components(self) -> dict[str, nn.Module]:
@@ -244,6 +243,11 @@ def posterior(vae: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
     if hasattr(encoded, "latent_dist"):
         return encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
     return encoded.latents.float(), torch.zeros_like(encoded.latents, dtype=torch.float32)
+
+
+def tokenizer_name(text_encoder: str) -> str:
+    """How a pipeline calls the tokenizer of its text encoder of that name."""
+    return text_encoder.replace("text_encoder", "tokenizer", 1)
 
 
 def warn_of_cut(tokenizer: Any, prompts: Sequence[str], texts: Sequence[str], length: int) -> None:

@@ -2,31 +2,33 @@
 
 import importlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from svfit_dreambooth.bases.family import Family
+from svfit_dreambooth.bases.family import Family, tokenizer_name
 from svfit_dreambooth.errors import SVFitError
 
+LIBRARIES = ("diffusers", "transformers")
 SHOWN = 3  # names of weights in a message
 
 
-def open_networks(name: str, folder: Path, family: type[Family], variant: str | None) -> dict[str, nn.Module]:
+def open_networks(name: str, folder: Path, family: type[Family], variant: str | None) -> dict[str, Any]:
     """Denoiser, text encoders and autoencoder of the base `name` in `folder`, by name, float32 on the CPU.
 
+    None for a text encoder that the family can do without and the base lacks, and for its tokenizer.
     Raises SVFitError where a file lacks weights of its network or holds others than those: libraries would fill the
     one with random numbers and drop the other.
     """
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    opened: dict[str, nn.Module] = {}
+    opened: dict[str, Any] = {}
     for part in (family.denoiser_name, *family.text_encoder_names, "vae"):
-        library, kind = index.get(part) or (None, None)
-        if library not in ("diffusers", "transformers"):
-            raise SVFitError(f"{name} has no {part} in its model_index.json: give a whole model folder.")
-        network: Any = getattr(importlib.import_module(library), str(kind))
+        if part in family.optional_text_encoders and index.get(part) in (None, [None, None]):
+            opened |= dict.fromkeys((part, tokenizer_name(part)))
+            continue
+        network: Any = class_of(name, part, index)
         module, found = network.from_pretrained(
             folder / part,
             variant=variant,
@@ -38,6 +40,17 @@ def open_networks(name: str, folder: Path, family: type[Family], variant: str | 
         _check_loaded(name, part, found)
         opened[part] = module.eval()
     return opened
+
+
+def class_of(name: str, part: str, index: Mapping[str, Any]) -> Any:
+    """The class that `index`, the model_index.json of the base `name`, gives a part of it.
+
+    Raises SVFitError for a part that it does not have, and for one of another library: a folder names no code to run.
+    """
+    library, kind = index.get(part) or (None, None)
+    if library not in LIBRARIES:
+        raise SVFitError(f"{name} has no {part} in its model_index.json: give a whole model folder.")
+    return getattr(importlib.import_module(library), str(kind))
 
 
 def _check_loaded(name: str, part: str, found: dict[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """A base model without its weights: all that its configs and its tokenizer tell."""
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from transformers import PreTrainedModel
 
 from svfit_dreambooth.bases.families import family_named
 from svfit_dreambooth.bases.names import DEFAULT_BASE, EMBEDDED_WEIGHTS, base_name
+from svfit_dreambooth.bases.networks import class_of
 from svfit_dreambooth.bases.opening import BaseModel, check_base_model
 from svfit_dreambooth.errors import SVFitError
 
@@ -34,7 +34,7 @@ def outline_base_model(
         family = family_named(index["_class_name"], name)
         without = family.load_options(content_filter=False)
         parts = {
-            part: _outline(source, part, *kind, **location)
+            part: _outline(source, part, class_of(name, part, index), **location)
             for part, kind in index.items()
             if isinstance(kind, list) and kind[0] is not None and part not in without and part != "feature_extractor"
         }
@@ -43,19 +43,17 @@ def outline_base_model(
             raise
         reason = str(error).strip().partition("\n")[0]
         raise SVFitError(f"the configs of {name} cannot be read from this disk: {reason}") from error
-    missing = dict.fromkeys(("image_encoder", "feature_extractor"))
-    accepted = {part: None for part in missing if part in index}
+    absent = {part: None for part, kind in index.items() if isinstance(kind, list) and part not in parts}
     model = BaseModel(
         base_name(path) if path.exists() and name != DEFAULT_BASE else name + (f"@{revision}" if revision else ""),
-        family.pipeline_class(**accepted, **parts, **without),
+        family.pipeline_class(**parts, **(absent | without)),
     )
     model.family.check(name)
     return model
 
 
-def _outline(source: str, part: str, library: str, kind: str, **location: Any) -> Any:
+def _outline(source: str, part: str, cls: Any, **location: Any) -> Any:
     """One part of a pipeline: networks empty, tokenizers and schedulers whole."""
-    cls = getattr(importlib.import_module(library), kind)
     if issubclass(cls, ModelMixin):
         with torch.device("meta"):
             return cls.from_config(cls.load_config(source, subfolder=part, **location))

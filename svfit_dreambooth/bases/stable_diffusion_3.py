@@ -30,6 +30,7 @@ class StableDiffusion3(FlowTransformer):
     pipeline_class = StableDiffusion3Pipeline
     denoiser_class = SD3Transformer2DModel
     text_encoder_names = (*CLIPS, "text_encoder_3")
+    optional_text_encoders = ("text_encoder_3",)
     layer_names: ClassVar[Mapping[Role, LayerNames]] = {"denoiser": SD3}
     checkpointed = (JointTransformerBlock,)
     guidance_scale = 4.5
