@@ -15,7 +15,7 @@ from svfit_dreambooth.commands.main import main
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.painting.generate import generate, open_for_adapters
 from svfit_dreambooth.painting.jobs import Job, Shelf, paint_jobs, read_jobs
-from svfit_dreambooth.painting.loading import adapters_on, loaded_adapters
+from svfit_dreambooth.painting.registry import adapters_on, loaded_adapters
 
 SMALL = {"num_inference_steps": 2, "height": 16, "width": 16}
 LONG = "a photo of sks dog on the beach, " * 12

@@ -18,7 +18,7 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import fingerprint
 from svfit_dreambooth.method.layer import SVFitLayer
 from svfit_dreambooth.method.targets import svfit_layers
-from svfit_dreambooth.painting.loading import loaded_adapters
+from svfit_dreambooth.painting.registry import loaded_adapters
 
 CPU = torch.device("cpu")
 

@@ -17,7 +17,7 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import fingerprint
 from svfit_dreambooth.method.targets import get_shifts, matrix_layers
 from svfit_dreambooth.method.word import base_rows, word_embedding, word_pieces
-from svfit_dreambooth.painting.loading import loaded_adapters
+from svfit_dreambooth.painting.registry import loaded_adapters
 
 PROMPTS = ["a photo of sks dog", "a mug on the beach", "sks cat in snow"]
 NEGATIVE = ["", "snow", "a sks dog"]

@@ -8,7 +8,7 @@ from svfit_dreambooth import load_adapter, save_adapter, set_adapters
 from svfit_dreambooth.adapter.source import distinct_names, split_strength
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.painting.generate import generate, open_for_adapters
-from svfit_dreambooth.painting.loading import loaded_adapters
+from svfit_dreambooth.painting.registry import loaded_adapters
 from svfit_dreambooth.sharing.combine import combined_weights
 
 

@@ -13,9 +13,10 @@ from svfit_dreambooth.bases.devices import default_device
 from svfit_dreambooth.bases.names import DEFAULT_BASE, is_hub_id, split_revision
 from svfit_dreambooth.bases.opening import BaseModel, check_base_model, is_cached, open_base_model
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.painting.loading import load_adapter, loaded_adapters, merge_adapters
+from svfit_dreambooth.painting.loading import load_adapter, merge_adapters
 from svfit_dreambooth.painting.picture import Picture
 from svfit_dreambooth.painting.prompts import check_text, prompt_arguments
+from svfit_dreambooth.painting.registry import loaded_adapters
 
 NAME_THE_BASE = "name the base yourself with pretrained_model_name_or_path"
 LARGEST = 8  # times the base's own side: what one may ask to paint

@@ -25,7 +25,8 @@ from svfit_dreambooth.painting.generate import (
     paint,
     picture_settings,
 )
-from svfit_dreambooth.painting.loading import check_adapter, load_adapter, set_adapters, unload_adapter
+from svfit_dreambooth.painting.loading import load_adapter, set_adapters, unload_adapter
+from svfit_dreambooth.painting.matching import check_adapter
 from svfit_dreambooth.painting.mixes import adapter_mixes
 from svfit_dreambooth.painting.picture import Picture
 from svfit_dreambooth.painting.prompts import check_text, prompt_arguments

@@ -5,11 +5,8 @@ adapters.  All adapters of a base lie along the same directions: what a layer co
 shifts, each times its strength.
 """
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from itertools import combinations, count
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
@@ -17,45 +14,14 @@ from torch import Tensor, nn
 
 from svfit_dreambooth.adapter.file import Adapter, read_adapter
 from svfit_dreambooth.adapter.source import check_finite, find_adapter
-from svfit_dreambooth.adapter.words import word_key
 from svfit_dreambooth.bases.families import family_of, pipeline_components
-from svfit_dreambooth.bases.family import Family
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.method.arithmetic import add_shifts
-from svfit_dreambooth.method.basis import model_basis, same_base, weight_hashes
-from svfit_dreambooth.method.layer import SVFitLayer, as_matrix
-from svfit_dreambooth.method.targets import (
-    check_plain,
-    matrix_layers,
-    merged,
-    patch_layers,
-    remove_svfit,
-    set_shifts,
-    svfit_layers,
-)
-from svfit_dreambooth.method.word import (
-    WORD_END,
-    Pieces,
-    base_rows,
-    install_words,
-    overlap,
-    remove_word_embedding,
-    word_embedding,
-    word_pieces,
-)
+from svfit_dreambooth.method.basis import model_basis
+from svfit_dreambooth.method.targets import merged, patch_layers, remove_svfit, svfit_layers
+from svfit_dreambooth.method.word import install_words, remove_word_embedding, word_embedding
+from svfit_dreambooth.painting.matching import adapted_weights, base_hashes, check_base, check_meanings, meanings_of
 from svfit_dreambooth.painting.offloading import layers_exchanged, offloading_lifted, weights_at_hand
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Loaded:
-    """One adapter on one component: its shifts by canonical name, without the component, its strength, its words."""
-
-    shifts: dict[str, Tensor]
-    scale: float
-    words: dict[Pieces, Tensor] = field(default_factory=dict)  # token ids of a learned word -> (tokens, dim)
-    number: int = field(default_factory=count(1).__next__)  # in which order adapters came
+from svfit_dreambooth.painting.registry import Loaded, adapters_on, check_loaded, loaded_adapters, refresh, uncompiled
 
 
 def load_adapter(
@@ -91,11 +57,11 @@ def load_adapter(
     shifts = {component: adapter.component_shifts(component) for component in adapter.components}
     with layers_exchanged(pipeline):
         weights = adapted_weights(pipeline, adapter, name)
-        words = _learned_words(family, name, adapter)
+        words = meanings_of(family, name, adapter)
         in_force = [other for other, strength in loaded_adapters(pipeline).items() if strength and scale]
         check_meanings(pipeline, in_force, {name: words})
-        hashes = _hashes(weights, adapter, known_hashes)
-        _check_base(pipeline, adapter, name, weights, hashes, allow_other_base)
+        hashes = base_hashes(weights, adapter, known_hashes)
+        check_base(pipeline, adapter, name, weights, hashes, allow_other_base)
         for component in shifts:
             model = components[component]
             if (svfit_layers(model) or word_embedding(model)) and not adapters_on(model):
@@ -108,36 +74,12 @@ def load_adapter(
                 if component in words:
                     install_words(components[component], family.tokenizers[component])
                 refresh(components[component])
-                _plain(components[component]).save_pretrained = _saving_forbidden  # type: ignore[assignment]
+                uncompiled(components[component]).save_pretrained = _saving_forbidden  # type: ignore[assignment]
         except BaseException:  # out of memory, Ctrl-C: as it was before
             for component in shifts:
                 _take_off(components[component], name)
             raise
     return name
-
-
-def check_adapter(
-    pipeline: DiffusionPipeline,
-    adapter: Adapter,
-    name: str,
-    *,
-    allow_other_base: bool = False,
-    known_hashes: dict[str, str] | None = None,
-) -> None:
-    """Raises SVFitError where `load_adapter` would refuse `adapter`, called `name`, for its base; loads nothing."""
-    with offloading_lifted(pipeline):
-        weights = adapted_weights(pipeline, adapter, name)
-        _learned_words(family_of(pipeline), name, adapter)
-        _check_base(pipeline, adapter, name, weights, _hashes(weights, adapter, known_hashes), allow_other_base)
-
-
-def _hashes(weights: Mapping[str, Tensor], adapter: Adapter, known: dict[str, str] | None) -> dict[str, str]:
-    """`weight_hashes` of the weights that `adapter` changes; those of layers are taken from `known`, and put there."""
-    known = {} if known is None else known
-    hashes = {key: known[key] for key in weights if key in known}
-    hashes |= weight_hashes({key: weight for key, weight in weights.items() if key not in known})
-    known |= {key: hash for key, hash in hashes.items() if key not in adapter.word_deltas()}
-    return hashes
 
 
 def set_adapters(pipeline: DiffusionPipeline, strengths: Mapping[str, float]) -> None:
@@ -176,12 +118,7 @@ def _take_off(model: nn.Module, *names: str) -> None:
     else:
         remove_svfit(model)
         remove_word_embedding(model)
-        vars(_plain(model)).pop("save_pretrained", None)  # the class has its own
-
-
-def _plain(model: nn.Module) -> nn.Module:
-    """`model` without what torch.compile puts around it."""
-    return getattr(model, "_orig_mod", model)
+        vars(uncompiled(model)).pop("save_pretrained", None)  # the class has its own
 
 
 def _saving_forbidden(*args: object, **kwargs: object) -> None:
@@ -189,21 +126,6 @@ def _saving_forbidden(*args: object, **kwargs: object) -> None:
         "this model carries SVFit adapters, which save_pretrained would lose: unload them first, or write a model with "
         "them merged in by the command export, format merged."
     )
-
-
-def loaded_adapters(pipeline: DiffusionPipeline) -> dict[str, float]:
-    """Names and strengths of the adapters on `pipeline`, in the order in which they were loaded."""
-    registries = [adapters_on(model) for model in pipeline_components(pipeline).values()]
-    found = [(loaded.number, name, loaded.scale) for registry in registries for name, loaded in registry.items()]
-    return {name: scale for _, name, scale in sorted(found)}
-
-
-def check_loaded(pipeline: DiffusionPipeline, *names: str) -> None:
-    """Raises SVFitError for a name that no adapter on `pipeline` has."""
-    present = loaded_adapters(pipeline)
-    for name in names:
-        if name not in present:
-            raise SVFitError(f"no adapter named {name!r} is loaded, only: {', '.join(present) or 'none'}.")
 
 
 @contextmanager
@@ -214,110 +136,6 @@ def merge_adapters(pipeline: DiffusionPipeline) -> Iterator[None]:
             for model in pipeline_components(pipeline).values():
                 stack.enter_context(merged(model))
         yield
-
-
-def adapters_on(model: nn.Module) -> dict[str, Loaded]:
-    """The adapters of one network, by name: the dictionary itself."""
-    model = _plain(model)
-    if not hasattr(model, "svfit_adapters"):
-        model.svfit_adapters = {}  # type: ignore[assignment]
-    return model.svfit_adapters  # type: ignore[return-value]
-
-
-def adapted_weights(pipeline: DiffusionPipeline, adapter: Adapter, name: str) -> dict[str, Tensor]:
-    """The base's weights that `adapter`, called `name` in errors, changes, as its fingerprint is taken over them.
-
-    "<component>.<path>" -> (out, in), and the embeddings (tokens, dim) of its words.  Raises SVFitError for another
-    architecture than the adapter's.
-    """
-    family = family_of(pipeline)
-    components = family.components
-    weights: dict[str, Tensor] = {}
-    if missing := set(adapter.components) - set(components):
-        raise SVFitError(f"the adapter {name!r} changes {', '.join(sorted(missing))}, which this pipeline lacks.")
-    for component in adapter.components:
-        found = matrix_layers(components[component])
-        for path, shift in adapter.component_shifts(component).items():
-            layer = found[path][2] if path in found else None
-            if layer is None or len(shift) > min(as_matrix(layer.weight).shape):
-                raise SVFitError(
-                    f"the adapter {name!r} was trained on {adapter.base_model}, whose {component} is built otherwise "
-                    f"than this one ({path}): load it on that base."
-                )
-            check_plain(f"{component}.{path}", layer)
-            weight = layer.base_weight if isinstance(layer, SVFitLayer) else layer.weight.detach()
-            weights[f"{component}.{path}"] = as_matrix(weight)
-    for number, word in enumerate(adapter.learned_words):
-        for component in word.deltas:
-            pieces = word_pieces(family.tokenizers[component], word.word)
-            weights[word_key(component, number)] = base_rows(components[component], pieces)
-    return weights
-
-
-def _learned_words(family: Family, name: str, adapter: Adapter) -> dict[str, dict[Pieces, Tensor]]:
-    """The adapter's words: component -> pieces -> (tokens, dim)."""
-    words: dict[str, dict[Pieces, Tensor]] = {}
-    for learned in adapter.learned_words:
-        for component, delta in learned.deltas.items():
-            tokenizer = family.tokenizers[component]
-            pieces = word_pieces(tokenizer, learned.word)
-            embedding = family.components[component].get_input_embeddings()  # type: ignore[operator]
-            spelling = tokenizer.convert_ids_to_tokens(list(pieces))
-            if spelling != learned.tokens[component] or delta.shape[1] != embedding.embedding_dim:
-                raise SVFitError(
-                    f"the adapter {name!r} learned the word {learned.word!r} on {adapter.base_model}, and the "
-                    f"{component} of this pipeline reads it otherwise: load it on that base."
-                )
-            words.setdefault(component, {})[pieces] = delta
-    return words
-
-
-def check_meanings(
-    pipeline: DiffusionPipeline,
-    names: Sequence[str],
-    new: Mapping[str, Mapping[str, Mapping[Pieces, Tensor]]] | None = None,
-) -> None:
-    """Raises SVFitError where two of the adapters `names`, or of `new` ones, learned the same word.
-
-    `new`: name -> component -> pieces -> (tokens, dim), of adapters that are not loaded yet.
-    """
-    family = family_of(pipeline)
-    for component in family.components.keys() & family.tokenizers.keys():
-        loaded, tokenizer = adapters_on(family.components[component]), family.tokenizers[component]
-        known = [(name, pieces) for name in names if name in loaded for pieces in loaded[name].words]
-        known += [(name, pieces) for name, words in (new or {}).items() for pieces in words.get(component, {})]
-        for (first, one), (second, other) in combinations(known, 2):
-            if overlap(one, other):
-                word = "".join(tokenizer.convert_ids_to_tokens(list(other))).replace(WORD_END, "")
-                raise SVFitError(
-                    f"the adapters {first!r} and {second!r} both learned the word {word!r}, which can mean only one "
-                    f"of them: unload {first!r} or set it to 0, or train one with another word."
-                )
-
-
-def _check_base(
-    pipeline: DiffusionPipeline,
-    adapter: Adapter,
-    name: str,
-    weights: Mapping[str, Tensor],
-    hashes: Mapping[str, str],
-    allow_other_base: bool,
-) -> None:
-    likeness = same_base(adapter.base_fingerprint, weights, hashes)
-    here = pipeline.config.get("_name_or_path") or "another model"
-    if likeness == "similar":
-        logger.warning(
-            "the adapter %r was trained on a more precise or slightly different copy of this base (%s): pictures "
-            "will differ a little from those of its author.",
-            name,
-            adapter.base_model,
-        )
-    if likeness == "different" and not allow_other_base:
-        raise SVFitError(
-            f"the adapter {name!r} was trained on {adapter.base_model}, and this pipeline holds other weights "
-            f"({Path(here).name}): load it on that base, export it from there as a LoRA, or, for a fine-tune of the "
-            "same family, allow the other base explicitly."
-        )
 
 
 def _widen(
@@ -345,12 +163,3 @@ def _widen(
     finally:  # also those that were patched before something went wrong
         for layer in svfit_layers(model).values():
             layer.shift.requires_grad_(False)
-
-
-def refresh(model: nn.Module) -> None:
-    """Sets what `model` computes with to the sum of its adapters."""
-    registry = [loaded for loaded in adapters_on(model).values() if loaded.scale]
-    set_shifts(model, add_shifts([(loaded.shifts, loaded.scale) for loaded in registry]))
-    embedding = word_embedding(model)
-    if embedding is not None:
-        embedding.put({pieces: loaded.scale * d for loaded in registry for pieces, d in loaded.words.items()})

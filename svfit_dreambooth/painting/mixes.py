@@ -25,8 +25,9 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.arithmetic import add_shifts, padded
 from svfit_dreambooth.method.targets import set_shifts, svfit_layers
 from svfit_dreambooth.method.word import word_embedding
-from svfit_dreambooth.painting.loading import adapters_on, check_loaded, check_meanings, refresh
+from svfit_dreambooth.painting.matching import check_meanings
 from svfit_dreambooth.painting.offloading import layers_exchanged
+from svfit_dreambooth.painting.registry import adapters_on, check_loaded, refresh
 
 Mix = Mapping[str, float]  # name of a loaded adapter -> strength
 

@@ -11,7 +11,7 @@ from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.arithmetic import add_shifts
 from svfit_dreambooth.method.basis import fingerprint, same_base, samples_agree
-from svfit_dreambooth.painting.loading import adapted_weights
+from svfit_dreambooth.painting.matching import adapted_weights
 
 Method = Literal["add", "average", "interpolate"]
 

@@ -25,7 +25,9 @@ from svfit_dreambooth.files import check_output, share, size_text
 from svfit_dreambooth.method.arithmetic import exact_delta
 from svfit_dreambooth.method.layer import SVFitLayer
 from svfit_dreambooth.method.targets import svfit_layers
-from svfit_dreambooth.painting.loading import adapted_weights, load_adapter, loaded_adapters, unload_adapter
+from svfit_dreambooth.painting.loading import load_adapter, unload_adapter
+from svfit_dreambooth.painting.matching import adapted_weights
+from svfit_dreambooth.painting.registry import loaded_adapters
 from svfit_dreambooth.sharing.lora_file import lora_changes, pack_layer, peft_metadata
 from svfit_dreambooth.sharing.lora_metadata import hashes, lora_metadata
 from svfit_dreambooth.sharing.lora_names import Layout

@@ -20,7 +20,8 @@ from svfit_dreambooth.files import share, size_text
 from svfit_dreambooth.method.arithmetic import exact_delta, merged_weight
 from svfit_dreambooth.method.targets import matrix_layers, svfit_layers
 from svfit_dreambooth.method.word import word_pieces
-from svfit_dreambooth.painting.loading import load_adapter, loaded_adapters, unload_adapter
+from svfit_dreambooth.painting.loading import load_adapter, unload_adapter
+from svfit_dreambooth.painting.registry import loaded_adapters
 
 NOTE = "svfit.json"  # beside model_index.json: where the model comes from
 TYPE_NAME = {torch.float16: "float16", torch.float32: "float32"}

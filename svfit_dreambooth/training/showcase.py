@@ -22,7 +22,8 @@ from svfit_dreambooth.evaluation.protocol import (
 from svfit_dreambooth.evaluation.reference import open_judge
 from svfit_dreambooth.files import save_png
 from svfit_dreambooth.painting.generate import generate
-from svfit_dreambooth.painting.loading import load_adapter, loaded_adapters, set_adapters, unload_adapter
+from svfit_dreambooth.painting.loading import load_adapter, set_adapters, unload_adapter
+from svfit_dreambooth.painting.registry import loaded_adapters
 from svfit_dreambooth.painting.sheets import contact_sheet
 from svfit_dreambooth.training.plan import Plan
 from svfit_dreambooth.training.watch import (
