@@ -34,6 +34,35 @@ def visitor(workspace):
 
 
 @pytest.fixture
+def home(tmp_path, tiny_base, monkeypatch):
+    """What stands behind the page of a computer of one's own."""
+    return _behind(Workspace(tmp_path / "own"), tiny_base, monkeypatch)
+
+
+@pytest.fixture
+def public(tmp_path, tiny_base, monkeypatch):
+    """What stands behind a page for strangers, which downloads nothing."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return _behind(Workspace(tmp_path / "public", shared=False), tiny_base, monkeypatch, download=False)
+
+
+def _behind(workspace, base, monkeypatch, **options):
+    from svfit_dreambooth.web.page import build_page
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(workspace.served))
+    return build_page(workspace, (), (str(base),), **options)[1]
+
+
+class Request:
+    """What a handler sees of a browser."""
+
+    username, session_hash, client = None, "a session", None
+
+    def __init__(self, word):
+        self.cookies = {"svfit_visitor": word}
+
+
+@pytest.fixture
 def command(tmp_path, monkeypatch, dog_adapter):
     """A stand-in for the training command that keeps its contract and takes no time."""
     script = tmp_path / "command.py"
