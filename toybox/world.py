@@ -163,6 +163,11 @@ def canonical_caption(kind: str, colour: str, setting: str, style: str = "photo"
     return f"{STYLE_WORDING[style][0]} {_with_article(f'{colour} {kind}')} {SETTING_PHRASES[setting]}"
 
 
+def plain_caption(kind: str, colour: str, style: str) -> str:
+    """The caption that names no setting."""
+    return f"{STYLE_WORDING[style][0]} {_with_article(f'{colour} {kind}')}"
+
+
 def _made_up_word(rng: np.random.Generator) -> str:
     if rng.random() < 0.2:
         return _pick(rng, RARE_TOKENS)

@@ -1,5 +1,6 @@
 """Opens the base model, and tells what can be trained in it."""
 
+import hashlib
 import json
 import logging
 from dataclasses import dataclass
@@ -17,8 +18,11 @@ from svfit_dreambooth.bases.names import DEFAULT_BASE, EMBEDDED_WEIGHTS, base_na
 from svfit_dreambooth.bases.networks import check_weights, open_networks
 from svfit_dreambooth.bases.single_file import read_single_file
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.method.basis import weight_hash
 
 logger = logging.getLogger(__name__)
+
+SAMPLE = 64  # values of each weight that the digest looks at, at least
 
 
 @dataclass
@@ -32,6 +36,22 @@ class BaseModel:
     def family(self) -> Family:
         """All that is known of its kind."""
         return family_of(self.pipeline, self.name)
+
+    @cached_property
+    def digest(self) -> str:
+        """What tells this base from others, its copy in float16 excepted, as it was when this was first asked for.
+
+        By a sample of every weight: even a light fine-tune moves some.  To be asked for before anything is cast or put in.
+        """
+        family, pipeline = self.family, self.pipeline
+        vae = pipeline.vae
+        unit = [vae.config.get(name) for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")]
+        digest = hashlib.sha256(repr([family.prediction_type, unit]).encode())
+        for component, network in {**family.networks, "vae": vae}.items():
+            for name, value in network.state_dict().items():
+                sample = value.detach().flatten()[:: max(1, value.numel() // SAMPLE)]
+                digest.update(f"{component}.{name} {tuple(value.shape)} {weight_hash(sample[None])}\n".encode())
+        return digest.hexdigest()
 
     @property
     def resolution(self) -> int:

@@ -10,6 +10,8 @@ from PIL import Image
 
 from svfit_dreambooth.bases.names import TOYBOX, subject_kind
 
+WORLD_PROMPTS = 32
+
 
 def open_judge(base: str, device: str = "cpu") -> Any:
     """The network that sees the pictures of `base` as features and names; None where there is none."""
@@ -18,6 +20,21 @@ def open_judge(base: str, device: str = "cpu") -> Any:
     from toybox.judge import load_judge
 
     return load_judge(device)
+
+
+def world_prompts(base: str) -> tuple[str, ...]:
+    """Things that `base` can paint, in its own words, and no setting of them; empty where its world is not known."""
+    if base != TOYBOX:
+        return ()
+    from toybox.world import COLOURS, KINDS, plain_caption
+
+    drawn = {3: "pencil sketch", 7: "pixel art"}  # of ten, the others are photos
+    return tuple(
+        plain_caption(
+            KINDS[i % len(KINDS)], COLOURS[(4 * i + i // len(KINDS) + 1) % len(COLOURS)], drawn.get(i % 10, "photo")
+        )
+        for i in range(WORLD_PROMPTS)
+    )
 
 
 def unseen_settings(subject: str) -> dict[str, str]:

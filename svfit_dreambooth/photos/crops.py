@@ -103,8 +103,7 @@ def crop_photo(
     boxes = crop_boxes(image.size, shape, center_crop, crops, photo_seed)
     for box in boxes if len(set(boxes)) > 1 else boxes[:1]:  # a photo that fits has only one window
         window = image.resize(shape, Image.Resampling.LANCZOS, box=box)
-        pixels = torch.from_numpy(np.array(window, dtype=np.float32)).permute(2, 0, 1)  # (3, h, w), 0..255
-        pixel_values += _mirrored(pixels / 127.5 - 1, random_flip)
+        pixel_values += _mirrored(as_pixel_values(window), random_flip)
         if mask is not None:
             values = np.array(mask.resize(shape, Image.Resampling.BOX, box=box), dtype=np.float32)
             masks += _mirrored(torch.from_numpy(values)[None] / 255, random_flip)  # (1, h, w), 0..1
@@ -113,6 +112,11 @@ def crop_photo(
             place = (round(box[1] * scale), round(left * scale))
             time_ids.append(torch.tensor([image.height, image.width, *place, shape[1], shape[0]], dtype=torch.float32))
     return Crops(torch.stack(pixel_values), torch.stack(masks) if masks else None, torch.stack(time_ids))
+
+
+def as_pixel_values(image: Image.Image) -> Tensor:
+    """The colours of `image`, (3, h, w), in [-1, 1]."""
+    return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 
 def _mirrored(window: Tensor, flip: bool) -> Iterator[Tensor]:

@@ -101,7 +101,7 @@ def paint_class_pictures(
     } | _read_note(folder)
     failures = 0
     bar = tqdm(total=missing, desc="painting class pictures", unit="picture")
-    with bar, _placed(base, device or base.pipeline.device, dtype):
+    with bar, placed(base, device or base.pipeline.device, dtype):
         while missing > 0:
             own_seed = note["next_seed"]
             (picture,) = generate(base, [class_prompt], seed=own_seed, **options)
@@ -125,7 +125,7 @@ def paint_class_pictures(
 
 
 @contextmanager
-def _placed(base: BaseModel, device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
+def placed(base: BaseModel, device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
     """Brings the pipeline of `base` to `device`, its denoiser in `dtype`, in which that computes within.
 
     The autoencoder and the text encoders stay as they are: photos and captions are encoded with them afterwards.
