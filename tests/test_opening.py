@@ -102,6 +102,20 @@ def test_a_tokenizer_without_its_vocabulary(copies):
         open_base_model(str(folder))
 
 
+@pytest.mark.parametrize("part", ["tokenizer", "tokenizer_2"])
+def test_a_tokenizer_that_lost_merges(copies, part):
+    folder = copies("tiny_base_xl")
+    path = folder / part / "tokenizer.json"
+    content = json.loads(path.read_text())
+    assert len(content["model"]["merges"]) > 3
+    content["model"]["merges"] = content["model"]["merges"][:3]
+    path.write_text(json.dumps(content))
+    with pytest.raises(
+        SVFitError, match="lacks the merges of [0-9]+ tokens, such as '.*</w>': its files are not whole"
+    ):
+        open_base_model(str(folder))
+
+
 def test_a_tokenizer_with_words_that_the_encoder_does_not_know(copies):
     folder = copies()
     pipeline = tiny_pipeline()
@@ -181,6 +195,22 @@ def test_units_of_latents_are_those_of_the_pipeline(copies):
     change_json(folder / "vae" / "config.json", latents_mean=mean, latents_std=std)
     with pytest.raises(SVFitError, match="has latents_mean, which pipelines of its family ignore"):
         open_base_model(str(folder))
+
+
+@pytest.mark.parametrize("factor", ["0.1", 0, None, float("nan")])
+def test_latents_without_a_unit(copies, factor):
+    folder = copies()
+    change_json(folder / "vae" / "config.json", scaling_factor=factor)
+    with pytest.raises(SVFitError, match="no unit of latents in its config"):
+        open_base_model(str(folder))
+
+
+def test_networks_that_are_told_their_guidance_paint_but_are_not_trained(copies):
+    folder = copies()
+    tiny_unet(time_cond_proj_dim=8).save_pretrained(folder / "unet")
+    model = open_base_model(str(folder))
+    with pytest.raises(SVFitError, match="distilled to be told its guidance"):
+        model.family.noising()
 
 
 def test_networks_that_are_told_classes(copies):

@@ -13,6 +13,7 @@ from svfit_dreambooth.errors import SVFitError
 
 LIBRARIES = ("diffusers", "transformers")
 SHOWN = 3  # names of weights in a message
+UNITS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of an autoencoder's config
 
 
 def open_networks(name: str, folder: Path, family: type[Family], variant: str | None) -> dict[str, Any]:
@@ -69,3 +70,16 @@ def check_weights(name: str, family: Family) -> None:
                 raise SVFitError(f"the {part} of {name} lacks {path}: give a whole model.")
             if not torch.isfinite(weight.detach().sum(dtype=torch.float64)):
                 raise SVFitError(f"the {part} of {name} holds NaN or infinity in {path}: fetch it again.")
+
+
+def check_latent_unit(name: str, family: Family) -> None:
+    """Raises SVFitError where the autoencoder of the base `name` gives its latents no unit that can be reckoned with."""
+    config = family.pipeline.vae.config
+    try:
+        offset, factor = (torch.as_tensor(value, dtype=torch.float64) for value in family.latent_unit())
+        sound = bool(offset.isfinite().all() and factor.isfinite().all() and (factor != 0).all())
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        sound = False
+    if not sound:
+        given = {key: value for key, value in config.items() if key in UNITS and value is not None}
+        raise SVFitError(f"the autoencoder of {name} has no unit of latents in its config ({given}): fetch it again.")

@@ -15,8 +15,9 @@ from huggingface_hub import try_to_load_from_cache
 from svfit_dreambooth.bases.families import family_named, family_of
 from svfit_dreambooth.bases.family import Family
 from svfit_dreambooth.bases.names import DEFAULT_BASE, EMBEDDED_WEIGHTS, base_name, home_expanded, is_hub_id
-from svfit_dreambooth.bases.networks import check_weights, open_networks
+from svfit_dreambooth.bases.networks import check_latent_unit, check_weights, open_networks
 from svfit_dreambooth.bases.single_file import read_single_file
+from svfit_dreambooth.bases.tokenizers import check_tokenizers
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import weight_hash
 
@@ -169,7 +170,9 @@ def open_base_model(
         display += f"@{revision}"
     model = BaseModel(display, pipeline)
     check_weights(name, model.family)
+    check_tokenizers(name, model.family)
     model.family.check(name)
+    check_latent_unit(name, model.family)
     return model
 
 

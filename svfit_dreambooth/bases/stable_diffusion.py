@@ -62,7 +62,7 @@ class StableDiffusion(Family):
                 "not belong together, fetch it again."
             )
         for component, tokenizer in self.tokenizers.items():
-            _check_tokenizer(name, component, tokenizer, self.text_encoders[component])
+            _set_length(name, tokenizer, self.text_encoders[component])
 
     def _check_units(self, name: str) -> None:
         """Pictures of this family are decoded by one factor alone, see its pipeline."""
@@ -112,6 +112,11 @@ class StableDiffusion(Family):
                 f"timestep_sampling {sampling} is for bases trained by flow matching: leave it out.",
                 "timestep_sampling",
             )
+        if self.denoiser.config.time_cond_proj_dim is not None:
+            raise SVFitError(
+                "the base was distilled to be told its guidance (time_cond_proj_dim in its config), which plain noise "
+                "does not teach: train on the base that it was made from, and paint on this one with allow_other_base."
+            )
         return Diffusion(self.pipeline.scheduler)
 
     @property
@@ -132,20 +137,9 @@ class StableDiffusion(Family):
         return latents, torch.empty(batch), conditions, torch.empty(batch, 6)
 
 
-def _check_tokenizer(name: str, component: str, tokenizer: Any, encoder: Any) -> None:
-    """Raises SVFitError for a tokenizer of other words than `encoder` knows; a length that cannot be is set right."""
-    words, known, length = tokenizer.get_vocab(), encoder.config.vocab_size, encoder.config.max_position_embeddings
-    if len(words) < known:
-        raise SVFitError(
-            f"the tokenizer of the {component} of {name} knows {len(words)} tokens of {known}: its vocabulary is not "
-            "whole, fetch it again."
-        )
-    if max(words.values()) >= encoder.get_input_embeddings().num_embeddings:
-        raise SVFitError(
-            f"the tokenizer of the {component} of {name} has tokens beyond the {known} that the encoder knows: they do "
-            "not belong together, fetch it again."
-        )
-    given = tokenizer.model_max_length
+def _set_length(name: str, tokenizer: Any, encoder: Any) -> None:
+    """Sets right how many tokens of a prompt are read; raises SVFitError for fewer than a word with its two marks."""
+    given, length = tokenizer.model_max_length, encoder.config.max_position_embeddings
     if given < 3:
         raise SVFitError(f"the tokenizer of {name} reads {given} tokens (model_max_length): write {length} there.")
     if given > length:
