@@ -53,11 +53,14 @@ def test_rewinding_takes_back_later_events_pictures_and_the_end(tmp_path):
     for step in (1, 2, 3):
         folder.note(Stepped(step))
         folder.look(step).touch()
+        folder.look_adapter(step).touch()
     folder.note(Painted(3, "validation/step_000003.png"))
     folder.note(End(step=2))
     folder.rewind(2)
     assert folder.events() == [Stepped(1), Stepped(2)]
-    assert {path.name for path in folder.looks.iterdir()} == {"step_000001.png", "step_000002.png", "step_mine.png"}
+    assert {path.name for path in folder.looks.iterdir()} == {
+        "step_000001.png", "step_000002.png", "step_mine.png", "step_000001.safetensors", "step_000002.safetensors",
+    }  # fmt: skip
 
 
 def test_what_killed_runs_left_half_written_is_taken_away(tmp_path):
@@ -76,17 +79,14 @@ def test_a_full_disk_is_emptied_of_what_can_be_made_again_and_of_nothing_else(tm
         path.mkdir()
     mine = [folder.checkpoints / "mine", folder.looks / "mine.png", tmp_path / "photo.png", folder.progress]
     own = [folder.checkpoints / f"step-00000{step}.safetensors" for step in (1, 2, 3)]
-    for number, path in enumerate([*mine, *own, folder.look(1), folder.reserve, folder.looks_sheet]):
+    looks = [folder.look(1), folder.look_adapter(1), folder.looks_sheet]
+    for number, path in enumerate([*mine, *own, folder.reserve, *looks]):
         path.touch()
         os.utime(path, (number, number))
     freed = []
     while folder.make_room():
-        freed.append(
-            [path.name for path in (folder.reserve, *own, folder.look(1), folder.looks_sheet) if path.exists()]
-        )
-    newest = own[-1].name
-    assert freed[0] == [*(path.name for path in own), "step_000001.png", "validation.png"]  # the reserve goes first
-    assert freed[1:] == [[newest, "step_000001.png", "validation.png"], [newest]]
+        freed.append([path for path in (folder.reserve, *own, *looks) if path.exists()])
+    assert freed == [[*own, *looks], [own[-1], *looks], [own[-1]]]  # the reserve goes first
     assert all(path.exists() for path in mine)
 
 

@@ -294,7 +294,7 @@ def test_a_full_disk_costs_the_pictures_of_a_look_but_not_its_measures(config, m
 
     fill_disk_at(monkeypatch, validation, "save_png", "step_000004.png")
     options = {**config, "validation_steps": 4, "num_inference_steps": 1, "validation_prompts": ["a dog"]}
-    assert train(TrainConfig(**options)).steps == 8 and "no pictures of step 4" in caplog.text
+    assert train(TrainConfig(**options)).steps == 8 and "the look at step 4 is not kept whole" in caplog.text
     assert [event.step for event in events(config, "measure")] == [0, 4, 8]
     assert [event.step for event in events(config, "pictures")] == [0, 8]
 
@@ -458,8 +458,15 @@ def test_looks_on_the_way_keep_the_best_step(config, monkeypatch):
     folder = Path(config["output_dir"])
     assert len(list((folder / "validation").glob("*.png"))) == 4 and (folder / "curve.png").stat().st_size > 1000
     assert [event.step for event in events(config, "measure")] == [0, 3, 6, 8]
+    looks = {int(path.stem[5:]): read_adapter(path) for path in (folder / "validation").glob("*.safetensors")}
+    assert sorted(looks) == [3, 6, 8] and looks[3].training["steps"] == 3
+    for name, shift in saved.shifts.items():
+        assert torch.equal(looks[6].shifts[name], shift)
     last = train(TrainConfig(**{**options, "keep": "last"}))
     assert last.kept_step == 8
+    assert all(
+        torch.equal(looks[8].shifts[name], shift) for name, shift in read_adapter(last.adapter_path).shifts.items()
+    )
     different = read_adapter(last.adapter_path).shifts
     assert any(not torch.equal(shift, saved.shifts[name]) for name, shift in different.items())
 

@@ -62,6 +62,15 @@ class RunFolder:
         """The pictures of a look, side by side."""
         return self.looks / f"step_{step:06d}.png"
 
+    def look_adapter(self, step: int) -> Path:
+        """The adapter as it was at that look: what its pictures were painted with."""
+        return self.look(step).with_suffix(".safetensors")
+
+    def looks_made(self) -> list[tuple[int, Path]]:
+        """(step, file) of all that looks have left, pictures and adapters."""
+        found = [path for kind in ("png", "safetensors") for path in sorted(self.looks.glob(f"step_*.{kind}"))]
+        return [(int(path.stem[5:]), path) for path in found if path.stem[5:].isdecimal()]
+
     def relative(self, path: Path) -> str:
         """How events name a file of the folder."""
         return path.relative_to(self.path).as_posix()
@@ -118,8 +127,8 @@ class RunFolder:
         """Takes back what came after `step`: events, looks and the end, which a run that goes on makes again."""
         kept = [event for event in self.events() if event.step <= step and event.name != "end"]
         write_atomically(self.progress, "".join(to_line(event) + "\n" for event in kept))
-        for path in self.looks.glob("step_*.png"):
-            if path.stem[5:].isdecimal() and int(path.stem[5:]) > step:
+        for made, path in self.looks_made():
+            if made > step:
                 path.unlink()
 
     def set_aside(self, keep: str | Path | None = None) -> Path | None:
@@ -151,12 +160,12 @@ class RunFolder:
         return [] if self.adapter_name is None else [self.adapter, self.sheet, *map(self.lora, LORA_KINDS)]
 
     def make_room(self) -> bool:
-        """Deletes own checkpoints but the newest, then the pictures of looks; whether there was something to delete.
+        """Deletes own checkpoints but the newest, then what looks have left; whether there was something to delete.
 
         For a disk that is full when the adapter itself is to be written.
         """
         old = sorted(self.checkpoints.glob("step-*.safetensors"), key=lambda path: path.stat().st_mtime)[:-1]
-        for paths in ([self.reserve], old, [*self.looks.glob("step_*.png"), self.looks_sheet]):
+        for paths in ([self.reserve], old, [*(path for _, path in self.looks_made()), self.looks_sheet]):
             present = [path for path in paths if path.exists()]
             for path in present:
                 path.unlink(missing_ok=True)

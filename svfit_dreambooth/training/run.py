@@ -7,7 +7,7 @@ adapter, and several processes share the work of one.
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
+from svfit_dreambooth.adapter.file import Adapter
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.evaluation.features import Features, open_features
 from svfit_dreambooth.files import write_atomically
@@ -27,7 +28,7 @@ from svfit_dreambooth.training.config import TrainConfig, config_to_yaml
 from svfit_dreambooth.training.estimate import estimate_memory
 from svfit_dreambooth.training.events import End, Phase, Start
 from svfit_dreambooth.training.examples import Examples, encode_examples
-from svfit_dreambooth.training.loop import Loop, OnStep
+from svfit_dreambooth.training.loop import Ending, Loop, OnStep
 from svfit_dreambooth.training.objective import Objective
 from svfit_dreambooth.training.optimizer import peak_rates
 from svfit_dreambooth.training.plan import Plan, prepare
@@ -82,7 +83,8 @@ def train(config: TrainConfig, on_step: OnStep | None = None) -> TrainResult:
                 plan.config, accelerator, objective, trainable.modules, trainable.values,
                 peak_rates(trainable.roles, plan.config), plan.folder,
                 Checkpoints(plan.folder.checkpoints, identity, plan.config.checkpoints_total_limit),
-                Watch(plan, features) if plan.config.validation_steps else None, positions,
+                Watch(plan, features, look_adapters(plan, trainable, accelerator)) if plan.config.validation_steps else None,
+                positions,
             )  # fmt: skip
             note_start(plan, trainable, accelerator)
             ending = loop.complete(on_step, resumed)
@@ -170,6 +172,11 @@ def encoded(plan: Plan, accelerator: Accelerator) -> Examples:
     phase(plan, "painting class pictures and encoding the photos" if prior else "encoding the photos", accelerator)
     with accelerator.main_process_first():  # the others then find the class pictures
         return encode_examples(plan, accelerator.device)
+
+
+def look_adapters(plan: Plan, trainable: Trainable, accelerator: Accelerator) -> Callable[[int], Adapter]:
+    """What was learnt until a step, as a look finds it, as an adapter."""
+    return lambda step: make_adapter(plan, trainable, Ending(step, step, 0.0, None, None), accelerator.num_processes)
 
 
 def step_aside(plan: Plan, accelerator: Accelerator) -> None:

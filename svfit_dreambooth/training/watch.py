@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from svfit_dreambooth.adapter.file import Adapter, save_adapter
 from svfit_dreambooth.bases.family import Family
 from svfit_dreambooth.bases.names import bundled_subject
 from svfit_dreambooth.errors import SVFitError
@@ -45,8 +46,9 @@ def score(measured: Measured) -> float | None:
 class Watch:
     """Paints and measures a run at its milestones; holds what every look is compared with."""
 
-    def __init__(self, plan: Plan, features: Features) -> None:
-        self.plan, self.features = plan, features
+    def __init__(self, plan: Plan, features: Features, adapter_of: Callable[[int], Adapter] | None = None) -> None:
+        """`adapter_of`: what was learnt until a step, which every look keeps beside its pictures."""
+        self.plan, self.features, self.adapter_of = plan, features, adapter_of
         self.prompts = validation_prompts(plan)
         self.folder = plan.folder
         self.photos: Tensor | None = None  # (photos, d)
@@ -55,15 +57,19 @@ class Watch:
     def look(self, step: int, fixed_loss: float | None) -> Measured:
         """Paints the prompts with the values of `step`, adds a row to the sheet, and measures.
 
-        A disk that takes no pictures is a warning: the measures decide which step is kept.
+        The adapter is kept as it is now, so that any look's step can be used later; a few hundred kilobytes a look.
+        A disk that takes neither is a warning: the measures decide which step is kept.
         """
         model, options = self.plan.base, painting_options(self.plan)
         pictures = [picture.image for picture in generate(model, self.prompts, **options)]
         try:
             save_png(join(pictures), self.folder.look(step))
             self.draw_grid()
+            if step and self.adapter_of is not None:
+                dtype = getattr(torch, self.plan.config.save_dtype)
+                save_adapter(self.adapter_of(step), self.folder.look_adapter(step), dtype)
         except (SVFitError, OSError) as error:
-            logger.warning("no pictures of step %d: %s Training goes on.", step, error)
+            logger.warning("the look at step %d is not kept whole: %s Training goes on.", step, error)
         found = {"fixed_loss": fixed_loss, "subject": self._likeness(pictures), "prompt": None, "drift": None}
         if self.features.picture is not None and self.features.text is not None:
             texts = self.features.text([self.without_rare_words(prompt) for prompt in self.prompts])
