@@ -10,7 +10,7 @@ PACKAGE = Path(svfit_dreambooth.__file__).parent
 SOURCES = {str(path.relative_to(PACKAGE)): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
 
 FLOORS = {
-    "errors": 0, "files": 0, "folders": 0, "remarks": 0, "method": 0, "basis": 0,
+    "errors": 0, "files": 0, "folders": 0, "remarks": 0, "threads": 0, "method": 0, "basis": 0,
     "adapter": 1, "bases": 1, "photos": 1,
     "painting": 2, "evaluation": 2,
     "training": 3, "sharing": 3, "peft": 3,

@@ -13,6 +13,10 @@ import argparse
 import signal
 from pathlib import Path
 
+from svfit_dreambooth.threads import wait_asleep
+
+wait_asleep()  # before torch is imported
+
 import numpy as np
 import torch
 from accelerate import Accelerator

@@ -19,6 +19,7 @@ from svfit_dreambooth.commands.jobs import add_jobs, generate_jobs
 from svfit_dreambooth.commands.push import add_push
 from svfit_dreambooth.commands.wording import printable, with_dashes
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.threads import wait_asleep
 
 
 def main_train(arguments: Sequence[str] | None = None) -> int:
@@ -36,6 +37,7 @@ def _plainly(command: Callable[[Sequence[str], set[str]], None], arguments: Sequ
 
     What a person did wrong is one sentence on standard error and exit code 2.
     """
+    wait_asleep()
     names: set[str] = set()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that knows ASCII alone gets escapes, not a traceback

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.folders import data_dir
+from svfit_dreambooth.threads import wait_asleep
 from svfit_dreambooth.web.door import Door, Hosts, RememberBrowser, before
 from svfit_dreambooth.web.rooms.workspace import Workspace
 
@@ -23,6 +24,7 @@ MAX_UPLOAD = "64mb"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python app.py`: returns the exit code."""
+    wait_asleep()
     options = _parser().parse_args(arguments)
     try:
         if importlib.util.find_spec("gradio") is None:
