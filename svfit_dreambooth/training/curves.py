@@ -4,7 +4,7 @@ import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from svfit_dreambooth.evaluation.measures import FIXED_LOSS, MEASURES
 from svfit_dreambooth.files import write_atomically
@@ -12,6 +12,9 @@ from svfit_dreambooth.training.events import Event, Measured, Stepped, WentBack
 from svfit_dreambooth.training.journal import RunFolder
 
 Seen = TypeVar("Seen", Stepped, Measured)
+Points = Sequence[tuple[int, float]]  # (step, value)
+
+DOTTED: dict[str, Any] = {"marker": "o", "markersize": 3}
 
 
 def by_step(events: Iterable[Event], kind: type[Seen]) -> list[Seen]:
@@ -20,10 +23,13 @@ def by_step(events: Iterable[Event], kind: type[Seen]) -> list[Seen]:
     return [found[step] for step in sorted(found)]
 
 
-def running_mean(losses: Sequence[float]) -> list[float]:
-    """Each loss averaged with the twentieth of the run before it."""
+def loss_lines(losses: Points, fixed: Points) -> dict[str, Points]:
+    """What a drawing of the loss shows: as measured, averaged with the twentieth of the run before, on fixed noise."""
     window = max(1, len(losses) // 20)
-    return [fmean(losses[max(0, i - window) : i + 1]) for i in range(len(losses))]
+    means = [
+        (step, fmean(loss for _, loss in losses[max(0, i - window) : i + 1])) for i, (step, _) in enumerate(losses)
+    ]
+    return {"loss": losses, "running mean": means, FIXED_LOSS.words: fixed}
 
 
 def plot_run(folder: RunFolder) -> Path | None:
@@ -39,15 +45,17 @@ def plot_run(folder: RunFolder) -> Path | None:
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    left.plot(*zip(*steps, strict=True), color="0.8", linewidth=0.8)
-    left.plot([step for step, _ in steps], running_mean([loss for _, loss in steps]), label="loss, running mean")
-    for axes, name, label in (
-        (left, "fixed_loss", FIXED_LOSS.words),
-        *((right, name, MEASURES[name].words) for name in ("subject", "prompt", "drift")),
-    ):
-        points = [(each.step, getattr(each, name)) for each in measures if getattr(each, name) is not None]
+    looks = {
+        name: [(each.step, getattr(each, name)) for each in measures if getattr(each, name) is not None]
+        for name in ("fixed_loss", "subject", "prompt", "drift")
+    }
+    styles: list[dict[str, Any]] = [{"color": "0.8", "linewidth": 0.8}, {}, DOTTED]
+    for (label, points), style in zip(loss_lines(steps, looks.pop("fixed_loss")).items(), styles, strict=True):
         if points:
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
+            left.plot(*zip(*points, strict=True), label=label, **style)
+    for name, points in looks.items():
+        if points:
+            right.plot(*zip(*points, strict=True), label=MEASURES[name].words, **DOTTED)
     for event in events:
         if isinstance(event, WentBack):
             left.axvline(event.step, color="tab:red", linewidth=0.8)

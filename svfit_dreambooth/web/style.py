@@ -90,7 +90,6 @@ footer .divider { display: none !important; }
 .actions { gap: 6px !important; padding: 6px 12px 12px !important; flex-wrap: wrap !important; }
 .actions button, .actions a { min-width: 0 !important; flex: 1 1 auto !important; }
 
-.curve svg { width: 100%; height: auto; display: block; color: var(--body-text-color-subdued); }
 .sheet img { width: 100%; max-width: 720px; border-radius: 8px; display: block; }
 .empty { text-align: center; padding: 34px 16px; color: var(--body-text-color-subdued); border: 1px dashed var(--border-color-primary); border-radius: 10px; }
 .figures { border-collapse: collapse; margin: 10px 0 4px; font-size: .9rem; width: 100%; max-width: 720px; border: 0 !important; }
@@ -114,7 +113,6 @@ pre.log { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .78rem; max
   #title p { display: none; }
   .pictures .grid-container { grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)) !important; }
   .cards { grid-template-columns: 1fr; }
-  .curve text { font-size: 16px; }
 }
 """
 

@@ -12,7 +12,7 @@ from svfit_dreambooth.web.rooms.app import App
 from svfit_dreambooth.web.rooms.jobs import Job
 from svfit_dreambooth.web.rooms.progress import Progress, sum_up
 from svfit_dreambooth.web.rooms.workspace import Visitor
-from svfit_dreambooth.web.tabs.cards import curve
+from svfit_dreambooth.web.tabs.curve import loss_plot
 from svfit_dreambooth.web.tabs.draft import Draft, duration
 from svfit_dreambooth.web.tabs.form import in_form_words, worded
 from svfit_dreambooth.web.tabs.mistakes import plainly
@@ -150,16 +150,14 @@ class Runs:
             off = gr.Button(interactive=False)
             nothing = gr.DownloadButton(value=None, interactive=False)
             said = CHOOSE if listed else NONE
-            return (gr.Dropdown(choices), now, said, "", "", "", off, off, off, nothing, off)
+            return (gr.Dropdown(choices), now, said, loss_plot(progress, False), "", "", off, off, off, nothing, off)
         over = state in OVER
         result = jobs.result(job) if over else None
         return (
             gr.skip() if same[0] else gr.Dropdown(choices),
             now,
             gr.skip() if same[1] else self._status(job, state, progress, ahead),
-            gr.skip()
-            if same[1]
-            else curve(progress.losses, progress.fixed_losses, progress.of, progress.kept_step if over else None),
+            gr.skip() if same[1] else loss_plot(progress, over),
             gr.skip() if same[1] and same[2] else self._pictures(progress, over),
             gr.skip() if same[1] else f'<pre class="log">{html.escape(jobs.log(job))}</pre>',
             gr.Button(interactive=state in ("queued", "running")),

@@ -8,6 +8,8 @@ from svfit_dreambooth.bases.names import DEFAULT_BASE
 from svfit_dreambooth.training.presets import DEFAULT, preset_names
 from svfit_dreambooth.web.rooms.app import App
 from svfit_dreambooth.web.rooms.laid_out import bundled_subjects
+from svfit_dreambooth.web.rooms.progress import Progress
+from svfit_dreambooth.web.tabs.curve import loss_plot
 from svfit_dreambooth.web.tabs.draft import Draft
 from svfit_dreambooth.web.tabs.form import ADVANCED
 from svfit_dreambooth.web.tabs.generate import PRIVATE, GenerateTab
@@ -90,7 +92,7 @@ def build_train(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: Generate
             with gr.Row(visible=False, elem_classes="undo") as undo_row:
                 said = gr.Markdown(elem_classes="note")
                 undo = gr.Button("Undo", size="sm", elem_id="undo-remove-run", min_width=80, scale=0)
-            curve = gr.HTML(elem_id="curve")
+            curve = loss_plot(Progress(), False)
             sheet = gr.HTML(elem_id="sheet")
             with gr.Accordion("Log", open=False):
                 log = gr.HTML()
