@@ -147,9 +147,12 @@ def reaches(page, step):
     )
 
 
+def press(page, run, button):
+    page.locator(".run", has_text=run).get_by_role("button", name=button).click()
+
+
 def look_at(page, run):
-    page.locator("#runs input").click()
-    page.get_by_role("option", name=run).click()
+    page.locator(".run", has_text=run).locator(".show").click()
 
 
 def test_train_reload_kill_stop_resume_paint_download(server, visit, tmp_path):
@@ -175,27 +178,28 @@ def test_train_reload_kill_stop_resume_paint_download(server, visit, tmp_path):
     has_value(page, "#train-base input", "owner/name")
     page.locator("#preset input[value=faithful]:checked").wait_for()
     says(page, "#run-status", "Bello · waiting")
-    look_at(page, "long · running")
+    look_at(page, "long")
     reaches(page, 2)
-    says(page, "#sheet", "Painted at step 0")
-    page.locator("#sheet img").wait_for()
+    says(page, "#look", "Painted at step 0")
+    page.locator("#look .enlarge img").click()
+    page.locator("#look .large img").click()  # large now, and then not
 
     server.kill()
     server.start()
     page.goto(server.url)
     open_tab(page, "Train")
-    look_at(page, "long · running")
-    page.locator("#stop-run").click()
+    look_at(page, "long")
+    press(page, "long", "Stop and keep")
     says(page, "#run-status", "long · stopped")
     stopped = events(server, "long")[-1]
     assert (stopped["event"], stopped["status"]) == ("end", "stopped") and stopped["step"] >= 2
-    page.locator("#resume-run").click()
+    press(page, "long", "Resume")
     says(page, "#run-status", "long · waiting")
 
     look_at(page, "Bello")
     says(page, "#run-status", "Bello · finished")
     page.locator("#curve svg").wait_for()
-    page.locator("#sheet img").first.wait_for()
+    page.locator("#sheet .enlarge img").wait_for()
     says(page, "#sheet", "likeness to the subject")
     page.locator("#try-run").click()
     page.get_by_text("Strength of Bello").wait_for()
@@ -207,12 +211,12 @@ def test_train_reload_kill_stop_resume_paint_download(server, visit, tmp_path):
     open_tab(page, "Train")
     look_at(page, "long")
     reaches(page, stopped["step"] + 1)
-    page.locator("#stop-run").click()
+    press(page, "long", "Stop and keep")
     says(page, "#run-status", "long · stopped")
     steps = [event["step"] for event in events(server, "long") if event["event"] == "step"]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) > stopped["step"]  # none was done twice
 
-    page.locator("#remove-run").click()
+    press(page, "long", "Remove")
     page.get_by_text("The run of long was removed").wait_for()
     says(page, "#run-status", "Bello · finished")
     page.locator("#undo-remove-run").click()

@@ -1,5 +1,6 @@
 """The tab that trains: photos, words and settings, what is said of them before a run, and the list of runs."""
 
+import re
 import shutil
 
 import pytest
@@ -9,15 +10,23 @@ gr = pytest.importorskip("gradio", reason="gradio is not installed")
 
 from web_stand_ins import Request
 
+from svfit_dreambooth import read_adapter, save_adapter
+from svfit_dreambooth.training.events import End, Painted, Start
+from svfit_dreambooth.training.journal import RunFolder
 from svfit_dreambooth.web import page as web
 from svfit_dreambooth.web.rooms import library
 from svfit_dreambooth.web.rooms.bases import FOR_PHOTOS
 from svfit_dreambooth.web.rooms.job import changing
-from svfit_dreambooth.web.rooms.laid_out import add_photos
+from svfit_dreambooth.web.rooms.laid_out import add_photos, photo_files
+from svfit_dreambooth.web.rooms.queue import Queue
 from svfit_dreambooth.web.rooms.workspace import Workspace
 from svfit_dreambooth.web.tabs.draft import Draft
 from svfit_dreambooth.web.tabs.form import ADVANCED
 from svfit_dreambooth.web.tabs.runs import Runs
+
+
+def act(runs, request, what, run):
+    return runs.act(gr.EventData(None, {"act": what, "run": run}), request)
 
 
 def test_an_adapter_is_said_to_be_left_where_there_is_one(public, photo_folder, dog_adapter):
@@ -25,12 +34,14 @@ def test_an_adapter_is_said_to_be_left_where_there_is_one(public, photo_folder, 
     visitor, runs = public.visitor(request), Runs(public, Draft(public))
     add_photos(visitor.photos, sorted(photo_folder.glob("*.png")))
     job = public.jobs.submit(visitor, "dog", {"instance_prompt": "a dog", "pretrained_model_name_or_path": "toybox"})
-    assert runs.remove(job.id, request)[-1] == "The run of dog was removed."
+    assert act(runs, request, "remove", job.id)[-1] == "The run of dog was removed."
     runs.undo(job.id, request)
     library.add(visitor.library, dog_adapter)
     with changing(public.jobs.folder / job.id) as now:
         now.library_name, now.library_sha256 = "dog", library.sha256(visitor.library / "dog.safetensors")
-    assert runs.remove(job.id, request)[-1] == "The run of dog was removed; its adapter is still in the library."
+    assert (
+        act(runs, request, "remove", job.id)[-1] == "The run of dog was removed; its adapter is still in the library."
+    )
 
 
 def test_remarks_go_by_base_and_resolution_and_the_form_comes_back(public, tmp_path):
@@ -76,18 +87,90 @@ def test_ticks_never_choose_a_run(public, photo_folder):
     runs, visitor = Runs(public, draft), public.visitor(request)
     add_photos(visitor.photos, sorted(photo_folder.glob("*.png")))
     form = ["sks", "dog", "toybox", "fast", *[None] * len(ADVANCED)]
-    first = runs.submit(request, "first", *form)
-    second = runs.submit(request, "second", *form)
-    assert first[0].value != second[0].value and "second" in second[2]
-    old = runs.tick(first[0].value, None, request)  # was under way when Start was pressed
-    assert "value" not in old[0].constructor_args and "first" in old[2]
-    new = runs.tick(second[0].value, old[1], request)  # the next one repairs what that showed
-    assert new[0] == gr.skip() and "second" in new[2]
-    assert "Choose a run" in runs.tick(None, None, request)[2] and "Choose a run" in runs.tick("gone", None, request)[2]
-    assert runs.open_page(first[0].value, request)[0].value == first[0].value  # the person was faster
-    assert runs.open_page(None, request)[0].value == runs.open_page("gone", request)[0].value == second[0].value
-    assert runs.submit(request, "second", *form)[0].value == second[0].value and len(public.jobs.listed(visitor)) == 2
-    assert runs.remove(second[0].value, request)[0].value == first[0].value
+    first, second = (runs.submit(request, name, *form) for name in ("first", "second"))
+    assert first[0] != second[0] and "second</b> · waiting" in second[3]
+    old = runs.tick(first[0], None, 0, request)  # was under way when Start was pressed
+    assert len(old) == len(first) - 1 and "first" in old[2]  # what stands for the chosen run is not in its power
+    new = runs.tick(second[0], old[1], 0, request)  # the next one repairs what that showed
+    assert "second" in new[2]
+    assert set(map(str, runs.tick(second[0], new[1], 0, request))) == {str(gr.skip())}
+    for other in (None, "gone"):
+        assert "Choose a run" in runs.tick(other, None, 0, request)[2]
+        assert runs.open_page(other, request)[0] == second[0]
+    assert runs.open_page(first[0], request)[0] == first[0]  # the person was faster
+    assert runs.submit(request, "second", *form)[0] == second[0] and len(public.jobs.listed(visitor)) == 2
+    for shown, chosen in ((first, first), (act(runs, request, "look", first[0]), first), (second, second)):
+        rows = shown[1].split('role="listitem"')
+        assert [chosen[0] in row for row in rows if 'class="run chosen"' in row] == [True]
+    assert rows[1].count("<img") == 1 and re.findall('data-act="([a-z]*)"', rows[1]) == ["look", "stop", "remove"]
+    assert (
+        "stopped" in act(runs, request, "stop", first[0])[3] and act(runs, request, "remove", second[0])[0] == first[0]
+    )
+    with pytest.raises(gr.Error, match="no such run"):
+        act(runs, Request("b" * 32), "stop", first[0])
+
+
+def test_a_look_becomes_the_adapter_and_the_end_comes_back(home, photo_folder, dog_adapter):
+    request = Request("a" * 32)
+    visitor, runs = home.visitor(request), Runs(home, Draft(home))
+    add_photos(visitor.photos, sorted(photo_folder.glob("*.png")))
+    form = ["sks", "dog", "toybox", "fast", *[None] * len(ADVANCED)]
+    id = runs.submit(request, "dog", *form)[0]
+    job = home.jobs.find(visitor, id)
+    folder = RunFolder(home.jobs.run_folder(job), "dog")
+    adapter = read_adapter(dog_adapter)
+    folder.note(Start(of=6))
+    for step in (0, 2, 4, 6):
+        folder.look(step).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (32, 16)).save(folder.look(step))
+        folder.note(Painted(step, folder.relative(folder.look(step))))
+        if step:
+            adapter.training["steps"] = step
+            save_adapter(adapter, folder.look_adapter(step))
+    with pytest.raises(gr.Error, match="dog is queued"):
+        runs.use_step(id, 2, request)
+    save_adapter(adapter, folder.adapter)
+    folder.note(End(kept_step=4, step=6, adapter="dog.safetensors"))
+    with changing(home.jobs.folder / id) as now:
+        now.started = 1
+    Queue(home.jobs).tend()
+
+    def held():
+        (name,) = library.names(visitor.library)
+        return name, read_adapter(visitor.library / f"{name}.safetensors").training["steps"]
+
+    library.rename(visitor.library, "dog", "bello")
+    shown = runs.tick(id, None, None, request)
+    assert (shown[4].minimum, shown[4].maximum, shown[4].step, shown[4].value) == (0, 6, 2, 4)
+    assert "Painted at step 4" in shown[5] and not shown[6].interactive and held() == ("bello", 6)
+    look, use = runs.look(id, 2.9, request)
+    assert "Painted at step 2" in look and use.interactive and not runs.look(id, 0, request)[1].visible
+    assert "in the library: step 2" in runs.use_step(id, 2.9, request)[2] and held() == ("bello", 2)
+    assert runs.try_it(id, request)[1].value == ["library/bello"]
+    assert "in the library" not in runs.use_step(id, 4, request)[2] and held() == (
+        "bello",
+        6,
+    )  # what the run itself left
+
+
+def test_the_settings_of_a_run_are_taken_up_again(public, photo_folder):
+    request = Request("a" * 32)
+    draft, visitor = Draft(public), public.visitor(request)
+    runs = Runs(public, draft)
+    add_photos(visitor.photos, sorted(photo_folder.glob("*.png")))
+    advanced = dict.fromkeys(ADVANCED) | {
+        "max_train_steps": "30", "learning_rate": "1e-3", "rank": "full", "random_flip": True, "mixed_precision": "no",
+        "validation_prompts": "a photo of sks dog on the moon\n\n a sks dog ",
+    }  # fmt: skip
+    form = ("sks", "brown dog", "toybox", "faithful", *advanced.values())
+    id = runs.submit(request, "dog", *form)[0]
+    options = public.jobs.find(visitor, id).options
+    assert options["validation_prompts"] == ["a photo of sks dog on the moon", "a sks dog"]
+    draft.clear(request)
+    thumbs, _, _, _, *taken = runs.again(id, request)
+    assert len(thumbs.value) == len(photo_files(visitor.photos)) > 0 and taken[:5] == ["dog", *form[:4]]
+    assert draft.show(request)[4:] == tuple(taken)  # also when the page is opened again
+    assert runs.submit(request, *taken)[0] == id  # the very same, so no second one
 
 
 def test_no_way_of_training_downloads_for_a_stranger(public, photo_folder, monkeypatch):

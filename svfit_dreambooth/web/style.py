@@ -91,6 +91,24 @@ footer .divider { display: none !important; }
 .actions button, .actions a { min-width: 0 !important; flex: 1 1 auto !important; }
 
 .sheet img { width: 100%; max-width: 720px; border-radius: 8px; display: block; }
+.enlarge, .large { padding: 0; border: 0; background: none; cursor: zoom-in; display: block; width: 100%; }
+.large { cursor: zoom-out; margin: auto; width: auto; background: var(--block-background-fill); padding: 8px; border-radius: 10px; }
+.large:not(:popover-open) { display: none; }
+.sheet .large img { width: auto; max-width: none; height: auto; min-width: min(92vw, 90vh); max-height: 88vh; object-fit: contain; }
+.large::backdrop { background: rgb(0 0 0 / .7); }
+
+/* the list of runs */
+.runs { display: flex; flex-direction: column; gap: 4px; max-height: 330px; overflow-y: auto; padding: 2px; }
+.run { display: flex; align-items: center; gap: 8px; padding: 4px 10px 4px 4px; border-radius: 8px; background: var(--block-background-fill); }
+.run.chosen { box-shadow: inset 3px 0 0 var(--primary-500); background: var(--background-fill-secondary); }
+.run .show { flex: 1; min-width: 0; display: flex; gap: 10px; align-items: center; text-align: left; font-size: .86rem; line-height: 1.35;
+        color: var(--body-text-color-subdued); background: none; border: 0; cursor: pointer; overflow-wrap: anywhere; }
+.run .show b { color: var(--body-text-color); }
+.run .face { flex: none; width: 44px; height: 44px; border-radius: 6px; overflow: hidden; background: var(--border-color-primary); }
+.run .face img { width: 100%; height: 100%; object-fit: cover; display: block; }
+.run .small { flex: none; font-size: .8rem; padding: 5px 10px; border-radius: 6px; color: var(--button-secondary-text-color);
+        background: var(--button-secondary-background-fill); border: 1px solid var(--border-color-primary); cursor: pointer; }
+.run .small:hover { background: var(--button-secondary-background-fill-hover); }
 .empty { text-align: center; padding: 34px 16px; color: var(--body-text-color-subdued); border: 1px dashed var(--border-color-primary); border-radius: 10px; }
 .figures { border-collapse: collapse; margin: 10px 0 4px; font-size: .9rem; width: 100%; max-width: 720px; border: 0 !important; }
 .figures tr { border: 0 !important; }

@@ -60,6 +60,13 @@ class Bases:
             )
         return repository, {"revision": revision or None, "local_files_only": not (typed and self.download)}
 
+    def shown(self, place: str, revision: str | None = None) -> str:
+        """What a person reads and types for `place`, as `resolve` gave it."""
+        for name in self.names():
+            if self.resolve(name, typed=True)[0] == place:
+                return name
+        return f"{place}@{revision}" if revision else place
+
     def offline(self, place: str) -> bool:
         """Must whoever opens `place`, as `resolve` gave it, ask no network?  So with a hub id that only a visitor named."""
         return not self.download and place != DEFAULT_BASE and place not in self.extra and not Path(place).exists()

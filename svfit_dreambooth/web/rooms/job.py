@@ -37,6 +37,7 @@ class Job:
     ended: str | None = None  # the state in which that start left the run
     library_name: str | None = None
     library_sha256: str | None = None  # of that file: another one may have taken its name since
+    library_step: int | None = None  # the look whose values it holds by a person's choice; None: the run's own
     options: dict[str, Any] = field(default_factory=dict)
 
     @property

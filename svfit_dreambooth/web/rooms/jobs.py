@@ -1,7 +1,7 @@
 """Training runs: asked for, stopped, resumed, removed; each with a folder of its own.
 
-The folder is all there is: `job.json` (what was asked for), `job.yaml` (the options), `photos/`, `run/` (what the run
-writes, see training/journal.py), `log.txt`.  Whether a run is alive is told by its process.  So the page may be closed
+The folder is all there is: `job.json` (what was asked for), `job.yaml` (the options), `photos/`, `picture.png`, `run/` (what
+the run writes, see training/journal.py), `log.txt`.  Whether a run is alive is told by its process.  So the page may be closed
 and the server restarted: whoever looks at the folders knows as much as before.  queue.py starts what waits.
 """
 
@@ -25,12 +25,13 @@ from svfit_dreambooth.training.events import End, Start
 from svfit_dreambooth.training.journal import RunFolder
 from svfit_dreambooth.web.rooms import library
 from svfit_dreambooth.web.rooms.job import Job, changing, read_job
-from svfit_dreambooth.web.rooms.laid_out import photo_files
+from svfit_dreambooth.web.rooms.laid_out import photo_files, save_thumbnail
 from svfit_dreambooth.web.rooms.launch import complaint, log_end
 from svfit_dreambooth.web.rooms.processes import ask_to_stop, is_running
 from svfit_dreambooth.web.rooms.turns import in_turn
 from svfit_dreambooth.web.rooms.workspace import Visitor, Workspace, library_of
 
+PICTURE = "picture.png"  # of the first photo, small
 MAX_QUEUED = 20  # runs that may wait on a computer's own page
 MAX_QUEUED_EACH = 5  # of one person, where strangers share it
 MAX_QUEUED_ALL = 60
@@ -101,6 +102,9 @@ class Jobs:
         (temporary / "run").mkdir()
         for photo in photos:
             shutil.copyfile(photo, temporary / "photos" / photo.name)
+        shown = photos or sorted(Path(str(job.options["instance_data_dir"])).glob("*.png"))
+        if shown:
+            save_thumbnail(shown[0], temporary / PICTURE)
         text = yaml.safe_dump(job.options, sort_keys=False, allow_unicode=True)
         (temporary / "job.yaml").write_text(text, encoding="utf-8")
         (temporary / "job.json").write_text(json.dumps(asdict(job)), encoding="utf-8")
@@ -145,6 +149,42 @@ class Jobs:
 
     def run_folder(self, job: Job) -> Path:
         return self.folder / job.id / "run"
+
+    def picture(self, job: Job) -> Path | None:
+        """A small one of its first photo; None for runs of earlier versions."""
+        path = self.folder / job.id / PICTURE
+        return path if path.is_file() else None
+
+    def take_step(self, job: Job, step: int) -> None:
+        """Makes the adapter as it was at the look of `step` the run's adapter in the library.
+
+        What the run itself left stays in its folder, and comes back with the step that it kept.  Raises SVFitError
+        while the run is not over, which would replace it, and for a step without a look.
+        """
+        state, end = self.state(job), [e for e in RunFolder(self.run_folder(job)).events() if isinstance(e, End)]
+        if state in ("queued", "running", "stopping"):
+            raise SVFitError(f"{job.name} is {state}: its looks can be used when it is over.")
+        own = bool(end) and end[-1].kept_step == step
+        source = self.adapter(job) if own else RunFolder(self.run_folder(job)).look_adapter(step)
+        if not source.is_file():
+            raise SVFitError(f"{job.name} kept no values of step {step}: choose another look.")
+        name, sha256 = self.put_in_library(job, source)
+        with changing(self.folder / job.id) as now:
+            now.library_name, now.library_sha256, now.library_step = name, sha256, None if own else step
+
+    def adapter(self, job: Job) -> Path:
+        """What the run itself leaves."""
+        return self.run_folder(job) / f"{job.name}.safetensors"
+
+    def put_in_library(self, job: Job, source: Path) -> tuple[str, str]:
+        """Makes the file `source` the run's adapter in its owner's library; returns its name there and its sha256."""
+        folder, earlier = library_of(self.workspace, job.owner), self.result(job)
+        if earlier is not None:
+            name = earlier.stem
+            library.replace(folder, name, source)
+        else:
+            name = library.add(folder, source, name=job.name)
+        return name, library.sha256(folder / f"{name}{library.SUFFIX}")
 
     def result(self, job: Job) -> Path | None:
         """The adapter that a run has put into the library, whatever it is called now; None if it is not there any more."""

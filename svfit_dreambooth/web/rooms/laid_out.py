@@ -113,10 +113,14 @@ def thumbnail(path: Path) -> Path:
     """A small picture of the photo `path`, made anew when the photo has changed."""
     small = _thumbnail_of(path)
     if not small.is_file() or small.stat().st_mtime_ns < path.stat().st_mtime_ns:
-        with Image.open(path) as photo:
-            photo.thumbnail((THUMBNAIL, THUMBNAIL), reducing_gap=2.0)
-            save_png(photo, small, compress_level=1)
+        save_thumbnail(path, small)
     return small
+
+
+def save_thumbnail(path: Path, small: Path) -> None:
+    with Image.open(path) as photo:
+        photo.thumbnail((THUMBNAIL, THUMBNAIL), reducing_gap=2.0)
+        save_png(photo, small, compress_level=1)
 
 
 def _thumbnail_of(path: Path) -> Path:

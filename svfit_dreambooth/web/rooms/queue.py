@@ -9,12 +9,11 @@ from collections.abc import Callable
 from filelock import FileLock, Timeout
 
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.web.rooms import library
 from svfit_dreambooth.web.rooms.job import Job, changing
 from svfit_dreambooth.web.rooms.jobs import Jobs
 from svfit_dreambooth.web.rooms.launch import devices, launch
 from svfit_dreambooth.web.rooms.processes import created_at, working_on
-from svfit_dreambooth.web.rooms.workspace import empty_served, library_of
+from svfit_dreambooth.web.rooms.workspace import empty_served
 
 TICK = 0.5  # seconds between looks
 DAY = 24 * 3600.0  # seconds
@@ -105,17 +104,10 @@ class Queue:
     def _file(self, job: Job) -> None:
         """The adapter that a run has left, into its owner's library."""
         jobs = self.jobs
-        adapter, earlier = jobs.run_folder(job) / f"{job.name}.safetensors", jobs.result(job)
-        folder = library_of(jobs.workspace, job.owner)
-        name, sha256 = job.library_name, job.library_sha256
+        adapter, name, sha256 = jobs.adapter(job), job.library_name, job.library_sha256
         if adapter.is_file():
-            if earlier is not None:
-                name = earlier.stem
-                library.replace(folder, name, adapter)
-            else:
-                name = library.add(folder, adapter)
-            sha256 = library.sha256(folder / f"{name}{library.SUFFIX}")
+            name, sha256 = jobs.put_in_library(job, adapter)
         ended = jobs.ended(job)
         with changing(jobs.folder / job.id) as changed:
-            changed.library_name, changed.library_sha256 = name, sha256
+            changed.library_name, changed.library_sha256, changed.library_step = name, sha256, None
             changed.filed, changed.ended = changed.started, ended

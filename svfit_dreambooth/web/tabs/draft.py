@@ -11,8 +11,10 @@ import gradio as gr
 from svfit_dreambooth.bases.names import DEFAULT_BASE, SUBJECTS_FOLDER
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.training.config import TrainConfig
+from svfit_dreambooth.training.presets import DEFAULT
 from svfit_dreambooth.web.rooms.app import App
 from svfit_dreambooth.web.rooms.bases import FOR_PHOTOS
+from svfit_dreambooth.web.rooms.jobs import Job
 from svfit_dreambooth.web.rooms.laid_out import (
     add_photos,
     bundled,
@@ -29,7 +31,7 @@ from svfit_dreambooth.web.rooms.laid_out import (
 from svfit_dreambooth.web.rooms.memory import remember, remembered
 from svfit_dreambooth.web.rooms.progress import sum_up
 from svfit_dreambooth.web.rooms.workspace import Visitor
-from svfit_dreambooth.web.tabs.form import ADVANCED, LABELS, NUMBERS, in_form_words
+from svfit_dreambooth.web.tabs.form import ADVANCED, LABELS, NUMBERS, SWITCHES, in_form_words
 from svfit_dreambooth.web.tabs.mistakes import number, plainly
 
 REMEMBERED = ("name", "word", "kind", "base", "preset", *ADVANCED)
@@ -136,6 +138,8 @@ class Draft:
         }
         for name, value in zip(ADVANCED, advanced, strict=True):
             options[name] = number(LABELS[name], value) if name in NUMBERS else value
+        if prompts := [line.strip() for line in (options["validation_prompts"] or "").splitlines() if line.strip()]:
+            options["validation_prompts"] = prompts
         if not options["with_prior_preservation"]:
             del options["class_prompt"]
         subject = bundled(photos)
@@ -143,6 +147,22 @@ class Draft:
             options["instance_data_dir"] = str(SUBJECTS_FOLDER / subject)  # so that the run's judge knows the toy
         given = {n: value for n, value in options.items() if n in NAMES and value is not None and value != ""}
         return {name: value for name, value in given.items() if value is not False}  # 0 is an answer, False is none
+
+    def take_up(self, visitor: Visitor, job: Job) -> tuple[Any, ...]:
+        """Thumbnails, remarks, selected, actions and the form, as they were for a run; photos where none are laid out."""
+        options = job.options
+        if not photo_files(visitor.photos):
+            subject = Path(str(options.get("instance_data_dir"))).name
+            if subject in bundled_subjects():
+                take_bundled(visitor.photos, subject)
+            else:
+                add_photos(visitor.photos, photo_files(self.app.jobs.folder / job.id / "photos"))
+        words = job.instance_prompt.removeprefix("a photo of ").partition(" ")
+        base = self.app.studio.bases.shown(job.base, options.get("revision"))
+        advanced = [_as_written(options.get(name), name) for name in ADVANCED]
+        form = (job.name, words[0], words[2], base, options.get("preset") or DEFAULT, *advanced)
+        remember(visitor.folder, dict(zip(REMEMBERED, form, strict=True)))
+        return (*self._shown(visitor, base, str(options.get("resolution") or "")), *form)
 
     def estimate(self, visitor: Visitor, options: dict[str, Any]) -> list[str]:
         """What a run would take, in plain lines: memory, and time as far as earlier runs tell.  No weight is read."""
@@ -192,6 +212,15 @@ class Draft:
         if not isinstance(selected, int) or not 0 <= selected < len(paths):
             raise SVFitError("select a photo first.")
         return paths[selected]
+
+
+def _as_written(value: Any, name: str) -> Any:
+    """An option as its field of the form has it."""
+    if name == "mixed_precision":
+        return value or "no"
+    if isinstance(value, bool) or name in SWITCHES:
+        return bool(value)
+    return "\n".join(value) if isinstance(value, list) else "" if value is None else f"{value}"
 
 
 def trained_at(base: str, resolution: str) -> int:

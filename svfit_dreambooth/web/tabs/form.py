@@ -16,6 +16,7 @@ LABELS = {
     "validation_steps": "Pictures on the way",
     "num_inference_steps": "Their steps",
     "seed": "Seed",
+    "validation_prompts": "Prompts of those pictures",
     "mixed_precision": "Mixed precision",
     "train_text_encoder": "Teach the text encoder too",
     "random_flip": "Mirror photos at random",
@@ -24,6 +25,7 @@ LABELS = {
 }
 ADVANCED = tuple(LABELS)
 NUMBERS = ADVANCED[:2] + ADVANCED[3:8]
+SWITCHES = ("train_text_encoder", "random_flip", "gradient_checkpointing", "with_prior_preservation")
 ELSEWHERE = {
     "pretrained_model_name_or_path": "Base model",
     "adapter_name": "Name",

@@ -13,6 +13,7 @@ from svfit_dreambooth.web.tabs.curve import loss_plot
 from svfit_dreambooth.web.tabs.draft import Draft
 from svfit_dreambooth.web.tabs.form import ADVANCED
 from svfit_dreambooth.web.tabs.generate import PRIVATE, GenerateTab
+from svfit_dreambooth.web.tabs.run_list import ON_LOAD
 from svfit_dreambooth.web.tabs.runs import NONE, Runs
 
 PRESETS = {
@@ -28,7 +29,7 @@ LIVE: dict[str, Any] = {**PRIVATE, "queue": False}
 def build_train(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: GenerateTab) -> None:
     draft = Draft(app)
     runs = Runs(app, draft)
-    selected, seen, removed = gr.State(None), gr.State(None), gr.State(None)
+    selected, seen, removed, chosen = gr.State(None), gr.State(None), gr.State(None), gr.State(None)
     with gr.Row():
         with gr.Column(scale=5, min_width=300):
             drop = gr.File(
@@ -81,29 +82,34 @@ def build_train(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: Generate
                 )
             estimated = gr.Markdown(elem_classes="note", elem_id="estimate")
         with gr.Column(scale=6, min_width=300):
-            listed = gr.Dropdown([], label="Runs", interactive=True, elem_id="runs")
             status = gr.HTML(NONE, elem_id="run-status")
             with gr.Row(elem_classes="actions"):
-                stop = gr.Button("Stop and keep", size="sm", interactive=False, elem_id="stop-run")
-                resume = gr.Button("Resume", size="sm", interactive=False, elem_id="resume-run")
                 try_it = gr.Button("Try it", size="sm", interactive=False, elem_id="try-run")
                 download = gr.DownloadButton("Download", size="sm", interactive=False, elem_id="download-run")
-                forget = gr.Button("Remove", size="sm", interactive=False, elem_id="remove-run")
+                again = gr.Button("Same settings again", size="sm", interactive=False, elem_id="again")
+            listed = gr.HTML(elem_id="runs", js_on_load=ON_LOAD)
             with gr.Row(visible=False, elem_classes="undo") as undo_row:
                 said = gr.Markdown(elem_classes="note")
                 undo = gr.Button("Undo", size="sm", elem_id="undo-remove-run", min_width=80, scale=0)
             curve = loss_plot(Progress(), False)
+            slider = gr.Slider(
+                0, 1, 0, step=1, label="Looks on the way", info="The pictures of earlier steps.", visible=False,
+                elem_id="looks", interactive=True, buttons=[],
+            )  # fmt: skip
+            look = gr.HTML(elem_id="look", elem_classes="sheet")
+            use_step = gr.Button("This step is the adapter", size="sm", visible=False, elem_id="use-step")
             sheet = gr.HTML(elem_id="sheet")
             with gr.Accordion("Log", open=False):
                 log = gr.HTML()
-    panel = [listed, seen, status, curve, sheet, log, stop, resume, try_it, download, forget]
+    live = [listed, seen, status, curve, slider, look, use_step, sheet, log, try_it, download, again]
+    panel = [chosen, *live]
     shown = [thumbs, remarks, selected, photo_actions]
     words = [word, kind, base, preset, *advanced]
 
     remembered, trained_at = [name, *words], [base, advanced[ADVANCED.index("resolution")]]
     page.load(draft.show, None, [*shown, *remembered], **PRIVATE)
     page.load(lambda: gr.Dropdown(app.studio.bases.for_training()), None, base, **PRIVATE)
-    page.load(runs.open_page, listed, panel, **PRIVATE)
+    page.load(runs.open_page, chosen, panel, **PRIVATE)
     drop.upload(draft.add, [drop, *trained_at], [drop, *shown], **PRIVATE)
     thumbs.select(draft.select, None, [selected, rotate, remove], **PRIVATE)
     rotate.click(draft.rotate, [selected, *trained_at], shown, **PRIVATE)
@@ -119,13 +125,13 @@ def build_train(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: Generate
         field.change(_say_prompt, [word, kind], shown_prompt, **LIVE)
     estimate.click(runs.estimate, words, estimated, **{**PRIVATE, "show_progress": "minimal"})
     start.click(runs.submit, [name, *words], panel, **PRIVATE)
-    for button, act in ((stop, runs.stop), (resume, runs.resume)):
-        button.click(act, listed, panel, **PRIVATE)
-    forget.click(runs.remove, listed, [*panel, removed, undo_row, said], **PRIVATE)
+    listed.click(runs.act, None, [*panel, removed, undo_row, said], **LIVE)
     undo.click(runs.undo, removed, [*panel, removed, undo_row], **PRIVATE)
-    try_it.click(runs.try_it, listed, [tabs, generate_tab.adapters], **PRIVATE)
-    listed.input(runs.look, listed, panel, **LIVE)
-    gr.Timer(EVERY).tick(runs.tick, [listed, seen], panel, **LIVE)
+    try_it.click(runs.try_it, chosen, [tabs, generate_tab.adapters], **PRIVATE)
+    again.click(runs.again, chosen, [*shown, *remembered], **PRIVATE)
+    slider.input(runs.look, [chosen, slider], [look, use_step], **LIVE)
+    use_step.click(runs.use_step, [chosen, slider], live, **PRIVATE)
+    gr.Timer(EVERY).tick(runs.tick, [chosen, seen, slider], live, **LIVE)
 
 
 def _advanced() -> list[Any]:
@@ -142,6 +148,10 @@ def _advanced() -> list[Any]:
         with gr.Row():
             every = _field("Pictures on the way", "as suits", info="Steps between them.", elem_id="train-every")
             painting = _field("Their steps", "25", info="Denoising steps.", elem_id="train-painting")
+        prompts = gr.Textbox(
+            label="Prompts of those pictures", placeholder="four places where it has no photo", lines=2, max_lines=6,
+            info="One a line, with its word.",
+        )  # fmt: skip
         precision = gr.Radio(["no", "fp16", "bf16"], value="no", label="Mixed precision", info="fp16 or bf16 halve the memory on a GPU.")  # fmt: skip
         text = gr.Checkbox(False, label="Teach the text encoder too")
         flip = gr.Checkbox(False, label="Mirror photos at random; not for writing or faces")
@@ -149,7 +159,9 @@ def _advanced() -> list[Any]:
         prior = gr.Checkbox(
             False, label="Keep others of its kind apart (prior preservation): about twice as long",
         )  # fmt: skip
-    return [steps, rate, rank, resolution, batch, every, painting, seed, precision, text, flip, checkpointing, prior]
+    return [
+        steps, rate, rank, resolution, batch, every, painting, seed, prompts, precision, text, flip, checkpointing, prior,
+    ]  # fmt: skip
 
 
 def _field(label: str, placeholder: str, **more: Any) -> gr.Textbox:
