@@ -1,5 +1,8 @@
 """Transformers trained by flow matching: the whole journey of each family, and what it shares with its pipeline."""
 
+import gc
+import shutil
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +13,8 @@ from flow_bases import tiny_flux1, tiny_klein, tiny_qwen_image, tiny_sd3, tiny_z
 from svfit_dreambooth import load_adapter, train, unload_adapter
 from svfit_dreambooth.adapter.file import read_adapter
 from svfit_dreambooth.bases.families import family_of
-from svfit_dreambooth.bases.opening import open_base_model
+from svfit_dreambooth.bases.opening import BaseModel, open_base_model
+from svfit_dreambooth.bases.stored import StoredBase
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.arithmetic import exact_delta
 from svfit_dreambooth.method.targets import matrix_layers, svfit_layers
@@ -28,7 +32,6 @@ BASES = {
     "flux-1": tiny_flux1,
     "sd3": tiny_sd3,
 }
-UNGUIDED = {"Z-Image": 0.0}  # whose guidance is what is added to 1
 EVERY = [name if name == "klein" else pytest.param(name, marks=pytest.mark.slow) for name in BASES]
 
 
@@ -96,9 +99,94 @@ def test_a_resumed_run_is_the_uninterrupted_one(config, tmp_path):
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_looks_and_final_pictures_are_painted(config):
-    result = train(replace(config, validation_steps=4, final_pictures=True, validation_prompts=["a sks dog"]))
-    assert list(result.adapter_path.parent.rglob("step_*.png")) and list(result.adapter_path.parent.rglob("*.png"))
+@pytest.fixture
+def opening(monkeypatch):
+    """Which networks are opened and let go, in order; no two of text encoder, autoencoder and denoiser at once."""
+    events, alive = [], {}
+    opened, let_go = StoredBase.open, BaseModel.let_go
+
+    def opens(stored, part, dtype=torch.float32):
+        gc.collect()
+        events.append(f"open {part}")
+        living = {name for name, network in alive.items() if network() is not None and not is_outline(network())}
+        if part == stored.family.denoiser_name:
+            assert not living & set(stored.family.text_encoder_names)
+        network = opened(stored, part, dtype)
+        alive[part] = weakref.ref(network)
+        return network
+
+    def lets_go(base, *parts):
+        held = [part for part in parts if base.is_open(part)]
+        let_go(base, *parts)
+        events.extend(f"let go {part}" for part in held)
+        assert not any(map(base.is_open, parts))
+
+    monkeypatch.setattr(StoredBase, "open", opens)
+    monkeypatch.setattr(BaseModel, "let_go", lets_go)
+    return events
+
+
+def is_outline(network):
+    return next(network.parameters()).is_meta
+
+
+def test_text_encoders_answer_once_and_are_gone_before_the_denoiser_comes(config, folder, opening, tmp_path):
+    whole = train(config)
+    encoders = list(open_base_model(str(folder)).family.text_encoders)
+    asked = [f"open {name}" for name in encoders] + [f"let go {name}" for name in encoders]
+    assert opening == [*asked, "open vae", "let go vae", "open transformer"]
+    assert whole.base.family.text_encoders == {} and not whole.base.is_open("vae")
+    opening.clear()
+    longer = train(replace(config, max_train_steps=6, resume_from_checkpoint="latest"))
+    assert longer.steps == 6 and opening == ["open transformer"]  # prompts and photos were read before
+
+    kept = sorted(whole.plan.folder.encoded.iterdir())
+    kept[0].write_bytes(kept[0].read_bytes()[:-1])
+    opening.clear()
+    train(replace(config, max_train_steps=7, resume_from_checkpoint="latest"))
+    assert len(opening) in (3, 1 + 2 * len(encoders))  # only who gave the damaged answer is asked again
+    with pytest.raises(SVFitError, match="the text encoder was let go, and the prompt 'a cat' is none of those"):
+        generate(whole.base, ["a cat"], num_inference_steps=1)
+
+
+def test_an_answer_is_of_its_base_alone(config, folder, opening, tmp_path):
+    """Another text encoder under the same name is asked anew, and another denoiser is not."""
+    train(config)
+    name, encoder = next(iter(open_base_model(str(folder)).family.text_encoders.items()))
+    with torch.no_grad():
+        encoder.get_input_embeddings().weight[3] += 1
+    shutil.copytree(folder, tmp_path / folder.name)
+    encoder.save_pretrained(tmp_path / folder.name / name)
+    opening.clear()
+    train(replace(config, pretrained_model_name_or_path=str(tmp_path / folder.name)))
+    assert "open vae" not in opening and "open text_encoder" in opening
+
+
+def test_looks_and_final_pictures_are_painted(config, opening):
+    options = {"validation_steps": 4, "final_pictures": True, "validation_prompts": ["a sks dog"]}
+    result = train(replace(config, mixed_precision="bf16", **options))
+    assert len(list(result.adapter_path.parent.rglob("step_*.png"))) == 2 and result.showing.sheet.is_file()
+    encoders = [event for event in opening if "text_encoder" in event]
+    assert opening[: len(encoders)] == encoders  # all that is painted was read before
+
+
+def test_final_pictures_are_those_of_the_whole_base(config, folder):
+    """The denoiser is opened anew after a run in bf16, and prompts are answered from what was kept."""
+    result = train(replace(config, mixed_precision="bf16", final_pictures=True, validation_prompts=["a sks dog"]))
+    assert result.base.pipeline.transformer.dtype == torch.bfloat16
+    model = open_for_adapters([(result.adapter_path, 1.0)], str(folder), dtype=torch.bfloat16)
+    model.family.answers = result.base.family.answers
+    (again,) = generate(model, ["a sks dog"], num_inference_steps=2, seed=1000)
+    assert (pixels(again) == np.asarray(result.showing.first, dtype=int)).all()
+
+
+def test_class_pictures_are_painted_without_the_text_encoder(config, opening, tmp_path):
+    prior = {"with_prior_preservation": True, "class_prompt": "a photo of a dog", "num_class_images": 2}
+    train(replace(config, **prior))
+    own = [event for event in opening if "text_encoder" not in event]
+    # photos, class pictures painted, class pictures read, steps
+    assert own[:2] == ["open vae", "let go vae"] and own[2:4] == ["open transformer", "open vae"]
+    assert own[6:] == ["open vae", "let go vae", "open transformer"]
 
 
 @pytest.mark.parametrize("step", [0, 1])
@@ -112,9 +200,7 @@ def test_a_step_of_the_sampler_goes_along_what_training_predicts(folder, step):
         seen.append(family.unpacked(tensors["latents"], 16, 16))
         return {}
 
-    words = family.painting_arguments(
-        {"prompt": "a dog", "negative_prompt": None}, UNGUIDED.get(family.architecture, 1.0)
-    )
+    words = family.painting_arguments({"prompt": "a dog", "negative_prompt": None}, family.unguided)
     start = torch.manual_seed(0)
     pipeline(**words, height=16, width=16, num_inference_steps=3, generator=start, callback_on_step_end=look)
     sigmas = pipeline.scheduler.sigmas
@@ -132,6 +218,7 @@ def test_the_estimate_counts_what_the_real_network_keeps(config, changes):
     assert estimate_memory(run).total > 0
     from svfit_dreambooth.bases.families import apply_svfit
 
+    run.base.open("transformer")
     denoiser = family.denoiser.train()
     apply_svfit(denoiser, target_modules=run.targets["transformer"])
     shapes = family.stand_in(2, 16)
@@ -175,6 +262,7 @@ def test_the_loss_is_that_of_flow_matching(config):
     run = prepare(replace(config, train_batch_size=1))
     family = run.base.family
     examples = encode_examples(run, Accelerator(cpu=True).device)
+    run.base.open("transformer")
     model = Objective(run, examples, family.networks, torch.device("cpu"), torch.float32)
     draw = model._draw(0)
     s = draw.timestep
@@ -231,12 +319,6 @@ def test_latents_that_the_pipeline_hands_out_are_decoded_as_it_would(folder):
     (found,) = family.decode_latents(call(output_type="latent"), 16, 24)
     assert found.size == expected.size == (24, 16)
     assert np.abs(np.asarray(found, dtype=int) - np.asarray(expected, dtype=int)).max() <= 1
-
-
-def test_a_run_in_bf16_paints_its_looks(config):
-    """Denoiser in bf16, text encoder and autoencoder in float32."""
-    result = train(replace(config, mixed_precision="bf16", max_train_steps=2, validation_steps=1, keep="last"))
-    assert result.adapter_path.is_file() and len(list(result.adapter_path.parent.rglob("step_*.png"))) >= 2
 
 
 def test_bf16_pictures_are_close_to_those_of_float32(folder):

@@ -62,9 +62,11 @@ class Family(ABC):
     layer_names: ClassVar[Mapping[Role, LayerNames]]
     checkpointed: ClassVar[tuple[type[nn.Module], ...]]  # the blocks that gradient checkpointing runs again
     guidance_scale: ClassVar[float]  # that suits
+    no_prompt: ClassVar[str] = ""  # what stands for no negative prompt
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
+        self.answers: dict[str, Conditions] = {}  # to prompts, (1, ...) each, of text encoders that were let go
 
     @classmethod
     @abstractmethod
@@ -157,6 +159,13 @@ class Family(ABC):
 
         `encoders`: the text encoders by name, maybe wrapped for training.
         """
+
+    @torch.no_grad()
+    def conditions(self, prompts: list[str]) -> Conditions:
+        """What the denoiser is told of prompts, where the text encoders answer."""
+        device = get_module_execution_device(next(iter(self.text_encoders.values())))
+        tokens = {name: ids.to(device) for name, ids in self.tokenize(prompts).items()}
+        return self.encode_tokens(tokens, self.text_encoders)
 
     def painting_arguments(self, words: dict[str, Any], guidance_scale: float) -> dict[str, Any]:
         """What the pipeline is called with to paint `words`, "prompt" and "negative_prompt" or their embeddings."""

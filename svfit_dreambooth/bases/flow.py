@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from svfit_dreambooth.bases.family import Family, Tokens, warn_of_cut
+from svfit_dreambooth.bases.family import Conditions, Family, Tokens, warn_of_cut
 from svfit_dreambooth.bases.noising import Flow
 from svfit_dreambooth.errors import SVFitError
 
@@ -25,6 +25,9 @@ class FlowTransformer(Family):
     denoiser_class: ClassVar[type[nn.Module]]
     timestep_sampling: ClassVar[str] = "uniform"  # as the base's own LoRA script draws them, see `noising.Flow`
     tokens_per_latent: ClassVar[float] = 1  # a quarter where the denoiser itself sees 2 x 2 latents as one
+    guidance_argument: ClassVar[str] = "guidance_scale"  # of the pipeline
+    unguided: ClassVar[float] = 1.0  # up to this guidance the negative prompt has no say
+    no_negative_prompt: ClassVar[str | None] = None  # the family's name, and why it takes no negative prompt
 
     @classmethod
     def fits(cls, pipeline: DiffusionPipeline) -> bool:
@@ -38,6 +41,51 @@ class FlowTransformer(Family):
     def check(self, name: str) -> None:
         """Every variety that opens can be adapted."""
 
+    # prompts
+
+    def conditions(self, prompts: list[str]) -> Conditions:
+        """From `answers` where those have the prompt, else by the text encoders, a prompt at a time.
+
+        Raises SVFitError for a prompt that has no answer where the text encoders were let go.
+        """
+        rows = []
+        for prompt in prompts:
+            if prompt not in self.answers and not self.text_encoders:
+                raise SVFitError(
+                    f"the text encoder was let go, and the prompt {prompt!r} is none of those that it has read: open "
+                    "the base anew."
+                )
+            rows.append(self.answers[prompt] if prompt in self.answers else super().conditions([prompt]))
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+    def painting_arguments(self, words: dict[str, Any], guidance_scale: float) -> dict[str, Any]:
+        """The answers themselves, in the denoiser's type.  Raises SVFitError for a negative prompt that has no say."""
+        negative = words.get("negative_prompt")
+        if negative and self.no_negative_prompt is not None:
+            raise SVFitError(
+                f"negative_prompt {negative!r} does not work with {self.no_negative_prompt}: leave it out.",
+                "negative_prompt",
+            )
+        texts = {"": words["prompt"]}
+        if self.guided(guidance_scale):
+            texts["negative_"] = negative or self.no_prompt
+        arguments: dict[str, Any] = {self.guidance_argument: guidance_scale}
+        for kind, text in texts.items():
+            told = self.as_arguments(self.conditions([text]))
+            arguments |= {f"{kind}{name}": value for name, value in told.items()}
+        return arguments
+
+    def guided(self, guidance_scale: float) -> bool:
+        """Whether the pipeline paints with a negative prompt, the empty one where none is given."""
+        return guidance_scale > self.unguided
+
+    def as_arguments(self, conditions: Conditions) -> dict[str, Any]:
+        """Conditions of one prompt as the pipeline is called with them."""
+        device, dtype = self.pipeline._execution_device, self.denoiser.dtype
+        return {name: rows.to(device, dtype) for name, rows in conditions.items()}
+
+    # pictures
+
     @property
     def size_multiple(self) -> int:
         return self.required_multiple
@@ -46,6 +94,12 @@ class FlowTransformer(Family):
     def required_multiple(self) -> int:
         """The denoiser sees 2 x 2 points of the autoencoder's as one."""
         return 2 * int(self.pipeline.vae_scale_factor)
+
+    def unpacked(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """The pipeline's latents between its steps as `predict` takes them, for a picture of that size in pixels."""
+        return latents
+
+    # the loss
 
     def noising(self, sampling: str | None = None) -> Flow:
         return Flow(sampling or self.timestep_sampling, self.shift)
@@ -65,10 +119,6 @@ class FlowTransformer(Family):
         low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
         return float(low + (high - low) * (tokens - first) / (last - first))
 
-    def unpacked(self, latents: Tensor, height: int, width: int) -> Tensor:
-        """The pipeline's latents between its steps as `predict` takes them, for a picture of that size in pixels."""
-        return latents
-
 
 def chat_tokens(tokenizer: Any, prompts: Sequence[str], length: int, thinking: bool) -> Tokens:
     """Prompts as the chat messages that such encoders read: ids and mask (prompts, `length`), padded at the end."""
@@ -84,14 +134,6 @@ def chat_tokens(tokenizer: Any, prompts: Sequence[str], length: int, thinking: b
     warn_of_cut(tokenizer, prompts, texts, length)
     found = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     return {"text_encoder": found.input_ids, "attention_mask": found.attention_mask}
-
-
-def refuse_negative_prompt(words: Mapping[str, Any], base: str) -> None:
-    """Raises SVFitError where `words` hold a negative prompt; `base` names a family that takes none, and why."""
-    if words.get("negative_prompt"):
-        raise SVFitError(
-            f"negative_prompt {words['negative_prompt']!r} does not work with {base}: leave it out.", "negative_prompt"
-        )
 
 
 def hidden_states(tokens: Tokens, encoders: Mapping[str, nn.Module], layers: Sequence[int]) -> Tensor:

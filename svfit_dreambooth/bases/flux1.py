@@ -1,7 +1,7 @@
 """FLUX.1 (Black Forest Labs, 2024): a transformer that reads a T5, and the pooled answer of a CLIP."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from svfit_dreambooth.bases.family import Conditions, Role, Tokens, warn_of_cut
-from svfit_dreambooth.bases.flow import FlowTransformer, refuse_negative_prompt
+from svfit_dreambooth.bases.flow import FlowTransformer
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.targets import LayerNames
 
@@ -37,6 +37,7 @@ class Flux1(FlowTransformer):
     checkpointed = (FluxTransformerBlock, FluxSingleTransformerBlock)
     guidance_scale = 3.5
     tokens_per_latent = 0.25
+    no_negative_prompt = "FLUX.1, whose guidance was distilled"
 
     def check(self, name: str) -> None:
         taken, given = self.denoiser.config.in_channels, 4 * self.pipeline.vae.config.latent_channels
@@ -75,17 +76,9 @@ class Flux1(FlowTransformer):
             "pooled_prompt_embeds": encoders["text_encoder"](tokens["text_encoder"]).pooler_output,  # (prompts, dim)
         }
 
-    @torch.no_grad()
-    def painting_arguments(self, words: dict[str, Any], guidance_scale: float) -> dict[str, Any]:
-        """The embeddings in the denoiser's type: the pipeline itself would hand them over in the text encoder's."""
-        refuse_negative_prompt(words, "FLUX.1, whose guidance was distilled")
-        embeds, pooled, _ = self.pipeline.encode_prompt(words["prompt"])
-        dtype = self.denoiser.dtype
-        return {
-            "prompt_embeds": embeds.to(dtype),
-            "pooled_prompt_embeds": pooled.to(dtype),
-            "guidance_scale": guidance_scale,
-        }
+    def guided(self, guidance_scale: float) -> bool:
+        """The denoiser itself is told the guidance."""
+        return False
 
     # pictures
 

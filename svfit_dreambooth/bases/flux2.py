@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from svfit_dreambooth.bases.family import Conditions, Role, Tokens, posterior
-from svfit_dreambooth.bases.flow import FlowTransformer, chat_tokens, hidden_states, refuse_negative_prompt
+from svfit_dreambooth.bases.flow import FlowTransformer, chat_tokens, hidden_states
 from svfit_dreambooth.method.targets import LayerNames
 
 FLUX2 = LayerNames(
@@ -37,6 +37,7 @@ class Flux2Klein(FlowTransformer):
     layer_names: ClassVar[Mapping[Role, LayerNames]] = {"denoiser": FLUX2}
     checkpointed = (Flux2TransformerBlock, Flux2SingleTransformerBlock)
     guidance_scale = 4.0
+    no_negative_prompt = "FLUX.2-klein, which knows none"
 
     @classmethod
     def fits(cls, pipeline: Any) -> bool:
@@ -70,17 +71,8 @@ class Flux2Klein(FlowTransformer):
         states = hidden_states(tokens, encoders, ENCODER_LAYERS)  # (prompts, 3, tokens, dim)
         return {"prompt_embeds": states.transpose(1, 2).flatten(2)}  # (prompts, tokens, 3 * dim)
 
-    @torch.no_grad()
-    def painting_arguments(self, words: dict[str, Any], guidance_scale: float) -> dict[str, Any]:
-        """The embeddings in the denoiser's type: the pipeline itself would hand them over in the text encoder's."""
-        refuse_negative_prompt(words, "FLUX.2-klein, which knows none")
-        arguments = {"prompt_embeds": words["prompt"]}
-        if guidance_scale > 1 and not self.pipeline.config.get("is_distilled"):
-            arguments["negative_prompt_embeds"] = ""
-        encoded = {
-            name: self.pipeline.encode_prompt(text)[0].to(self.denoiser.dtype) for name, text in arguments.items()
-        }
-        return encoded | {"guidance_scale": guidance_scale}
+    def guided(self, guidance_scale: float) -> bool:
+        return super().guided(guidance_scale) and not self.pipeline.config.get("is_distilled")
 
     # pictures
 

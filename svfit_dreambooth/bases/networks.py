@@ -2,11 +2,14 @@
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
+from torch import nn
+from transformers import PreTrainedModel
 
 from svfit_dreambooth.bases.family import Family, tokenizer_name
 from svfit_dreambooth.errors import SVFitError
@@ -20,27 +23,66 @@ def open_networks(name: str, folder: Path, family: type[Family], variant: str | 
     """Denoiser, text encoders and autoencoder of the base `name` in `folder`, by name, float32 on the CPU.
 
     None for a text encoder that the family can do without and the base lacks, and for its tokenizer.
-    Raises SVFitError where a file lacks weights of its network or holds others than those: libraries would fill the
-    one with random numbers and drop the other.
+    Raises SVFitError where a file lacks weights of its network or holds others than those.
     """
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    opened: dict[str, Any] = {}
-    for part in (family.denoiser_name, *family.text_encoder_names, "vae"):
-        if part in family.optional_text_encoders and index.get(part) in (None, [None, None]):
-            opened |= dict.fromkeys((part, tokenizer_name(part)))
-            continue
-        network: Any = class_of(name, part, index)
-        module, found = network.from_pretrained(
-            folder / part,
-            variant=variant,
-            use_safetensors=True,
-            dtype=torch.float32,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-        _check_loaded(name, part, found)
-        opened[part] = module.eval()
-    return opened
+    return {
+        part: open_network(name, folder, part, class_of(name, part, index), variant)
+        for part in network_names(index, family)
+    } | absent_parts(index, family)
+
+
+def outline_networks(name: str, folder: Path, family: type[Family]) -> dict[str, Any]:
+    """As `open_networks`, on the meta device: networks with shapes and without numbers."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    return {
+        part: outline_network(str(folder), part, class_of(name, part, index), local_files_only=True)
+        for part in network_names(index, family)
+    } | absent_parts(index, family)
+
+
+def network_names(index: Mapping[str, Any], family: type[Family]) -> list[str]:
+    """Denoiser, text encoders and autoencoder of a base with the model_index.json `index`."""
+    absent = absent_parts(index, family)
+    return [part for part in (family.denoiser_name, *family.text_encoder_names, "vae") if part not in absent]
+
+
+def absent_parts(index: Mapping[str, Any], family: type[Family]) -> dict[str, None]:
+    """The text encoders that the family can do without and the base lacks, and their tokenizers."""
+    absent = [part for part in family.optional_text_encoders if index.get(part) in (None, [None, None])]
+    return dict.fromkeys([*absent, *map(tokenizer_name, absent)])
+
+
+def open_network(
+    name: str, folder: Path, part: str, kind: Any, variant: str | None, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """The network `part` of the base `name`, of the class `kind`, in `dtype` on the CPU.
+
+    Raises SVFitError where its files lack weights of it or hold others than those: libraries would fill the one with
+    random numbers and drop the other.
+    """
+    module, found = kind.from_pretrained(
+        folder / part,
+        variant=variant,
+        use_safetensors=True,
+        dtype=dtype,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    check_keys(name, part, found["missing_keys"], found["unexpected_keys"])
+    return module.eval()
+
+
+def outline_network(source: str, part: str, cls: Any, **location: Any) -> Any:
+    """One part of a pipeline: networks empty, tokenizers and schedulers whole."""
+    if issubclass(cls, ModelMixin):
+        with torch.device("meta"):
+            return cls.from_config(cls.load_config(source, subfolder=part, **location))
+    if issubclass(cls, PreTrainedModel):
+        config = cls.config_class.from_pretrained(source, subfolder=part, **location)
+        with torch.device("meta"):
+            return cls(config)
+    return cls.from_pretrained(source, subfolder=part, **location)
 
 
 def class_of(name: str, part: str, index: Mapping[str, Any]) -> Any:
@@ -54,22 +96,27 @@ def class_of(name: str, part: str, index: Mapping[str, Any]) -> Any:
     return getattr(importlib.import_module(library), str(kind))
 
 
-def _check_loaded(name: str, part: str, found: dict[str, Any]) -> None:
-    for kind, what in (("missing_keys", "lacks"), ("unexpected_keys", "holds, beside its own,")):
-        keys = sorted(found[kind])
-        if keys:
-            some = ", ".join(keys[:SHOWN]) + (f" and {len(keys) - SHOWN} others" if len(keys) > SHOWN else "")
+def check_keys(name: str, part: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Raises SVFitError where the files of a network lack weights of it, or hold others."""
+    for found, what in ((sorted(missing), "lacks"), (sorted(unexpected), "holds, beside its own,")):
+        if found:
+            some = ", ".join(found[:SHOWN]) + (f" and {len(found) - SHOWN} others" if len(found) > SHOWN else "")
             raise SVFitError(f"the {part} of {name} {what} {some}: its files do not belong together, fetch it again.")
 
 
 def check_weights(name: str, family: Family) -> None:
     """Raises SVFitError for weights of the base `name` that are not there, or are no numbers."""
     for part, module in {**family.components, "vae": family.pipeline.vae}.items():
-        for path, weight in module.named_parameters():
-            if weight.is_meta:
-                raise SVFitError(f"the {part} of {name} lacks {path}: give a whole model.")
-            if not torch.isfinite(weight.detach().sum(dtype=torch.float64)):
-                raise SVFitError(f"the {part} of {name} holds NaN or infinity in {path}: fetch it again.")
+        check_numbers(name, part, module)
+
+
+def check_numbers(name: str, part: str, module: nn.Module) -> None:
+    """The same of one network."""
+    for path, weight in module.named_parameters():
+        if weight.is_meta:
+            raise SVFitError(f"the {part} of {name} lacks {path}: give a whole model.")
+        if not torch.isfinite(weight.detach().sum(dtype=torch.float64)):
+            raise SVFitError(f"the {part} of {name} holds NaN or infinity in {path}: fetch it again.")
 
 
 def check_latent_unit(name: str, family: Family) -> None:

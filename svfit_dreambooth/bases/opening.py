@@ -3,6 +3,8 @@
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,12 +13,14 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import try_to_load_from_cache
+from torch import nn
 
 from svfit_dreambooth.bases.families import family_named, family_of
 from svfit_dreambooth.bases.family import Family
 from svfit_dreambooth.bases.names import DEFAULT_BASE, EMBEDDED_WEIGHTS, base_name, home_expanded, is_hub_id
-from svfit_dreambooth.bases.networks import check_latent_unit, check_weights, open_networks
+from svfit_dreambooth.bases.networks import check_latent_unit, check_weights, open_networks, outline_networks
 from svfit_dreambooth.bases.single_file import read_single_file
+from svfit_dreambooth.bases.stored import StoredBase
 from svfit_dreambooth.bases.tokenizers import check_tokenizers
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import weight_hash
@@ -32,6 +36,7 @@ class BaseModel:
 
     name: str  # the embedded one's word, hub id with "@revision", or the name of a folder or file
     pipeline: Any  # a DiffusionPipeline of one of the families
+    stored: StoredBase | None = None  # from where its networks are opened one at a time; None: all are open
 
     @cached_property
     def family(self) -> Family:
@@ -45,6 +50,8 @@ class BaseModel:
         By a sample of every weight: even a light fine-tune moves some.  To be asked for before anything is cast or put in.
         """
         family, pipeline = self.family, self.pipeline
+        if self.stored is not None:
+            return self.stored.print(*family.networks, "vae")
         vae = pipeline.vae
         unit = [vae.config.get(name) for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")]
         digest = hashlib.sha256(repr([family.prediction_type, unit]).encode())
@@ -68,6 +75,50 @@ class BaseModel:
     def architecture(self) -> str:
         """ModelSpec's word for the family."""
         return self.family.architecture
+
+    def is_open(self, part: str) -> bool:
+        """Whether a network holds its weights: before it is opened it is an outline, and a text encoder let go is None."""
+        network = getattr(self.pipeline, part)
+        return network is not None and not next(network.parameters()).is_meta
+
+    def open(self, *parts: str, dtype: torch.dtype = torch.float32) -> None:
+        """Opens those networks, in `dtype` on the CPU, that are not open.  Raises SVFitError where they are not whole."""
+        for part in parts:
+            if self.stored is not None and not self.is_open(part):
+                logger.info("opening the %s of %s.", part, self.name)
+                setattr(self.pipeline, part, self.stored.open(part, dtype))
+                if part == "vae":
+                    check_latent_unit(self.name, self.family)
+
+    def let_go(self, *parts: str) -> None:
+        """Frees the memory of those networks, of a base that is opened one at a time."""
+        for part in parts:
+            if self.stored is not None and self.is_open(part):
+                getattr(self.pipeline, part).to("meta")
+            if self.stored is not None and part in self.family.text_encoder_names:
+                setattr(self.pipeline, part, None)  # a pipeline asks each part for its device
+
+    @contextmanager
+    def opened(
+        self, *parts: str, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+    ) -> Iterator[None]:
+        """Within it those networks are open and on `device`; those that were not open before are let go afterwards."""
+        closed = [part for part in parts if not self.is_open(part)]
+        try:
+            self.open(*closed, dtype=dtype)
+            for part in parts:
+                network = getattr(self.pipeline, part).eval()
+                if device is not None:
+                    network.to(device)
+            yield
+        finally:
+            self.let_go(*closed)
+
+    def to(self, device: torch.device | str) -> None:
+        """Moves all networks that are open to `device`."""
+        for name, part in self.pipeline.components.items():
+            if isinstance(part, nn.Module) and self.is_open(name):
+                part.to(device)
 
 
 def check_base_model(name: str, base_config: str | None = None) -> None:
@@ -110,12 +161,14 @@ def open_base_model(
     base_config: str | None = None,
     content_filter: bool = True,
     local_files_only: bool = False,
+    one_at_a_time: bool = False,
 ) -> BaseModel:
     """The base model `name`: the embedded one's word, a diffusers folder, a hub id, or a single-file .safetensors checkpoint.
 
     Weights are float32 on the CPU, whatever their file holds, so that bases are taken from the stored precision;
     cast and move the pipeline afterwards.  `content_filter`: load the safety checker where the base has one.
-    `local_files_only`: never download.  Raises SVFitError for anything that is not such a model.
+    `local_files_only`: never download.  `one_at_a_time`: networks of a family whose text encoders are not adapted come
+    as outlines, which `BaseModel.open` fills.  Raises SVFitError for anything that is not such a model.
     """
     name = home_expanded(name)
     base_config = base_config and home_expanded(base_config)
@@ -124,6 +177,7 @@ def open_base_model(
     location: dict[str, Any] = {"local_files_only": local_files_only or path.exists()}
     if not path.exists():
         location["revision"] = revision
+    stored = None
     try:
         if path.is_file():
             family, prediction_type = read_single_file(path)
@@ -148,12 +202,18 @@ def open_base_model(
                 _fetch_whole(name, variant=variant, **location)
             options = {"variant": variant, "use_safetensors": True, **family.load_options(content_filter)}
             folder = path if path.exists() else Path(family.pipeline_class.download(name, **location, **options))
+            if one_at_a_time and not family.adaptable_text_encoders:
+                stored = StoredBase(name, folder, family, variant)
+                networks = outline_networks(name, folder, family)
+                stored.check(family.denoiser_name, networks[family.denoiser_name])
+            else:
+                networks = open_networks(name, folder, family, variant)
             pipeline = family.pipeline_class.from_pretrained(
                 folder,
                 local_files_only=True,
                 dtype=torch.float32,
                 **options,
-                **open_networks(name, folder, family, variant),
+                **networks,
             )
             pipeline.register_to_config(_name_or_path=str(path) if path.exists() else name)
     except (SVFitError, MemoryError, torch.OutOfMemoryError):
@@ -168,11 +228,12 @@ def open_base_model(
     display = name if name == DEFAULT_BASE or not path.exists() else base_name(path)
     if revision is not None and not path.exists():
         display += f"@{revision}"
-    model = BaseModel(display, pipeline)
-    check_weights(name, model.family)
+    model = BaseModel(display, pipeline, stored)
+    if stored is None:
+        check_weights(name, model.family)
+        check_latent_unit(name, model.family)
     check_tokenizers(name, model.family)
     model.family.check(name)
-    check_latent_unit(name, model.family)
     return model
 
 

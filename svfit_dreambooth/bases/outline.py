@@ -3,13 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import DiffusionPipeline, ModelMixin
-from transformers import PreTrainedModel
+from diffusers import DiffusionPipeline
 
 from svfit_dreambooth.bases.families import family_named
 from svfit_dreambooth.bases.names import DEFAULT_BASE, EMBEDDED_WEIGHTS, base_name
-from svfit_dreambooth.bases.networks import class_of
+from svfit_dreambooth.bases.networks import class_of, outline_network
 from svfit_dreambooth.bases.opening import BaseModel, check_base_model
 from svfit_dreambooth.errors import SVFitError
 
@@ -34,7 +32,7 @@ def outline_base_model(
         family = family_named(index["_class_name"], name)
         without = family.load_options(content_filter=False)
         parts = {
-            part: _outline(source, part, class_of(name, part, index), **location)
+            part: outline_network(source, part, class_of(name, part, index), **location)
             for part, kind in index.items()
             if isinstance(kind, list) and kind[0] is not None and part not in without and part != "feature_extractor"
         }
@@ -50,15 +48,3 @@ def outline_base_model(
     )
     model.family.check(name)
     return model
-
-
-def _outline(source: str, part: str, cls: Any, **location: Any) -> Any:
-    """One part of a pipeline: networks empty, tokenizers and schedulers whole."""
-    if issubclass(cls, ModelMixin):
-        with torch.device("meta"):
-            return cls.from_config(cls.load_config(source, subfolder=part, **location))
-    if issubclass(cls, PreTrainedModel):
-        config = cls.config_class.from_pretrained(source, subfolder=part, **location)
-        with torch.device("meta"):
-            return cls(config)
-    return cls.from_pretrained(source, subfolder=part, **location)

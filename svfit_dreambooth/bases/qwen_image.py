@@ -21,7 +21,6 @@ QWEN_IMAGE = LayerNames(
     feed_forward=tuple(f"{stream}_mlp.net.{layer}" for stream in ("img", "txt") for layer in ("0.proj", "2")),
 )
 PROMPT_TOKENS = 1024
-NO_PROMPT = " "  # what stands for no negative prompt
 
 
 class QwenImage(FlowTransformer):
@@ -33,6 +32,8 @@ class QwenImage(FlowTransformer):
     checkpointed = (QwenImageTransformerBlock,)
     guidance_scale = 4.0
     tokens_per_latent = 0.25
+    guidance_argument = "true_cfg_scale"
+    no_prompt = " "
 
     @property
     def architecture(self) -> str:
@@ -67,18 +68,11 @@ class QwenImage(FlowTransformer):
         kept = torch.arange(PROMPT_TOKENS, device=masks.device)[None] < lengths[:, None]
         return {"prompt_embeds": torch.stack(rows), "prompt_embeds_mask": kept.long()}
 
-    @torch.no_grad()
-    def painting_arguments(self, words: dict[str, Any], guidance_scale: float) -> dict[str, Any]:
-        """The embeddings in the denoiser's type: the pipeline itself would hand them over in the text encoder's."""
-        texts = {"": words["prompt"]}
-        if guidance_scale > 1:
-            texts["negative_"] = words.get("negative_prompt") or NO_PROMPT
-        arguments: dict[str, Any] = {"true_cfg_scale": guidance_scale}
-        for kind, text in texts.items():
-            embeds, mask = self.pipeline.encode_prompt(text)
-            arguments[f"{kind}prompt_embeds"] = embeds.to(self.denoiser.dtype)
-            arguments[f"{kind}prompt_embeds_mask"] = embeds.new_ones(embeds.shape[:2]).long() if mask is None else mask
-        return arguments
+    def as_arguments(self, conditions: Conditions) -> dict[str, Any]:
+        """Without the padding."""
+        mask = conditions["prompt_embeds_mask"][0].bool()
+        own = super().as_arguments({"prompt_embeds": conditions["prompt_embeds"][:, mask]})
+        return own | {"prompt_embeds_mask": torch.ones(1, int(mask.sum()), device=own["prompt_embeds"].device).long()}
 
     # pictures
 

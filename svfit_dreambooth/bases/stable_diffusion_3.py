@@ -1,7 +1,7 @@
 """Stable Diffusion 3 and 3.5 (Esser et al., 2024, arXiv 2403.03206): two CLIPs and a T5, read side by side."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -72,27 +72,6 @@ class StableDiffusion3(FlowTransformer):
             "prompt_embeds": torch.cat([pad(clip, (0, width - clip.shape[-1])), t5], dim=1),
             "pooled_prompt_embeds": torch.cat([answer[0] for answer in answers], dim=-1),  # (prompts, both dims)
         }
-
-    @torch.no_grad()
-    def painting_arguments(self, words: dict[str, Any], guidance_scale: float) -> dict[str, Any]:
-        """The embeddings in the denoiser's type: the pipeline itself would hand them over in the text encoder's."""
-        names = (
-            "prompt_embeds",
-            "negative_prompt_embeds",
-            "pooled_prompt_embeds",
-            "negative_pooled_prompt_embeds",
-        )
-        found = self.pipeline.encode_prompt(
-            words["prompt"],
-            None,
-            None,
-            do_classifier_free_guidance=guidance_scale > 1,
-            negative_prompt=words.get("negative_prompt"),
-            max_sequence_length=PROMPT_TOKENS,
-        )
-        given = zip(names, found, strict=True)
-        arguments: dict[str, Any] = {name: rows.to(self.denoiser.dtype) for name, rows in given if rows is not None}
-        return arguments | {"guidance_scale": guidance_scale}
 
     # the loss
 

@@ -29,6 +29,7 @@ class ZImage(FlowTransformer):
     checkpointed = (ZImageTransformerBlock,)
     guidance_scale = 5.0
     tokens_per_latent = 0.25
+    unguided = 0.0
     timestep_sampling = "shifted"
 
     @property
@@ -48,17 +49,11 @@ class ZImage(FlowTransformer):
         states = hidden_states(tokens, encoders, [-2])[:, 0]  # (prompts, tokens, dim)
         return {"prompt_embeds": states, "attention_mask": tokens["attention_mask"]}
 
-    @torch.no_grad()
-    def painting_arguments(self, words: dict[str, Any], guidance_scale: float) -> dict[str, Any]:
-        """The embeddings in the denoiser's type: the pipeline itself would hand them over in the text encoder's."""
-        found = self.pipeline.encode_prompt(
-            words["prompt"],
-            do_classifier_free_guidance=guidance_scale > 0,
-            negative_prompt=words.get("negative_prompt"),
-        )
-        dtype = self.denoiser.dtype
-        embeds, negative = ([rows.to(dtype) for rows in prompts] for prompts in found)
-        return {"prompt_embeds": embeds, "negative_prompt_embeds": negative, "guidance_scale": guidance_scale}
+    def as_arguments(self, conditions: Conditions) -> dict[str, Any]:
+        """Without the padding, a list of prompts."""
+        mask = conditions["attention_mask"][0].bool()
+        own = super().as_arguments({"prompt_embeds": conditions["prompt_embeds"][0, mask]})
+        return {"prompt_embeds": [own["prompt_embeds"]]}
 
     # pictures
 

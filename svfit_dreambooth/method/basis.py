@@ -179,9 +179,7 @@ def model_basis(
     """
     folder = Path(cache_dir or folders.cache_dir()) / "basis"
     hashes = hashes or {}
-    paths = {
-        name: folder / f"{hashes.get(name) or weight_hash(weight)}.safetensors" for name, weight in weights.items()
-    }
+    paths = {name: folder / f"{hashes.get(name) or weight_hash(weights[name])}.safetensors" for name in weights}
 
     damaged: list[str] = []
 

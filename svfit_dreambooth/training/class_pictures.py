@@ -130,16 +130,17 @@ def placed(base: BaseModel, device: torch.device, dtype: torch.dtype | None) -> 
 
     The autoencoder and the text encoders stay as they are: photos and captions are encoded with them afterwards.
     """
-    denoiser = base.family.denoiser.to(device, dtype)  # before the rest, so that it never lies there in full size
-    base.pipeline.to(device)
-    if dtype in (None, torch.float32):
-        yield
-        return
-    denoiser.forward = torch.autocast(device.type, dtype)(denoiser.forward)
-    try:
-        yield
-    finally:
-        del denoiser.forward
+    with base.opened(base.family.denoiser_name, "vae"):
+        denoiser = base.family.denoiser.to(device, dtype)  # before the rest, so that it never lies there in full size
+        base.to(device)
+        if dtype in (None, torch.float32):
+            yield
+            return
+        denoiser.forward = torch.autocast(device.type, dtype)(denoiser.forward)
+        try:
+            yield
+        finally:
+            del denoiser.forward
 
 
 def class_picture_report(present: Sequence[Photo], count: int, folder: Path) -> str:
@@ -150,7 +151,8 @@ def class_picture_report(present: Sequence[Photo], count: int, folder: Path) -> 
 
 def _hash(base: BaseModel) -> str:
     """Tells copies and fine-tunes of one name apart, by the weights that every fine-tune moves."""
-    return weight_hash(next(base.family.denoiser.parameters()))
+    name, weight = next(base.family.denoiser.named_parameters())
+    return weight_hash(weight if base.stored is None else base.stored.weights(base.family.denoiser_name)[name])
 
 
 def _read_note(folder: Path) -> dict[str, Any]:

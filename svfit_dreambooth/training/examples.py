@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,24 +13,24 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from svfit_dreambooth.bases.devices import MIXED_PRECISION
-from svfit_dreambooth.bases.family import Conditions, Tokens
-from svfit_dreambooth.photos.captions import shuffled
-from svfit_dreambooth.photos.crops import crop_photo
+from svfit_dreambooth.bases.family import Conditions, Family, Tokens
+from svfit_dreambooth.photos.crops import Crops, crop_photo
 from svfit_dreambooth.photos.reading import Photo, open_mask, open_photo
+from svfit_dreambooth.training.answers import ask_prompts, asking, photo_captions, run_prompts
 from svfit_dreambooth.training.class_pictures import paint_class_pictures
 from svfit_dreambooth.training.plan import Plan
 
 
 @dataclass
 class Examples:
-    """Photos as the denoiser sees them, on the CPU in float32; lists go by photo."""
+    """Photos as the denoiser sees them, on the CPU, latents in float32; lists go by photo."""
 
     mean: list[Tensor]  # (variants, channels, h, w), mean of the latents of every window and mirror image
     spread: list[Tensor]  # the same shape: their standard deviation
     weight: list[Tensor | None]  # (variants, 1, h, w), of the loss, where a mask asks for one
     time_ids: list[Tensor]  # (variants, 6), where the windows were, see `Family.predict`
     prompts: list[list[int]]  # which rows of the following are the photo's captions: one of them is drawn
-    tokens: Tokens  # (prompts, tokens) for each text encoder
+    tokens: Tokens  # (prompts, tokens) for each text encoder that may be trained
     conditions: Conditions  # (prompts, ...) each
     repeats: list[int] | None = None  # how often each photo is shown in a round; None: each once
     dropped: int | None = None  # the row of the empty prompt; None: captions are never dropped
@@ -57,13 +59,17 @@ def make_class_pictures(plan: Plan, device: torch.device) -> list[Photo]:
 
 
 def encode_examples(plan: Plan, device: torch.device) -> Examples:
-    """Encodes every window of every photo, and every caption, once; with prior preservation the class pictures too."""
+    """Encodes every window of every photo, and every caption, once; with prior preservation the class pictures too.
+
+    Prompts first, then photos: a base that is opened one network at a time holds neither text encoder nor autoencoder
+    when its denoiser is opened.
+    """
     config = plan.config
-    prior = None
-    if config.with_prior_preservation:
-        prior = _encode(plan, make_class_pictures(plan, device), str(config.class_prompt), device, of_class=True)
+    ask_prompts(plan, run_prompts(plan), device)
     examples = _encode(plan, plan.photos, str(config.instance_prompt), device)
-    examples.prior = prior
+    if config.with_prior_preservation:
+        pictures = make_class_pictures(plan, device)
+        examples.prior = _encode(plan, pictures, str(config.class_prompt), device, of_class=True)
     return examples
 
 
@@ -71,44 +77,37 @@ def encode_examples(plan: Plan, device: torch.device) -> Examples:
 def _encode(plan: Plan, photos: list[Photo], prompt: str, device: torch.device, of_class: bool = False) -> Examples:
     """`photos` with `prompt` where they have no caption.  Class pictures are many: one window each, and no masks."""
     config, family = plan.config, plan.base.family
-    for module in (plan.base.pipeline.vae, *family.text_encoders.values()):
-        module.to(device).eval()
     means: list[Tensor] = []
     spreads: list[Tensor] = []
     weights: list[Tensor | None] = []
     time_ids: list[Tensor] = []
-    for photo in photos:
-        crops = crop_photo(
-            open_photo(photo.path),
-            plan.training_size(photo),
-            None if of_class else open_mask(photo),
-            config.center_crop,
-            config.random_flip,
-            1 if of_class else config.crops_per_photo,
-            config.seed,
-            photo.path.name,
-        )
-        mean, spread = zip(*(family.encode_images(window[None]) for window in crops.pixel_values), strict=True)
-        means.append(torch.cat(mean).cpu())  # (variants, channels, h, w)
-        spreads.append(torch.cat(spread).cpu())
-        time_ids.append(crops.time_ids)
-        if crops.mask is None:
-            weights.append(None)
-        else:
-            height, width = means[-1].shape[-2:]
-            mask = adaptive_avg_pool2d(crops.mask, (height, width))  # (variants, 1, h, w)
-            weights.append(config.unmasked_weight + (1 - config.unmasked_weight) * mask)
-    captions = [photo.captions or (prompt,) for photo in photos]
-    if config.shuffle_caption and not of_class:
-        captions = [
-            tuple(order for text in texts for order in shuffled(text, config.keep_tokens, config.seed))
-            for texts in captions
-        ]
+    with asking(plan, ["vae"], device) as answer:
+        for photo in photos:
+            crops = crop_photo(
+                open_photo(photo.path),
+                plan.training_size(photo),
+                None if of_class else open_mask(photo),
+                config.center_crop,
+                config.random_flip,
+                1 if of_class else config.crops_per_photo,
+                config.seed,
+                photo.path.name,
+            )
+            pixels = hashlib.sha256(crops.pixel_values.numpy().tobytes()).hexdigest()
+            latents = answer(["windows", list(crops.pixel_values.shape), pixels], partial(_latents, family, crops))
+            means.append(latents["mean"])
+            spreads.append(latents["spread"])
+            time_ids.append(crops.time_ids)
+            if crops.mask is None:
+                weights.append(None)
+            else:
+                height, width = means[-1].shape[-2:]
+                mask = adaptive_avg_pool2d(crops.mask, (height, width))  # (variants, 1, h, w)
+                weights.append(config.unmasked_weight + (1 - config.unmasked_weight) * mask)
+    captions = photo_captions(plan, photos, prompt, of_class)
     drops = config.caption_dropout_rate > 0 and not of_class
     different = list(dict.fromkeys([text for texts in captions for text in texts] + [""] * drops))
-    tokens = family.tokenize(different)
-    on_device = {name: ids.to(device) for name, ids in tokens.items()}
-    conditions = family.encode_tokens(on_device, family.text_encoders)
+    tokens, conditions = _read(plan, different, device)
     return Examples(
         means,
         spreads,
@@ -116,7 +115,25 @@ def _encode(plan: Plan, photos: list[Photo], prompt: str, device: torch.device, 
         time_ids,
         [[different.index(text) for text in texts] for texts in captions],
         tokens,
-        {name: rows.float().cpu() for name, rows in conditions.items()},
+        conditions,
         [photo.repeats // math.gcd(*(each.repeats for each in photos)) for photo in photos],
         different.index("") if drops else None,
     )
+
+
+def _latents(family: Family, crops: Crops) -> dict[str, Tensor]:
+    """Mean and spread of the latents of every window, (variants, channels, h, w) each."""
+    mean, spread = zip(*(family.encode_images(window[None]) for window in crops.pixel_values), strict=True)
+    return {"mean": torch.cat(mean).cpu(), "spread": torch.cat(spread).cpu()}
+
+
+def _read(plan: Plan, prompts: list[str], device: torch.device) -> tuple[Tokens, Conditions]:
+    """The prompts' tokens, for text encoders that are trained, and what the denoiser is told of them."""
+    family = plan.base.family
+    if not family.adaptable_text_encoders:
+        return {}, family.conditions(prompts)
+    for encoder in family.text_encoders.values():
+        encoder.to(device).eval()
+    tokens = family.tokenize(prompts)
+    conditions = family.encode_tokens({name: ids.to(device) for name, ids in tokens.items()}, family.text_encoders)
+    return tokens, {name: rows.float().cpu() for name, rows in conditions.items()}

@@ -9,6 +9,7 @@ from svfit_dreambooth.adapter.file import Adapter, read_adapter
 from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import same_base
+from svfit_dreambooth.method.weights import chosen, joined
 from svfit_dreambooth.training.config import TrainConfig
 from svfit_dreambooth.training.words import word_rows
 
@@ -64,7 +65,7 @@ def check_initial(
             "use the same target_modules and train_text_encoder as its run."
         )
     names = {*initial.shifts, *initial.word_deltas()}
-    all_weights = {**weights, **word_rows(base.family, word)}
-    own = {name: weight for name, weight in all_weights.items() if name in names}
+    all_weights = joined(weights, word_rows(base.family, word))
+    own = chosen(all_weights, [name for name in all_weights if name in names])
     if same_base(initial.base_fingerprint, own) == "different":
         raise SVFitError(f"init_adapter {path} was trained on another base model, {initial.base_model}.")

@@ -34,6 +34,7 @@ class RunFolder:
         self.curve = self.path / "curve.png"
         self.logs = self.path / "logs"
         self.class_pictures = self.path / "class_pictures"
+        self.encoded = self.path / "encoded"
         self.reserve = self.path / ".reserve"
         self.lock = self.path / ".lock"
         self.earlier = self.path / "earlier"
@@ -95,7 +96,7 @@ class RunFolder:
                 f"output_dir {self.path} cannot be written ({error.strerror}): choose another folder."
             ) from error
         try:
-            for folder in (self.path, self.checkpoints, self.looks, self.class_pictures):
+            for folder in (self.path, self.checkpoints, self.looks, self.class_pictures, self.encoded):
                 for left in folder.glob(TEMPORARY):
                     left.unlink(missing_ok=True)
             yield

@@ -5,6 +5,7 @@ import logging
 import re
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import check_portable
 from svfit_dreambooth.method.layer import as_matrix
 from svfit_dreambooth.method.targets import Projections
+from svfit_dreambooth.method.weights import Lazy
 from svfit_dreambooth.method.word import word_pieces
 from svfit_dreambooth.photos.captions import folder_words
 from svfit_dreambooth.photos.crops import Size, training_size
@@ -53,11 +55,21 @@ class Plan:
     initial: Adapter | None = None  # where it starts, read now: its file may be one that the run replaces
     free_memory: int | None = None  # `available_memory` before the base was opened; None: unknown
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self) -> Mapping[str, Tensor]:
         """The base's weights that the run adapts, as matrices (out, in), by the names of `shapes`.
 
-        They share memory with the base, as long as that is not cast.
+        They share memory with the base, as long as that is not cast; those of a base that is opened one network at a
+        time are read from its files, each time they are asked for.
         """
+        if self.base.stored is not None:
+            (component,) = self.targets
+            stored = self.base.stored.weights(component)
+            return Lazy(
+                {
+                    f"{component}.{name}": lambda name=name: as_matrix(stored[f"{name}.weight"])  # type: ignore[misc]
+                    for name in self.targets[component]
+                }
+            )
         found = _adapted(self.base, self.config)
         return {
             f"{component}.{name}": as_matrix(found[component][name][2].weight.detach())
@@ -174,7 +186,10 @@ def _matrix_shape(layer: nn.Module) -> tuple[int, int]:
 
 
 def open_run_base(config: TrainConfig, *, local_files_only: bool = False) -> BaseModel:
-    """The base of the run, untouched; without a content filter, as training shows no picture."""
+    """The base of the run, untouched; without a content filter, as training shows no picture.
+
+    Of large bases an outline, whose networks are opened one at a time.
+    """
     return open_base_model(
         config.pretrained_model_name_or_path,
         revision=config.revision,
@@ -182,6 +197,7 @@ def open_run_base(config: TrainConfig, *, local_files_only: bool = False) -> Bas
         base_config=config.base_config,
         content_filter=False,
         local_files_only=local_files_only,
+        one_at_a_time=True,
     )
 
 

@@ -43,7 +43,9 @@ class TrainResult:
     values: int  # singular values trained
     file_bytes: int
     plan: Plan
-    base: BaseModel  # the run's, without what it learnt; opened anew where training had rounded it beyond return
+    # the run's, without what it learnt; opened anew where training had rounded it beyond return.  Where networks are
+    # opened one at a time, the text encoders are let go, and only the run's own prompts can be painted.
+    base: BaseModel
     showing: Showing | None = None  # the pictures at the end; None: not painted
     extras: list[str] = field(default_factory=list)  # what else was made, in plain lines
 
@@ -184,7 +186,7 @@ def finish(result: TrainResult) -> None:
         if config.final_pictures or config.also is not None:
             logger.warning("stopped after the last step: pictures and LoRA are left out.")
         return
-    result.base.pipeline.to("cpu")
+    result.base.to("cpu")
     with stop_signals(at_once=True):
         if config.also is not None:
             with warned(f"there is no LoRA for {config.also}", path):
@@ -196,8 +198,7 @@ def finish(result: TrainResult) -> None:
                 if "modelspec.thumbnail" not in read_adapter(path).metadata:
                     annotate_adapter(path, thumbnail=result.showing.first)
                     result.file_bytes = path.stat().st_size
-    if result.base.family.denoiser.device.type != "meta":  # as it stays where its files could not be opened again
-        result.base.pipeline.to("cpu")
+    result.base.to("cpu")
 
 
 @contextmanager
@@ -237,13 +238,17 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def stored_base(plan: Plan, base: BaseModel) -> BaseModel:
-    """The run's base in float32, with the directions of its files, which training may have rounded.
+    """The run's base with the directions of its files, which training may have rounded; in float32, or as it is stored.
 
     Rounded to float16 they are the same (see `basis.canonical_weight`); after bfloat16 the base is opened once more,
     and the rounded one is emptied to make room.
     """
     family = base.family
-    if family.denoiser.dtype == torch.float16:
+    if base.stored is not None:
+        if family.denoiser.dtype not in (torch.float32, base.stored.dtype(family.denoiser_name)):
+            base.let_go(family.denoiser_name)
+        base.open(family.denoiser_name, "vae")
+    elif family.denoiser.dtype == torch.float16:
         family.cast(torch.float32)
     elif family.denoiser.dtype == torch.bfloat16:
         for module in family.pipeline.components.values():

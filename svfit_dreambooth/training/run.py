@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from svfit_dreambooth.adapter.file import Adapter
+from svfit_dreambooth.bases.devices import MIXED_PRECISION
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.evaluation.features import Features, open_features
 from svfit_dreambooth.files import write_atomically
@@ -180,12 +180,13 @@ def look_adapters(plan: Plan, trainable: Trainable, accelerator: Accelerator) ->
 
 
 def step_aside(plan: Plan, accelerator: Accelerator) -> None:
-    """Brings what has no part in the steps out of their way: only looks at the run need it on its device."""
-    waiting = accelerator.device if plan.config.validation_steps else torch.device("cpu")
-    plan.base.pipeline.vae.to(waiting)
-    for component, module in plan.base.family.networks.items():
-        if component not in plan.trained:
-            module.to(waiting)
+    """Opens what the steps need, and brings the rest out of their way: only looks at the run need it on its device."""
+    base, looks = plan.base, bool(plan.config.validation_steps)
+    base.open(*plan.trained, dtype=MIXED_PRECISION[plan.config.mixed_precision])
+    base.open(*["vae"] * looks)
+    for name in {"vae": None, **base.family.networks}:
+        if name not in plan.trained and base.is_open(name):
+            getattr(base.pipeline, name).to(accelerator.device if looks else "cpu")
 
 
 def shared_out(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from svfit_dreambooth.bases.devices import MIXED_PRECISION
 from svfit_dreambooth.method.basis import fingerprint, model_basis
 from svfit_dreambooth.method.targets import apply_svfit, get_shifts, remove_svfit, set_shifts
+from svfit_dreambooth.method.weights import chosen, joined
 from svfit_dreambooth.training.budget import spread
 from svfit_dreambooth.training.plan import Plan
 from svfit_dreambooth.training.slim import spare_memory, spend_memory
@@ -43,7 +44,7 @@ class Shifts:
         config, family = plan.config, plan.base.family
         self.family, self.positions = family, positions
         bases = model_basis(
-            {name: weights[name] for name in weights if positions is None or name in positions},
+            weights if positions is None else chosen(weights, positions),
             config.rank_value if positions is None else positions,
             energy=config.energy,
             cache_dir=config.basis_cache_dir,
@@ -107,8 +108,8 @@ class Trainable:
         family, word = plan.base.family, plan.config.learned_word
         for frozen in (plan.base.pipeline.vae, *family.networks.values()):
             frozen.requires_grad_(False)
-        adapted = {name: weights[name] for name in weights if positions is None or name in positions}
-        self.base_fingerprint = fingerprint(adapted | word_rows(family, word), hashes)
+        adapted = weights if positions is None else chosen(weights, positions)
+        self.base_fingerprint = fingerprint(joined(adapted, word_rows(family, word)), hashes)
         self.parts: list[Part] = [Shifts(plan, weights, hashes, positions)]
         if word is not None:
             self.parts.append(Word(plan))
