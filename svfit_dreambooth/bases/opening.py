@@ -51,7 +51,7 @@ class BaseModel:
         """
         family, pipeline = self.family, self.pipeline
         if self.stored is not None:
-            return self.stored.print(*family.networks, "vae")
+            return self.stored.print(*self.stored.parts)
         vae = pipeline.vae
         unit = [vae.config.get(name) for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")]
         digest = hashlib.sha256(repr([family.prediction_type, unit]).encode())

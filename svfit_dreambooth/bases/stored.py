@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from svfit_dreambooth.bases.family import Family, tokenizer_name
-from svfit_dreambooth.bases.networks import check_keys, check_numbers, class_of, open_network
+from svfit_dreambooth.bases.networks import check_keys, check_numbers, class_of, network_names, open_network
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.weights import Lazy
 
@@ -39,6 +39,11 @@ class StoredBase:
     @cached_property
     def index(self) -> dict[str, Any]:
         return json.loads((self.folder / "model_index.json").read_text(encoding="utf-8"))
+
+    @property
+    def parts(self) -> list[str]:
+        """The denoiser, the text encoders that the base has, and its autoencoder."""
+        return network_names(self.index, self.family)
 
     def open(self, part: str, dtype: torch.dtype = torch.float32) -> nn.Module:
         """One network, in `dtype` on the CPU.  Raises SVFitError where its files are not whole."""
