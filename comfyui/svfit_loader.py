@@ -85,6 +85,8 @@ class SVFitLoader:
         model, clip = model.clone(), clip.clone()
         model.add_patches(patches["unet"], strength_model)
         clip.add_patches(patches["text_encoder"], strength_clip)
+        if content.clip_skip:
+            clip.clip_layer(-1 - content.clip_skip)  # prompts are read as in training
         return model, clip
 
 

@@ -26,7 +26,7 @@ class Patcher:
     """ComfyUI's ModelPatcher in small: patches are kept beside the model and added to a copy of its weights."""
 
     def __init__(self, weights, decoded):
-        self.weights, self.decoded, self.patches = weights, decoded, {}
+        self.weights, self.decoded, self.patches, self.layer = weights, decoded, {}, None
         self.model = self.cond_stage_model = SimpleNamespace(keys=list(weights))
 
     @property
@@ -37,6 +37,9 @@ class Patcher:
         other = copy.copy(self)
         other.patches = {key: list(patches) for key, patches in self.patches.items()}
         return other
+
+    def clip_layer(self, layer):
+        self.layer = layer
 
     def get_key_patches(self):
         first = {key: ((w, lambda w, **_: w) if self.decoded else w) for key, w in self.weights.items()}
@@ -110,10 +113,11 @@ def key_of(name):
     return ("diffusion_model." if part == "unet" else "clip_l.transformer.") + path + ".weight"
 
 
-def write_adapter(layers, folder):
+def write_adapter(layers, folder, **training):
     generator = torch.Generator().manual_seed(0)
     shifts = {name: torch.randn(min(layer.weight.shape) - 2, generator=generator) for name, layer in layers.items()}
     adapter = Adapter(shifts, "tiny", fingerprint({name: layer.weight for name, layer in layers.items()}))
+    adapter.training = training
     return save_adapter(adapter, folder / "dog.safetensors", torch.float32)
 
 
@@ -141,6 +145,15 @@ def test_the_patched_weights_are_those_of_load_adapter(node, tmp_path, decoded, 
     again, _ = loader().load(model, clip, "dog.safetensors", -1.0, 0.0)  # a second loader sees the original weights
     name = next(iter(own))
     assert torch.allclose(again.patched(key_of(name)), before[0].weights[key_of(name)].float(), atol=1e-5)
+
+
+def test_prompts_are_read_as_in_training(node, tmp_path):
+    layers = projections(tiny_pipeline())
+    for training, layer in (({}, None), ({"clip_skip": 1}, -2)):
+        write_adapter(layers, tmp_path, **training)
+        _, before = loaded(layers, False)
+        _, clip = node.SVFitLoader().load(*loaded(layers, False), "dog.safetensors", 1.0, 1.0)
+        assert clip.layer == layer and before.layer is None
 
 
 def test_an_adapter_of_few_scattered_values(node, tmp_path):

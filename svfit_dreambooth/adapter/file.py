@@ -85,6 +85,12 @@ class Adapter:
         """The tensors of the learned words, by their names in the file -> (tokens, dim)."""
         return {word_key(c, i): delta for i, word in enumerate(self.learned_words) for c, delta in word.deltas.items()}
 
+    @property
+    def clip_skip(self) -> int:
+        """How many layers earlier CLIP was read in training, see `bases.clip_skip`; 0 where the header says nothing."""
+        value = self.training.get("clip_skip")
+        return value if type(value) is int and value > 0 else 0
+
     def component_shifts(self, component: str) -> dict[str, torch.Tensor]:
         """The shifts of one model part: module path, without the component -> (rank,)."""
         return {n.partition(".")[2]: shift for n, shift in self.shifts.items() if n.startswith(component + ".")}

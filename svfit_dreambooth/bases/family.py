@@ -17,6 +17,8 @@ from diffusers.utils.torch_utils import get_module_execution_device
 from PIL import Image
 from torch import Tensor, nn
 
+from svfit_dreambooth.bases.clip_skip import clip_skip_of
+from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.targets import LayerNames, Projections, find_projections
 
 Tokens: TypeAlias = dict[str, Tensor]  # what the tokenizers make of prompts, (prompts, tokens) each
@@ -166,6 +168,22 @@ class Family(ABC):
         device = get_module_execution_device(next(iter(self.text_encoders.values())))
         tokens = {name: ids.to(device) for name, ids in self.tokenize(prompts).items()}
         return self.encode_tokens(tokens, self.text_encoders)
+
+    @property
+    def clip_skip(self) -> int:
+        """How many layers earlier than the family does the text encoders are read, see `read_earlier`."""
+        return max(map(clip_skip_of, self.text_encoders.values()), default=0)
+
+    def read_earlier(self, clip_skip: int) -> None:
+        """Has the text encoders read `clip_skip` layers earlier than the family does, from now on; 0: as it does.
+
+        Counted as diffusers counts, 1 less than A1111.  All prompts are read so, negative ones too.
+        Raises SVFitError for encoders of another kind than CLIP, and for more layers than there are.
+        """
+        if clip_skip:
+            raise SVFitError(
+                f"clip_skip {clip_skip} is for Stable Diffusion 1.x, 2.x and XL: leave it out.", "clip_skip"
+            )
 
     def painting_arguments(self, words: dict[str, Any], guidance_scale: float) -> dict[str, Any]:
         """What the pipeline is called with to paint `words`, "prompt" and "negative_prompt" or their embeddings."""

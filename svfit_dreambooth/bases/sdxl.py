@@ -1,16 +1,16 @@
 """SDXL (Podell et al., 2023, arXiv 2307.01952): two text encoders, and a UNet that is told how pictures were cut."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
 
+from svfit_dreambooth.bases.clip_skip import Skip, hide_last_states
 from svfit_dreambooth.bases.family import Conditions, Tokens
 from svfit_dreambooth.bases.stable_diffusion import StableDiffusion
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.method.targets import Projections
 
 
 class SDXL(StableDiffusion):
@@ -19,6 +19,7 @@ class SDXL(StableDiffusion):
     pipeline_class = StableDiffusionXLPipeline
     text_encoder_names = ("text_encoder", "text_encoder_2")
     addition_embed_type = "text_time"
+    skip_layers: ClassVar[Skip] = staticmethod(hide_last_states)
 
     @classmethod
     def fits(cls, pipeline: DiffusionPipeline) -> bool:
@@ -32,13 +33,10 @@ class SDXL(StableDiffusion):
     def architecture(self) -> str:
         return "stable-diffusion-xl-v1-base"
 
-    def find_projections(self, component: str, target_modules: Sequence[str] | None = None) -> Projections:
-        """The first encoder is read before its last layer, which stays out."""
-        found = super().find_projections(component, target_modules)
-        if component != "text_encoder":
-            return found
-        unread = f"text_model.encoder.layers.{self.pipeline.text_encoder.config.num_hidden_layers - 1}."
-        return {name: layer for name, layer in found.items() if not name.startswith(unread)}
+    def layers_read(self, text_encoder: str) -> int:
+        """The first encoder is read before its last layer; the second's pooled projection comes behind all of them."""
+        layers = int(self.text_encoders[text_encoder].config.num_hidden_layers)  # type: ignore[union-attr,arg-type]
+        return layers - 1 - self.clip_skip if text_encoder == "text_encoder" else layers
 
     def encode_tokens(self, tokens: Tokens, encoders: Mapping[str, nn.Module]) -> Conditions:
         outputs = [encoders[name](tokens[name], output_hidden_states=True) for name in self.text_encoder_names]

@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,10 +12,11 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
+from svfit_dreambooth.bases.clip_skip import Skip, hand_through, set_clip_skip
 from svfit_dreambooth.bases.family import Conditions, Family, Role, Tokens, warn_of_cut
 from svfit_dreambooth.bases.noising import Diffusion
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.method.targets import LayerNames
+from svfit_dreambooth.method.targets import LayerNames, Projections
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,7 @@ class StableDiffusion(Family):
     layer_names: ClassVar[Mapping[Role, LayerNames]] = {"denoiser": UNET, "text_encoder": CLIP}
     checkpointed = (ResnetBlock2D, BasicTransformerBlock)
     guidance_scale = 7.5
+    skip_layers: ClassVar[Skip] = staticmethod(hand_through)
     addition_embed_type: ClassVar[str | None] = None  # what the denoiser is told beside prompts
 
     @classmethod
@@ -92,6 +95,31 @@ class StableDiffusion(Family):
         multiple = self.size_multiple
         side = math.sqrt(height * width) * self.pixels_per_latent
         return int(side) if height == width else max(multiple, round(side / multiple) * multiple)
+
+    def layers_read(self, text_encoder: str) -> int:
+        """How many layers of a text encoder have a say in what the denoiser is told."""
+        return int(self.text_encoders[text_encoder].config.num_hidden_layers) - self.clip_skip  # type: ignore[union-attr,arg-type]
+
+    def find_projections(self, component: str, target_modules: Sequence[str] | None = None) -> Projections:
+        """Layers of a text encoder behind the last that is read stay out."""
+        found = super().find_projections(component, target_modules)
+        if component not in self.text_encoders:
+            return found
+        read = self.layers_read(component)
+        numbers = {name: re.search(r"encoder\.layers\.(\d+)\.", name) for name in found}
+        return {name: found[name] for name, match in numbers.items() if match is None or int(match[1]) < read}
+
+    def read_earlier(self, clip_skip: int) -> None:
+        before = self.clip_skip
+        for name in self.text_encoders:
+            most = self.layers_read(name) + before - 1
+            if not 0 <= clip_skip <= most:
+                raise SVFitError(
+                    f"clip_skip is {clip_skip}: of the layers of this base's {name}, 0 to {most} can be left out.",
+                    "clip_skip",
+                )
+        for encoder in self.text_encoders.values():
+            set_clip_skip(encoder, clip_skip, self.skip_layers)
 
     def tokenize(self, prompts: list[str]) -> Tokens:
         tokens: Tokens = {}

@@ -58,6 +58,7 @@ def generate_jobs(options: argparse.Namespace) -> None:
         num_inference_steps=options.num_inference_steps,
         guidance_scale=options.guidance_scale,
         prompt_weights=options.prompt_weights,
+        clip_skip=options.clip_skip,
         height=options.height,
         width=options.width,
         on_picture=save,

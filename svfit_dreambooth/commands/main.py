@@ -123,6 +123,10 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--prompt_weights", action="store_true", help='let words weigh: "a ball++", "a (red ball)1.3 on grass--"'
     )
+    generate.add_argument(
+        "--clip_skip", type=int, metavar="N",
+        help="last layers of CLIP to leave out, 1 less than others call Clip skip; default: as the adapter was trained",
+    )  # fmt: skip
     generate.add_argument("--output_dir", type=Path, required=True, help="folder for the PNG files")
     add_base(generate)
     generate.add_argument("--num_images", type=int, help="pictures of each prompt (default: 4)")
@@ -185,6 +189,7 @@ def _generate(options: argparse.Namespace) -> None:
         guidance_scale=options.guidance_scale,
         negative_prompt=options.negative_prompt,
         prompt_weights=options.prompt_weights,
+        clip_skip=options.clip_skip,
         height=options.height,
         width=options.width,
         on_picture=save,

@@ -16,7 +16,7 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.painting.loading import load_adapter, merge_adapters
 from svfit_dreambooth.painting.picture import Picture
 from svfit_dreambooth.painting.prompts import check_text, prompt_arguments
-from svfit_dreambooth.painting.registry import loaded_adapters
+from svfit_dreambooth.painting.registry import loaded_adapters, reading
 
 NAME_THE_BASE = "name the base yourself with pretrained_model_name_or_path"
 LARGEST = 8  # times the base's own side: what one may ask to paint
@@ -114,6 +114,7 @@ def generate(
     guidance_scale: float | None = None,
     negative_prompt: str | None = None,
     prompt_weights: bool = False,
+    clip_skip: int | None = None,
     height: int | None = None,
     width: int | None = None,
     on_picture: Callable[[Picture], None] | None = None,
@@ -124,6 +125,7 @@ def generate(
     Image i of each prompt starts from noise of the seed `seed + i`, drawn on the CPU, whatever the other pictures
     are.  `guidance_scale`: None takes the base's own; `height`, `width` in pixels: None takes the base's.
     `prompt_weights`: "ball++" and "(red ball)1.3" in a prompt weigh, see `prompt_arguments`.
+    `clip_skip`: see `Family.read_earlier`; None takes what the adapters were trained with.
     `on_picture` is told of every picture as soon as it is done.  `on_denoising_step` is told, after each step of a
     picture, how many are done, and of how many; a true value stops there: that picture is dropped, and those that
     were done before are returned.
@@ -137,7 +139,7 @@ def generate(
         check_text("the prompt", prompt)
     check_text("the negative prompt", negative_prompt)
     pictures: list[Picture] = []
-    with merge_adapters(pipeline):
+    with reading(pipeline, clip_skip), merge_adapters(pipeline):
         for prompt in prompts:
             words = prompt_arguments(pipeline, prompt, negative_prompt, prompt_weights)
             words = model.family.painting_arguments(words, guidance_scale)
@@ -216,7 +218,9 @@ def picture_settings(
         "guidance_scale": guidance_scale,
         "width": width,
         "height": height,
-    } | ({"prompt_weights": True} if prompt_weights else {})
+        **({"prompt_weights": True} if prompt_weights else {}),
+        **({"clip_skip": clip_skip} if (clip_skip := model.family.clip_skip) else {}),
+    }
 
 
 def paint(

@@ -30,6 +30,7 @@ from svfit_dreambooth.painting.matching import check_adapter
 from svfit_dreambooth.painting.mixes import adapter_mixes
 from svfit_dreambooth.painting.picture import Picture
 from svfit_dreambooth.painting.prompts import check_text, prompt_arguments
+from svfit_dreambooth.painting.registry import clip_skips, reading
 
 KEYS = {"prompt": str, "adapters": list, "seed": int, "count": int, "negative_prompt": str}
 MOST_BYTES = 256_000_000  # of adapters in memory: about 450 of Stable Diffusion 1.5 at full rank
@@ -213,6 +214,7 @@ def paint_jobs(
     num_inference_steps: int = 25,
     guidance_scale: float | None = None,
     prompt_weights: bool = False,
+    clip_skip: int | None = None,
     height: int | None = None,
     width: int | None = None,
     on_picture: Callable[[Job, Picture], None] | None = None,
@@ -240,9 +242,9 @@ def paint_jobs(
         "height": height,
         "width": width,
     }
-    for batch in _batches(shelf, jobs, batch_size, guidance_scale, prompt_weights):
+    for batch in _batches(shelf, jobs, batch_size, guidance_scale, prompt_weights, clip_skip):
         painted = _paint_batch(shelf, batch, common)
-        for (job, seed, _), (image, filtered) in zip(batch, painted, strict=True):
+        for (job, seed, _, _), (image, filtered) in zip(batch, painted, strict=True):
             names = distinct_names(Path(name).stem for name, _ in job.adapters)
             strengths = dict(zip(names, (strength for _, strength in job.adapters), strict=True))
             settings = picture_settings(
@@ -252,36 +254,53 @@ def paint_jobs(
                 on_picture(job, Picture(image, settings, filtered))
 
 
-Sample = tuple[Job, int, dict[str, Any]]  # a picture to be painted: its job, its seed, what it says to the pipeline
+# a picture to be painted: its job, its seed, what it says to the pipeline, how many layers of CLIP are left out
+Sample = tuple[Job, int, dict[str, Any], int]
 
 
 def _batches(
-    shelf: Shelf, jobs: Sequence[Job], batch_size: int, guidance_scale: float, prompt_weights: bool
+    shelf: Shelf,
+    jobs: Sequence[Job],
+    batch_size: int,
+    guidance_scale: float,
+    prompt_weights: bool,
+    clip_skip: int | None,
 ) -> Iterator[list[Sample]]:
     """Pictures that fit into one call: all as texts, with negative ones or without, or all as embeddings of one length.
+
+    And all read alike by CLIP.
 
     No negative prompt is not the same as an empty one: SDXL reads zeros for it.
     """
     waiting: dict[Any, list[Sample]] = {}
     for job in jobs:
-        words = _words(shelf, job, guidance_scale, prompt_weights)
-        kind = tuple((name, type(value), getattr(value, "shape", None)) for name, value in words.items())
+        words, skipped = _words(shelf, job, guidance_scale, prompt_weights, clip_skip)
+        kind = (skipped, *((name, type(value), getattr(value, "shape", None)) for name, value in words.items()))
         for i in range(job.count):
             batch = waiting.setdefault(kind, [])
-            batch.append((job, job.seed + i, words))
+            batch.append((job, job.seed + i, words, skipped))
             if len(batch) == batch_size:
                 yield waiting.pop(kind)
     yield from waiting.values()
 
 
-def _words(shelf: Shelf, job: Job, guidance_scale: float, prompt_weights: bool) -> dict[str, Any]:
-    """What the pipeline is told of the job's prompt; embeddings are made with the job's own adapters."""
+def _words(
+    shelf: Shelf, job: Job, guidance_scale: float, prompt_weights: bool, clip_skip: int | None
+) -> tuple[dict[str, Any], int]:
+    """What the pipeline is told of the job's prompt, and with which `clip_skip` that is read.
+
+    Embeddings are made with the job's own adapters.
+    """
     pipeline = shelf.model.pipeline
     shelf.bring([name for name, _ in job.adapters])
     set_adapters(pipeline, dict(job.adapters))
+    family = shelf.model.family
+    trained = clip_skips(pipeline)
+    skipped = next((trained[name] for name, _ in job.adapters), 0) if clip_skip is None else clip_skip
     try:
-        words = prompt_arguments(pipeline, job.prompt, job.negative_prompt, prompt_weights)
-        return shelf.model.family.painting_arguments(words, guidance_scale)
+        with reading(pipeline, skipped):
+            words = prompt_arguments(pipeline, job.prompt, job.negative_prompt, prompt_weights)
+            return family.painting_arguments(words, guidance_scale), skipped
     finally:
         set_adapters(pipeline, {})
 
@@ -289,12 +308,13 @@ def _words(shelf: Shelf, job: Job, guidance_scale: float, prompt_weights: bool) 
 def _paint_batch(shelf: Shelf, batch: Sequence[Sample], common: dict[str, Any]) -> list[Any]:
     words: dict[str, Any] = {}
     for name, first in batch[0][2].items():
-        values = [arguments[name] for _, _, arguments in batch]
+        values = [arguments[name] for _, _, arguments, _ in batch]
         if isinstance(first, torch.Tensor):
             words[name] = torch.cat(values)
         else:
             words[name] = values if isinstance(first, str) else first  # None, and the guidance, are the same for all
-    shelf.bring(list(dict.fromkeys(name for job, _, _ in batch for name, _ in job.adapters)))
-    with adapter_mixes(shelf.model.pipeline, [dict(job.adapters) for job, _, _ in batch]):
-        generators = [torch.Generator().manual_seed(seed) for _, seed, _ in batch]
+    shelf.bring(list(dict.fromkeys(name for job, *_ in batch for name, _ in job.adapters)))
+    with adapter_mixes(shelf.model.pipeline, [dict(job.adapters) for job, *_ in batch]):
+        shelf.model.family.read_earlier(batch[0][3])  # it stays so until the pictures' settings are noted
+        generators = [torch.Generator().manual_seed(seed) for _, seed, *_ in batch]
         return paint(shelf.model, None, **{**common, **words}, generator=generators) or []

@@ -21,7 +21,15 @@ from svfit_dreambooth.method.targets import merged, patch_layers, remove_svfit, 
 from svfit_dreambooth.method.word import install_words, remove_word_embedding, word_embedding
 from svfit_dreambooth.painting.matching import adapted_weights, base_hashes, check_base, check_meanings, meanings_of
 from svfit_dreambooth.painting.offloading import layers_exchanged, offloading_lifted, weights_at_hand
-from svfit_dreambooth.painting.registry import Loaded, adapters_on, check_loaded, loaded_adapters, refresh, uncompiled
+from svfit_dreambooth.painting.registry import (
+    Loaded,
+    adapters_on,
+    check_loaded,
+    loaded_adapters,
+    read_as_trained,
+    refresh,
+    uncompiled,
+)
 
 
 def load_adapter(
@@ -37,6 +45,7 @@ def load_adapter(
     """Loads an adapter onto `pipeline` beside those already there; `pipeline(prompt)` then uses it.
 
     `adapter`: a file, or a repository on the Hugging Face Hub as "owner/name[@revision]", see `source.find_adapter`.
+    Prompts are then read with the `clip_skip` that it was trained with.
     `scale`: its strength, 1 as trained; one at 0 rests.  `name`: how `set_adapters` and `unload_adapter` call it, by default the
     file's name without suffix; it is returned.  Offloaded pipelines stay offloaded.  `known_hashes`: who loads many
     adapters onto a base that nothing changes in between gives an empty dictionary and the same again each time, and
@@ -70,11 +79,14 @@ def load_adapter(
             for component, own in shifts.items():
                 _widen(component, components[component], own, weights, hashes, basis_cache_dir)
             for component, own in shifts.items():
-                adapters_on(components[component])[name] = Loaded(own, float(scale), words.get(component, {}))
+                adapters_on(components[component])[name] = Loaded(
+                    own, float(scale), words.get(component, {}), adapter.clip_skip
+                )
                 if component in words:
                     install_words(components[component], family.tokenizers[component])
                 refresh(components[component])
                 uncompiled(components[component]).save_pretrained = _saving_forbidden  # type: ignore[assignment]
+            read_as_trained(pipeline)
         except BaseException:  # out of memory, Ctrl-C: as it was before
             for component in shifts:
                 _take_off(components[component], name)
@@ -96,6 +108,7 @@ def set_adapters(pipeline: DiffusionPipeline, strengths: Mapping[str, float]) ->
             for name, loaded in adapters_on(model).items():
                 loaded.scale = float(strengths.get(name, 0.0))
             refresh(model)
+    read_as_trained(pipeline)
 
 
 def unload_adapter(pipeline: DiffusionPipeline, name: str | None = None) -> None:
@@ -106,6 +119,7 @@ def unload_adapter(pipeline: DiffusionPipeline, name: str | None = None) -> None
         for model in pipeline_components(pipeline).values():
             if adapters_on(model):  # without adapters, layers of SVFit are those of a training
                 _take_off(model, *([name] if name is not None else list(adapters_on(model))))
+    read_as_trained(pipeline)
 
 
 def _take_off(model: nn.Module, *names: str) -> None:

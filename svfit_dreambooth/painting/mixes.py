@@ -27,7 +27,7 @@ from svfit_dreambooth.method.targets import set_shifts, svfit_layers
 from svfit_dreambooth.method.word import word_embedding
 from svfit_dreambooth.painting.matching import check_meanings
 from svfit_dreambooth.painting.offloading import layers_exchanged
-from svfit_dreambooth.painting.registry import adapters_on, check_loaded, refresh
+from svfit_dreambooth.painting.registry import adapters_on, check_loaded, refresh, warn_of_clip_skip
 
 Mix = Mapping[str, float]  # name of a loaded adapter -> strength
 
@@ -44,7 +44,7 @@ def adapter_mixes(pipeline: DiffusionPipeline, mixes: Sequence[Mix]) -> Iterator
     Adapters that a mix does not name rest for its pictures, {} is the base alone.  The pictures of one prompt
     (`num_images_per_prompt`) share its mix, its negative prompt is read with it too.  Adapters that learned the same
     word may be loaded together, at scale 0, if no mix holds two of them.  Afterwards the strengths are what they were
-    before.  `pipeline`: any that has `encode_prompt`, offloaded or not, with PEFT's LoRAs or without.
+    before.  Prompts are all read with one `clip_skip`, see `Family.read_earlier`.  `pipeline`: any that has `encode_prompt`, offloaded or not, with PEFT's LoRAs or without.
     Raises SVFitError for a name that is not loaded, for a strength that is no number, for an adapter of a convolution
     in groups, within `merge_adapters`, and, when the pipeline is called, for another number of prompts than mixes.
     """
@@ -70,6 +70,7 @@ def adapter_mixes(pipeline: DiffusionPipeline, mixes: Sequence[Mix]) -> Iterator
         copies = call.arguments.get("num_images_per_prompt") or 1
         passes = 2 if call.arguments.get("do_classifier_free_guidance") else 1
         _check_mixes(pipeline, mixes)  # again: one may have been unloaded since
+        warn_of_clip_skip(pipeline, {name: None for mix in mixes for name, strength in mix.items() if strength})
         with layers_exchanged(pipeline):
             for name, model in family.components.items():
                 _put_mixes(model, mixes, *((copies, passes) if name == family.denoiser_name else (1, 1)))

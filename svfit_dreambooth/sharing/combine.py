@@ -1,6 +1,7 @@
 """Arithmetic of adapters: all adapters of a base lie along the same directions, so their sum is a sum of vectors."""
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -12,6 +13,8 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.arithmetic import add_shifts
 from svfit_dreambooth.method.basis import fingerprint, same_base, samples_agree
 from svfit_dreambooth.painting.matching import adapted_weights
+
+logger = logging.getLogger(__name__)
 
 Method = Literal["add", "average", "interpolate"]
 
@@ -73,7 +76,12 @@ def combine_adapters(
     licences = _unique(adapter.metadata.get("modelspec.license") for adapter, _ in adapters)
     if licences:
         metadata["modelspec.license"] = "; ".join(licences)
+    skipped = {_title(adapter): adapter.clip_skip for adapter, _ in adapters}
+    if len(set(skipped.values())) > 1:
+        named = ", ".join(f"{title} with {count}" for title, count in skipped.items())
+        logger.warning("trained with different clip_skip (%s): the result remembers the first one's.", named)
     result = Adapter(
+        training={"clip_skip": first.clip_skip} if first.clip_skip else {},
         shifts=shifts,
         learned_words=_combined_words([adapter for adapter, _ in adapters], factors, method),
         base_model=first.base_model,

@@ -71,6 +71,8 @@ def lora_metadata(
     ):
         if training.get(ours) is not None:
             metadata[key] = str(training[ours])
+    if adapter.clip_skip:
+        metadata["ss_clip_skip"] = str(adapter.clip_skip + 1)  # sd-scripts count from 1
     if training.get("resolution") is not None:
         metadata["ss_resolution"] = f"({training['resolution']}, {training['resolution']})"
     if adapter.instance_prompt:

@@ -29,6 +29,13 @@ class ModelOptions:
         "Folder with the configs of a single-file checkpoint, to open it without the hub; None: ask the hub.",
         path=True,
     )
+    clip_skip: int | None = option(
+        None,
+        "Last layers of CLIP to leave out when prompts are read, 1 for most anime bases; 1 less than others call Clip "
+        "skip.  None: that of init_adapter, else 0.",
+        least=0,
+        most=100,
+    )
     basis_cache_dir: str | None = option(
         None, "Where decomposed bases are kept; None: $SVFIT_CACHE or the user's cache folder.", path=True
     )

@@ -146,7 +146,7 @@ def prepare(config: TrainConfig, *, local_files_only: bool = False, weightless: 
     config, photos = _with_photos(_with_subject(config))
     config = _with_class(config)
     initial = read_initial(config)
-    config = _with_output(config)
+    config = _with_output(_with_clip_skip(config, initial))
     config.warn_of_lora_values()
     free = available_memory()
     base = outline_run_base(config) if weightless else open_run_base(config, local_files_only=local_files_only)
@@ -190,7 +190,7 @@ def open_run_base(config: TrainConfig, *, local_files_only: bool = False) -> Bas
 
     Of large bases an outline, whose networks are opened one at a time.
     """
-    return open_base_model(
+    base = open_base_model(
         config.pretrained_model_name_or_path,
         revision=config.revision,
         variant=config.variant,
@@ -199,13 +199,17 @@ def open_run_base(config: TrainConfig, *, local_files_only: bool = False) -> Bas
         local_files_only=local_files_only,
         one_at_a_time=True,
     )
+    base.family.read_earlier(config.clip_skip or 0)
+    return base
 
 
 def outline_run_base(config: TrainConfig) -> BaseModel:
     """The base of the run without its weights, from what is on this disk."""
-    return outline_base_model(
+    base = outline_base_model(
         config.pretrained_model_name_or_path, revision=config.revision, base_config=config.base_config
     )
+    base.family.read_earlier(config.clip_skip or 0)
+    return base
 
 
 def _check_objective(config: TrainConfig, base: BaseModel) -> None:
@@ -259,6 +263,14 @@ def _with_base(config: TrainConfig, base: BaseModel) -> TrainConfig:
         resolution=resolution,
         guidance_scale=base.guidance_scale if config.guidance_scale is None else config.guidance_scale,
     )
+
+
+def _with_clip_skip(config: TrainConfig, initial: Adapter | None) -> TrainConfig:
+    """How prompts are read: as the adapter that the run starts from was trained, unless it is told otherwise."""
+    given, trained = config.clip_skip, 0 if initial is None else initial.clip_skip
+    if initial is not None and given not in (None, trained):
+        logger.warning("init_adapter %s was trained with clip_skip %d, not %d.", config.init_adapter, trained, given)
+    return dataclasses.replace(config, clip_skip=trained if given is None else given)
 
 
 def _with_subject(config: TrainConfig) -> TrainConfig:

@@ -115,6 +115,8 @@ def training_record(plan: Plan, ending: Ending, num_processes: int) -> dict[str,
     }
     for name in ("resolution", "rank", "energy", "budget", "learning_rate", "lr_scheduler", "mixed_precision", "seed"):
         record[name] = getattr(config, name)
+    if config.clip_skip:
+        record["clip_skip"] = config.clip_skip
     if config.train_text_encoder:
         record["text_encoder_lr"] = config.text_encoder_lr
     if ending.loss_before is not None and ending.loss_after is not None:
