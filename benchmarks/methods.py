@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from svfit_dreambooth.bases.families import apply_svfit, find_projections
 from svfit_dreambooth.method.basis import model_basis
-from svfit_dreambooth.method.layer import as_matrix
+from svfit_dreambooth.method.decomposition import as_matrix
 from svfit_dreambooth.method.targets import svfit_layers
 from svfit_dreambooth.training.budget import allocate, score_values
 from svfit_dreambooth.training.examples import Examples

@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from svfit_dreambooth.adapter.file import Adapter, read_adapter, save_adapter
     from svfit_dreambooth.bases.families import apply_svfit
     from svfit_dreambooth.errors import SVFitError
-    from svfit_dreambooth.method.layer import SVFitLinear, decompose
+    from svfit_dreambooth.method.decomposition import decompose
+    from svfit_dreambooth.method.layer import SVFitLinear
     from svfit_dreambooth.method.targets import remove_svfit
     from svfit_dreambooth.painting.generate import generate
     from svfit_dreambooth.painting.loading import load_adapter, merge_adapters, set_adapters, unload_adapter
@@ -38,7 +39,7 @@ _HOME = {
     "set_adapters": "painting.loading",
     "unload_adapter": "painting.loading",
     "SVFitLinear": "method.layer",
-    "decompose": "method.layer",
+    "decompose": "method.decomposition",
     "train": "training.run",
 }
 

@@ -26,7 +26,7 @@ from svfit_dreambooth.method.basis import (
     weight_hash,
     weight_hashes,
 )
-from svfit_dreambooth.method.layer import decompose
+from svfit_dreambooth.method.decomposition import decompose
 
 
 def steep_weight(size, seed=0):

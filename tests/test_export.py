@@ -18,7 +18,7 @@ from svfit_dreambooth.bases.families import find_projections
 from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import fingerprint
-from svfit_dreambooth.method.layer import as_matrix
+from svfit_dreambooth.method.decomposition import as_matrix
 from svfit_dreambooth.method.targets import matrix_layers
 from svfit_dreambooth.sharing import export as export_room
 from svfit_dreambooth.sharing.export import export_lora

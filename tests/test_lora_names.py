@@ -6,7 +6,7 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.method.layer import as_matrix
+from svfit_dreambooth.method.decomposition import as_matrix
 from svfit_dreambooth.method.targets import matrix_layers
 from svfit_dreambooth.sharing.lora_file import pack_layer
 from svfit_dreambooth.sharing.lora_names import lora_name

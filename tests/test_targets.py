@@ -12,7 +12,8 @@ from svfit_dreambooth.adapter.file import Adapter, read_adapter
 from svfit_dreambooth.bases.families import apply_svfit, find_projections
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import fingerprint, model_basis, same_base, weight_hash
-from svfit_dreambooth.method.layer import SVFitConv2d, SVFitLinear, as_matrix, decompose
+from svfit_dreambooth.method.decomposition import as_matrix, decompose
+from svfit_dreambooth.method.layer import SVFitConv2d, SVFitLinear
 from svfit_dreambooth.method.targets import (
     get_shifts,
     remove_svfit,

@@ -17,7 +17,7 @@ from svfit_dreambooth.adapter.describe import block_name, describe_adapter, stre
 from svfit_dreambooth.adapter.file import Adapter
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import write_atomically
-from svfit_dreambooth.method.layer import decompose, resolve_rank
+from svfit_dreambooth.method.decomposition import decompose, resolve_rank
 
 ENERGY = 0.99  # what the paper's top singular values hold of a matrix
 MAX_SIDE = 512  # pixels of a picture that is taken apart

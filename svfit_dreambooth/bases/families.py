@@ -17,7 +17,7 @@ from svfit_dreambooth.bases.toybox import Toybox
 from svfit_dreambooth.bases.z_image import ZImage
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method import targets
-from svfit_dreambooth.method.layer import Rank
+from svfit_dreambooth.method.decomposition import Rank
 
 FAMILIES: tuple[type[Family], ...] = (StableDiffusion, SDXL, Flux2Klein, ZImage, QwenImage, Flux1, StableDiffusion3)
 EMBEDDED: dict[str, type[Family]] = {TOYBOX: Toybox}  # known by the base's name, not by its pipeline
@@ -75,7 +75,7 @@ def apply_svfit(
     target_modules: Sequence[str] | None = None,
     *,
     energy: float | None = None,
-    basis: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    basis: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> dict[str, nn.Parameter]:
     """`method.targets.apply_svfit` on any module, by the names of every kind of network known here."""
     return targets.apply_svfit(model, rank, target_modules, names=known_layer_names(), energy=energy, basis=basis)

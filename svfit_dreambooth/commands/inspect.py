@@ -153,7 +153,7 @@ def _plot(options: argparse.Namespace, adapter: Any) -> Any:
 def _singular_values(options: argparse.Namespace, adapter: Any, layer: str) -> Any:
     """S of `layer` of the adapter's base; raises SVFitError where that is not at hand."""
     from svfit_dreambooth.method.basis import canonical_weight, same_base
-    from svfit_dreambooth.method.layer import decompose
+    from svfit_dreambooth.method.decomposition import decompose
     from svfit_dreambooth.painting.matching import adapted_weights
 
     base = open_base(options, adapter.base_model, options.adapter)

@@ -60,17 +60,15 @@ def add_shifts(weighted: Sequence[tuple[Mapping[str, Tensor], float]]) -> dict[s
 
 
 @contextmanager
-def kept_precise(
-    parameters: Callable[[], Mapping[str, nn.Parameter]], dtype: Callable[[], torch.dtype]
-) -> Iterator[None]:
-    """Within it a module may be cast (`nn.Module._apply`); `parameters()` of it come out in `dtype()`, not narrower.
+def kept_precise(tensors: Callable[[], Mapping[str, Tensor]], dtype: Callable[[], torch.dtype]) -> Iterator[None]:
+    """Within it a module may be cast (`nn.Module._apply`); `tensors()` of it come out in `dtype()`, not narrower.
 
     `Module.half()` and `Module.to(dtype)` pass every parameter through a function.  In float16 a shift would have lost
     its small digits already, so value and gradient are rebuilt from what they were before, on the device of today.
     """
-    before = {name: (p.data, None if p.grad is None else p.grad.data) for name, p in parameters().items()}
+    before = {name: (p.data, None if p.grad is None else p.grad.data) for name, p in tensors().items()}
     yield
-    for name, parameter in parameters().items():
+    for name, parameter in tensors().items():
         if parameter.dtype != dtype():
             value, gradient = before[name]
             # out of the meta device there is nothing to rebuild from

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,9 +31,11 @@ from tqdm.auto import tqdm
 from svfit_dreambooth import folders
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import write_atomically
-from svfit_dreambooth.method.layer import Rank, as_matrix, decompose, resolve_rank
+from svfit_dreambooth.method.decomposition import Rank, as_matrix, decompose, resolve_rank
 
 logger = logging.getLogger(__name__)
+
+Triplets: TypeAlias = tuple[Tensor, Tensor, Tensor]  # U (out, r), S (r,), Vh (r, in)
 
 CACHE_VERSION = "1"
 OWN_NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
@@ -149,16 +151,21 @@ class Directions:
     S: Tensor
     Vh: Tensor
 
-    def leading(self, rank: int) -> tuple[Tensor, Tensor]:
-        """U (out, rank), Vh (rank, in)."""
-        return self.Ut[:rank].mT, self.Vh[:rank]
+    def leading(self, rank: int) -> Triplets:
+        """U (out, rank), S (rank,), Vh (rank, in)."""
+        return self.Ut[:rank].mT, self.S[:rank], self.Vh[:rank]
 
-    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """U (out, r), Vh (r, in) of the triplets at `positions` (r,)."""
-        return self.Ut[positions].mT, self.Vh[positions]
+    def at(self, positions: Tensor) -> Triplets:
+        """U (out, r), S (r,), Vh (r, in) of the triplets at `positions` (r,)."""
+        return self.Ut[positions].mT, self.S[positions], self.Vh[positions]
 
 
-def model_basis(
+def model_basis(weights: Mapping[str, Tensor], *args: Any, **options: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """The directions alone of what `model_triplets` gives: name -> U (out, r), Vh (r, in)."""
+    return {name: (U, Vh) for name, (U, _, Vh) in model_triplets(weights, *args, **options).items()}
+
+
+def model_triplets(
     weights: Mapping[str, Tensor],
     rank: Rank | Mapping[str, int] | Mapping[str, Tensor] = "full",
     *,
@@ -168,8 +175,8 @@ def model_basis(
     driver: Literal["eigh", "svd"] = "eigh",
     description: str = "decomposing the base",
     hashes: Mapping[str, str] | None = None,
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """The leading directions of every weight: name -> U (out, r), Vh (r, in), float32, r chosen per layer.
+) -> dict[str, Triplets]:
+    """The leading triplets of every weight: name -> U (out, r), S (r,), Vh (r, in), float32, r chosen per layer.
 
     `weights`: name -> (out, in), or (out, in, h, w) of a convolution.  `rank`, `energy`: see `svfit.resolve_rank`;
     a mapping gives every layer its own, and with tensors of positions (r,) not the leading directions but those.
@@ -192,7 +199,7 @@ def model_basis(
             return None
         return directions
 
-    def choose(name: str, directions: Directions) -> tuple[Tensor, Tensor]:
+    def choose(name: str, directions: Directions) -> Triplets:
         own = rank[name] if isinstance(rank, Mapping) else rank
         if isinstance(own, Tensor):
             return directions.at(own)
@@ -213,8 +220,8 @@ def model_basis(
             if use_cache:
                 _write(paths[name], directions)
             mapped = _read(paths[name]) if use_cache else None  # pages that the system can take back, not memory
-            U, Vh = choose(name, mapped or directions)
-            chosen[name] = (U, Vh) if mapped else (U.clone(), Vh.clone())  # views would hold all that was not chosen
+            U, S, Vh = choose(name, mapped or directions)  # views would hold all that was not chosen
+            chosen[name] = (U, S, Vh) if mapped else (U.clone(), S.clone(), Vh.clone())
     return {name: chosen[name] for name in weights}
 
 

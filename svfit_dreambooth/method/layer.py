@@ -24,7 +24,7 @@ layer whose tokens are places (as in SVDiff, Han et al., 2023, arXiv:2303.11305)
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,77 +32,7 @@ from torch import Tensor, nn
 
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.arithmetic import delta, exact_delta, kept_precise, merged_weight, shift_dtype
-
-Rank = int | Literal["full"]
-
-# The Gram matrix squares the condition number.  Below this ratio of smallest to largest singular value its
-# eigenvectors keep fewer than about six digits in float64, and the plain SVD is used instead.
-GRAM_CONDITION = 1e-5
-
-
-def as_matrix(weight: Tensor) -> Tensor:
-    """The weight of a linear layer (out, in) as it is, that of a convolution as (out, in / groups * h * w)."""
-    return weight.flatten(1)
-
-
-def resolve_rank(S: Tensor, rank: Rank = "full", energy: float | None = None) -> int:
-    """How many singular values to keep of a layer whose singular values are `S` (k,), largest first.
-
-    `rank`: a number, capped at the k that the layer has, or "full".  `energy`, between 0 and 1, takes its
-    place: the smallest r whose part of the squared Frobenius norm reaches it,
-    sum_{i<=r} S_i^2 >= energy * sum_i S_i^2  (our reading of the paper's "over 99% of the information").
-    Raises SVFitError for a rank below 1 and an energy outside (0, 1].
-    """
-    if energy is not None:
-        if not 0 < energy <= 1:
-            raise SVFitError(f"energy is {energy}, but it is a share: give a number above 0 and at most 1.")
-        cumulative = S.double().square().cumsum(0)  # (k,)
-        return min(int((cumulative < energy * cumulative[-1]).sum()) + 1, len(S))
-    if rank == "full":
-        return len(S)
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise SVFitError(f'rank is {rank!r}: give a whole number of 1 or more, or "full".')
-    return min(rank, len(S))
-
-
-def decompose(
-    weight: Tensor, rank: Rank = "full", *, energy: float | None = None, driver: Literal["eigh", "svd"] = "eigh"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading singular triplets of `weight` (out, in): U (out, r), S (r,), Vh (r, in).
-
-    Computed and returned in float64, whatever the type of `weight`, and on its device (on the CPU where the
-    device has no float64).  `rank` and `energy` choose r as in `resolve_rank`.  `driver`: "eigh" takes the
-    eigenvectors of the smaller Gram matrix and derives the other side from u_i = W v_i / S_i, about twice as
-    fast as "svd"; nearly singular weights go to "svd" in any case.
-    Raises SVFitError for a weight that is not a finite matrix.
-    """
-    if weight.ndim != 2 or not weight.is_floating_point() or weight.is_meta:
-        raise SVFitError(
-            f"only a matrix of floating-point numbers can be decomposed, not a {weight.dtype} tensor of shape "
-            f"{tuple(weight.shape)} on {weight.device.type}."
-        )
-    if weight.device.type == "mps":
-        weight = weight.cpu()
-    W = weight.detach().double()  # (out, in)
-    if not torch.isfinite(W).all():
-        raise SVFitError("the weight holds NaN or infinite values and cannot be decomposed: check the base model.")
-    factors = _gram_svd(W) if driver == "eigh" else None
-    U, S, Vh = factors or torch.linalg.svd(W, full_matrices=False)
-    r = resolve_rank(S, rank, energy)
-    return U[:, :r].contiguous(), S[:r].contiguous(), Vh[:r].contiguous()
-
-
-def _gram_svd(W: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The SVD of a float64 matrix by way of W W^T, its short side first; None where that loses digits."""
-    wide = W.shape[0] <= W.shape[1]
-    A = W if wide else W.mT  # (k, n), k <= n
-    eigenvalues, vectors = torch.linalg.eigh(A @ A.mT)  # (k,), (k, k), smallest first
-    S = eigenvalues.clamp(min=0).sqrt().flip(0)  # (k,)
-    if S[-1] <= GRAM_CONDITION * S[0]:
-        return None
-    short = vectors.flip(1)  # (k, k), columns are singular vectors
-    long = (short.mT @ A) / S[:, None]  # (k, n)
-    return (short, S, long) if wide else (long.mT, S, short.mT)
+from svfit_dreambooth.method.decomposition import as_matrix
 
 
 def merged_is_cheaper(tokens: int, in_features: int, out_features: int, rank: int, training: bool) -> bool:
@@ -139,24 +69,27 @@ class SVFitLayer(nn.Module):
     Vh: Tensor
 
     def _take_over(self, layer: nn.Linear | nn.Conv2d, U: Tensor, Vh: Tensor) -> None:
-        """The parameters of `layer` (the same objects), the basis U (out, r), Vh (r, in) and a shift of zeros."""
+        """The parameters of `layer` (the same objects) and a shift of zeros for the basis U (out, r), Vh (r, in)."""
         rank, matrix = U.shape[-1], as_matrix(layer.weight)
         if U.shape != (matrix.shape[0], rank) or Vh.shape != (rank, matrix.shape[1]):
             raise SVFitError(
                 f"a basis of shapes {tuple(U.shape)} and {tuple(Vh.shape)} does not fit a weight of shape "
                 f"{tuple(matrix.shape)}."
             )
-        self.weight, self.bias = layer.weight, layer.bias
-        weight = layer.weight
-        self.register_buffer("U", U.to(weight.device, weight.dtype), persistent=False)
-        self.register_buffer("Vh", Vh.to(weight.device, weight.dtype), persistent=False)
+        self.weight = weight = layer.weight
+        self.bias = layer.bias
         self.shift = nn.Parameter(torch.zeros(rank, device=weight.device, dtype=shift_dtype(weight.dtype)))
         self.unmerged_weight: Tensor | None = None
         self.train(layer.training)
 
+    def _hold(self, **sides: Tensor) -> None:
+        """Keeps parts of the basis, where the weight is and in its type."""
+        for name, side in sides.items():
+            self.register_buffer(name, side.to(self.weight.device, self.weight.dtype), persistent=False)
+
     @property
     def rank(self) -> int:
-        return self.U.shape[1]
+        return self.shift.shape[-1]
 
     @property
     def base_weight(self) -> Tensor:
@@ -169,9 +102,19 @@ class SVFitLayer(nn.Module):
             raise SVFitError(f"the shifts of {len(self.shift)} samples meet a batch of {len(input)}.")
         return self.shift
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """U (out, r), Vh (r, in)."""
+        return self.U, self.Vh
+
     def delta(self) -> Tensor:
         """U diag(shift) Vh in the shape of the weight: what the adapter adds to it."""
-        return delta(self.U, self.shift, self.Vh).view(self.weight.shape)
+        U, Vh = self.factors()
+        return delta(U, self.shift, Vh).view(self.weight.shape)
+
+    def exact_delta(self) -> Tensor:
+        """The same as a matrix (out, in), in at least float32, without gradient."""
+        U, Vh = self.factors()
+        return exact_delta(U, self.shift.detach(), Vh)
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -182,7 +125,7 @@ class SVFitLayer(nn.Module):
             raise SVFitError(
                 f"a shift of shape {tuple(self.shift.shape)}, one per sample, has no single merged weight."
             )
-        total = merged_weight(self.weight, exact_delta(self.U, self.shift, self.Vh))
+        total = merged_weight(self.weight, self.exact_delta())
         self.unmerged_weight = self.weight.detach().clone()  # the last that may run out of memory
         self.weight.copy_(total)
 
@@ -206,8 +149,12 @@ class SVFitLayer(nn.Module):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}"
 
+    def _precise(self) -> dict[str, Tensor]:
+        """What stays at least float32 when the layer is cast."""
+        return {"shift": self.shift}
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SVFitLayer:
-        with kept_precise(lambda: {"shift": self.shift}, lambda: shift_dtype(self.weight.dtype)):
+        with kept_precise(self._precise, lambda: shift_dtype(self.weight.dtype)):
             super()._apply(fn, recurse)
         if self.unmerged_weight is not None:
             self.unmerged_weight = fn(self.unmerged_weight)
@@ -227,6 +174,7 @@ class SVFitLinear(SVFitLayer, nn.Linear):
         """Takes over the parameters of `linear` (the same objects) with the basis U (out, r), Vh (r, in)."""
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         self._take_over(linear, U, Vh)
+        self._hold(U=U, Vh=Vh)
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)"""
@@ -275,6 +223,7 @@ class SVFitConv2d(SVFitLayer, nn.Conv2d):
         """Takes over the parameters of `conv` with the basis U (out, r), Vh (r, in / groups * h * w)."""
         super().__init__(**_conv_options(conv))
         self._take_over(conv, U, Vh)
+        self._hold(U=U, Vh=Vh)
 
     def forward(self, input: Tensor) -> Tensor:
         """(batch, in, height, width) -> (batch, out, height', width')"""

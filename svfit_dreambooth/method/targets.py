@@ -21,11 +21,15 @@ from torch import Tensor, nn
 
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.arithmetic import padded
-from svfit_dreambooth.method.layer import Rank, SVFitConv2d, SVFitLayer, SVFitLinear, as_matrix, decompose
+from svfit_dreambooth.method.decomposition import Rank, as_matrix, decompose
+from svfit_dreambooth.method.layer import SVFitConv2d, SVFitLayer, SVFitLinear
+from svfit_dreambooth.method.one_sided import SVFitOneSided, svfit_layer
 
 Layer = nn.Linear | nn.Conv2d
 Projections = dict[str, tuple[nn.Module, str, Layer]]  # canonical name -> (parent module, attribute, layer)
-PLAIN_LAYERS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, nn.Conv2d, SVFitLinear, SVFitConv2d)
+PLAIN_LAYERS = (
+    nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, nn.Conv2d, SVFitLinear, SVFitOneSided, SVFitConv2d,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -132,13 +136,14 @@ def apply_svfit(
     *,
     names: LayerNames = LayerNames(),
     energy: float | None = None,
-    basis: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    basis: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> dict[str, nn.Parameter]:
     """Freezes `model` and replaces its targeted layers by SVFit layers; returns the trainable shifts by name.
 
     `rank`, `energy`: how many singular values to train in each layer, see `layer.resolve_rank`.
-    `target_modules`, `names`: see `find_projections`.  `basis`: name -> U (out, r), Vh (r, in) of every targeted layer, in
-    place of the decomposition here and with it of `rank` and `energy`; `basis.model_basis` makes one.
+    `target_modules`, `names`: see `find_projections`.  `basis`: name -> U (out, r), S (r,), Vh (r, in) of every targeted
+    layer, or without S, in place of the decomposition here and with it of `rank` and `energy`; `basis.model_triplets`
+    makes one.
     The model computes what it computed before, to the bit, until a shift changes.
     """
     found = find_projections(model, target_modules, names)
@@ -146,10 +151,9 @@ def apply_svfit(
         raise SVFitError(f"{type(_unwrapped(model)).__name__} has SVFit layers already: call remove_svfit first.")
 
     if basis is None:
-        bases = {}
-        for name, (_, _, layer) in found.items():
-            U, _, Vh = decompose(as_matrix(layer.weight), rank, energy=energy)
-            bases[name] = (U, Vh)
+        bases: dict[str, Sequence[Tensor]] = {
+            name: decompose(as_matrix(layer.weight), rank, energy=energy) for name, (_, _, layer) in found.items()
+        }
     else:
         missing = sorted(set(found) - set(basis))
         if missing:
@@ -159,17 +163,17 @@ def apply_svfit(
     return {name: layer.shift for name, layer in patch_layers(model, bases).items()}
 
 
-def patch_layers(model: nn.Module, bases: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, SVFitLayer]:
-    """Puts an SVFit layer with the basis (U, Vh) in place of every layer that `bases` names canonically.
+def patch_layers(model: nn.Module, bases: Mapping[str, Sequence[Tensor]]) -> dict[str, SVFitLayer]:
+    """Puts an SVFit layer (see `svfit_layer`) in place of every layer that `bases` names canonically.
 
     A layer that was patched before is patched anew, with its shift at zero.
     """
     found = matrix_layers(model)
     patched: dict[str, SVFitLayer] = {}
-    for name, (U, Vh) in bases.items():
+    for name, basis in bases.items():
         parent, attribute, layer = found[name]
         plain: Any = layer.to_plain() if isinstance(layer, SVFitLayer) else layer
-        patched[name] = SVFitConv2d(plain, U, Vh) if isinstance(plain, nn.Conv2d) else SVFitLinear(plain, U, Vh)
+        patched[name] = svfit_layer(plain, basis)
         _replace(parent, attribute, patched[name])
     for module in model.modules():
         if hasattr(module, "fuse_projections"):

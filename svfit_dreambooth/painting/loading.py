@@ -16,7 +16,7 @@ from svfit_dreambooth.adapter.file import Adapter, read_adapter
 from svfit_dreambooth.adapter.source import check_finite, find_adapter
 from svfit_dreambooth.bases.families import family_of, pipeline_components
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.method.basis import model_basis
+from svfit_dreambooth.method.basis import model_triplets
 from svfit_dreambooth.method.targets import merged, patch_layers, remove_svfit, svfit_layers
 from svfit_dreambooth.method.word import install_words, remove_word_embedding, word_embedding
 from svfit_dreambooth.painting.matching import adapted_weights, base_hashes, check_base, check_meanings, meanings_of
@@ -165,7 +165,7 @@ def _widen(
     narrow = {path: len(s) for path, s in shifts.items() if path not in present or present[path].rank < len(s)}
     if not narrow:
         return
-    bases = model_basis(
+    bases = model_triplets(
         {path: weights[f"{component}.{path}"] for path in narrow},
         narrow,
         cache_dir=basis_cache_dir,

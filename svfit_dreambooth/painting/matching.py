@@ -14,7 +14,8 @@ from svfit_dreambooth.bases.families import family_of
 from svfit_dreambooth.bases.family import Family
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import same_base, weight_hashes
-from svfit_dreambooth.method.layer import SVFitLayer, as_matrix
+from svfit_dreambooth.method.decomposition import as_matrix
+from svfit_dreambooth.method.layer import SVFitLayer
 from svfit_dreambooth.method.targets import check_plain, matrix_layers
 from svfit_dreambooth.method.word import WORD_END, Pieces, base_rows, overlap, word_pieces
 from svfit_dreambooth.painting.offloading import offloading_lifted

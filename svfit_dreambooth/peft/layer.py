@@ -26,7 +26,8 @@ from svfit_dreambooth.method.arithmetic import (
     sum_of_shifts,
 )
 from svfit_dreambooth.method.basis import canonical_weight, warn_of_ambiguity
-from svfit_dreambooth.method.layer import decompose, merged_is_cheaper
+from svfit_dreambooth.method.decomposition import decompose
+from svfit_dreambooth.method.layer import merged_is_cheaper
 
 
 class SVFitPeftLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]

@@ -22,7 +22,6 @@ from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.bases.sdxl import SDXL
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import check_output, share, size_text
-from svfit_dreambooth.method.arithmetic import exact_delta
 from svfit_dreambooth.method.layer import SVFitLayer
 from svfit_dreambooth.method.targets import svfit_layers
 from svfit_dreambooth.painting.loading import load_adapter, unload_adapter
@@ -145,8 +144,9 @@ def _write(path: Path, plan: LoraPlan, base: BaseModel, adapter: Adapter, scale:
     tensors: dict[str, Tensor] = {}
     for name, kept in plan.kept.items():
         layer = layers[name]
-        kept = kept.to(layer.U.device)
-        U, shift, Vh = layer.U[:, kept], layer.shift.detach()[kept], layer.Vh[kept]
+        kept = kept.to(layer.shift.device)
+        U, Vh = layer.factors()
+        U, shift, Vh = U[:, kept], layer.shift.detach()[kept], Vh[kept]
         kernel = tuple(layer.weight.shape[1:]) if layer.weight.ndim == 4 else ()
         tensors |= pack_layer(name, U, shift, Vh, plan.layout, alpha, plan.dtype, sdxl, kernel)
     metadata = lora_metadata(
@@ -193,7 +193,7 @@ def _compare(path: Path, plan: LoraPlan, layers: dict[str, SVFitLayer], sdxl: in
     squares = total = worst = 0.0
     for name, change in lora_changes(path, plan.shapes, plan.layout, sdxl):
         layer = layers[name]
-        exact = exact_delta(*(tensor.detach().cpu() for tensor in (layer.U, layer.shift, layer.Vh)))  # (out, in)
+        exact = layer.exact_delta().cpu()  # (out, in)
         norm, off = exact.double().norm().item(), (change - exact).double().norm().item()
         allowed = plan.errors[name] + ROUNDING[plan.dtype]
         if not off <= allowed * norm:

@@ -17,7 +17,7 @@ from svfit_dreambooth.adapter.file import Adapter, read_adapter
 from svfit_dreambooth.bases.opening import BaseModel, open_base_model
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import share, size_text
-from svfit_dreambooth.method.arithmetic import exact_delta, merged_weight
+from svfit_dreambooth.method.arithmetic import merged_weight
 from svfit_dreambooth.method.targets import matrix_layers, svfit_layers
 from svfit_dreambooth.method.word import word_pieces
 from svfit_dreambooth.painting.loading import load_adapter, unload_adapter
@@ -123,7 +123,7 @@ def _merged_weights(base: BaseModel) -> dict[str, Tensor]:
     merged = {}
     for component, model in base.family.components.items():
         for path, layer in svfit_layers(model).items():
-            change = exact_delta(layer.U, layer.shift.detach(), layer.Vh)  # (out, in)
+            change = layer.exact_delta()  # (out, in)
             merged[f"{component}.{path}"] = merged_weight(layer.weight.detach().to(change.dtype), change).cpu()
     return merged
 

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from svfit_dreambooth.bases.devices import MIXED_PRECISION
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.method.basis import model_basis
+from svfit_dreambooth.method.basis import model_triplets
 from svfit_dreambooth.method.targets import apply_svfit, remove_svfit
 from svfit_dreambooth.training.examples import Examples
 from svfit_dreambooth.training.objective import Objective
@@ -86,7 +86,9 @@ def score_values(
     """rate * |mean gradient| of every singular value, at the base: "<component>.<layer>" -> (k,), float32."""
     config, family = plan.config, plan.base.family
     dtype = MIXED_PRECISION[config.mixed_precision]
-    bases = model_basis(plan.weights() if weights is None else weights, cache_dir=config.basis_cache_dir, hashes=hashes)
+    bases = model_triplets(
+        plan.weights() if weights is None else weights, cache_dir=config.basis_cache_dir, hashes=hashes
+    )
     shifts: dict[str, nn.Parameter] = {}
     networks = family.components
     scale = FLOAT16_LOSS_SCALE if dtype == torch.float16 else 1.0

@@ -18,7 +18,7 @@ from svfit_dreambooth.bases.opening import BaseModel, check_base_model, open_bas
 from svfit_dreambooth.bases.outline import outline_base_model
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import check_portable
-from svfit_dreambooth.method.layer import as_matrix
+from svfit_dreambooth.method.decomposition import as_matrix
 from svfit_dreambooth.method.targets import Projections
 from svfit_dreambooth.method.weights import Lazy
 from svfit_dreambooth.method.word import word_pieces

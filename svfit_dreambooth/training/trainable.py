@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from svfit_dreambooth.bases.devices import MIXED_PRECISION
-from svfit_dreambooth.method.basis import fingerprint, model_basis
+from svfit_dreambooth.method.basis import fingerprint, model_triplets
 from svfit_dreambooth.method.targets import apply_svfit, get_shifts, remove_svfit, set_shifts
 from svfit_dreambooth.method.weights import chosen, joined
 from svfit_dreambooth.training.budget import spread
@@ -43,7 +43,7 @@ class Shifts:
         """`weights`, `hashes`: of the layers, as they are stored; `positions`: see `choose_positions`."""
         config, family = plan.config, plan.base.family
         self.family, self.positions = family, positions
-        bases = model_basis(
+        bases = model_triplets(
             weights if positions is None else chosen(weights, positions),
             config.rank_value if positions is None else positions,
             energy=config.energy,
