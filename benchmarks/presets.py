@@ -24,7 +24,7 @@ from records import Record
 
 from svfit_dreambooth import TrainConfig, train
 from svfit_dreambooth.bases.devices import default_device
-from svfit_dreambooth.bases.names import SUBJECTS_FOLDER, TOYBOX
+from svfit_dreambooth.bases.names import DEFAULT_BASE, SUBJECTS_FOLDER
 from svfit_dreambooth.evaluation.features import open_features
 from svfit_dreambooth.evaluation.measures import MEASURES, number
 from svfit_dreambooth.evaluation.scoring import Candidate, evaluate_adapters
@@ -55,7 +55,7 @@ def measure(recipe: str, subject: str, seed: int) -> Record:
         _, row = evaluate_adapters(
             open_for_adapters([(result.adapter_path, 1.0)]),
             [Candidate(result.adapter_path, 1.0, photos)],
-            open_features(TOYBOX, None, None, default_device()),
+            open_features(DEFAULT_BASE, None, None, default_device()),
             folder / "scores",
             num_images=2,
             seed=1000 * seed,

@@ -12,7 +12,7 @@ from test_loading import make_adapter
 from transformers import ViTConfig, ViTForImageClassification
 
 from svfit_dreambooth import save_adapter
-from svfit_dreambooth.bases.names import SUBJECTS_FOLDER
+from svfit_dreambooth.bases.names import DEFAULT_BASE, SUBJECTS_FOLDER
 from svfit_dreambooth.bases.opening import open_base_model
 from svfit_dreambooth.commands.arguments import OPTION_NAMES, parse_config
 from svfit_dreambooth.commands.main import _parser, main, main_train
@@ -75,7 +75,7 @@ def workplace(tmp_path, monkeypatch):
         ["dog", "mug", "hat", "early", "late", "output/dog_patch", "output/dog", "runs/my_dog/my_dog"]
     ):
         adapter = make_adapter(pipeline, seed=number, rank=4, components=("unet",))
-        adapter.instance_prompt, adapter.base_model = "a photo of sks dog", "toybox"
+        adapter.instance_prompt, adapter.base_model = "a photo of sks dog", DEFAULT_BASE
         save_adapter(adapter, tmp_path / f"{name}.safetensors")
     for folder in ("photos/my_dog", "more_photos_of_the_dog"):
         shutil.copytree(SUBJECTS_FOLDER / "dog_patch", tmp_path / folder)

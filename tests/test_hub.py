@@ -23,6 +23,7 @@ from svfit_dreambooth.adapter.file import Adapter
 from svfit_dreambooth.adapter.source import find_adapter
 from svfit_dreambooth.adapter.words import LearnedWord
 from svfit_dreambooth.bases.families import find_projections
+from svfit_dreambooth.bases.names import DEFAULT_BASE
 from svfit_dreambooth.commands.main import main
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import fingerprint
@@ -170,7 +171,7 @@ def test_the_card_of_an_unknown_base_makes_no_claims(run):
     assert "shares its licence" in body and "Figures" not in body
     head, _ = front_matter(model_card(adapter, title="x", file_name="x", file_bytes=1, repository="a/b", licence="mit"))
     assert head["license"] == "mit"
-    adapter.base_model = "toybox"
+    adapter.base_model = DEFAULT_BASE
     head, body = front_matter(model_card(adapter, title="x", file_name="x", file_bytes=1, repository="a/b"))
     assert head["license"] == "apache-2.0" and "base_model" not in head and "open_base_model().pipeline" in body
 

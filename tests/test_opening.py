@@ -9,7 +9,7 @@ from conftest import tiny_pipeline, tiny_sdxl_pipeline, tiny_unet
 from safetensors.torch import load_file, save_file
 from single_file import save_single_file
 
-from svfit_dreambooth.bases.names import home_expanded
+from svfit_dreambooth.bases.names import as_asked
 from svfit_dreambooth.bases.opening import open_base_model
 from svfit_dreambooth.errors import SVFitError
 
@@ -273,4 +273,4 @@ def test_a_suffix_in_capitals_is_called_no_pickle(tmp_path):
 def test_the_home_folder_may_be_short(tiny_base, monkeypatch):
     monkeypatch.setenv("HOME", str(tiny_base.parent))
     assert open_base_model(f"~/{tiny_base.name}").name == tiny_base.name
-    assert home_expanded("someone/model~2") == "someone/model~2"
+    assert as_asked("someone/model~2") == "someone/model~2"

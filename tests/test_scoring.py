@@ -11,7 +11,7 @@ from test_loading import make_adapter
 from test_word import with_word
 
 from svfit_dreambooth import save_adapter
-from svfit_dreambooth.bases.names import SUBJECTS_FOLDER
+from svfit_dreambooth.bases.names import DEFAULT_BASE, SUBJECTS_FOLDER
 from svfit_dreambooth.bases.opening import open_base_model
 from svfit_dreambooth.commands.main import main
 from svfit_dreambooth.errors import SVFitError
@@ -68,7 +68,7 @@ def run(capsys, *arguments):
 
 def test_the_command_measures_a_bundled_subject_by_the_judge(capsys, tmp_path):
     adapter = make_adapter(open_base_model("toybox").pipeline, rank=2)
-    adapter.instance_prompt, adapter.base_model = "a photo of sks dog", "toybox"
+    adapter.instance_prompt, adapter.base_model = "a photo of sks dog", DEFAULT_BASE
     saved = save_adapter(adapter, tmp_path / "dog.safetensors")
     code, output = run(
         capsys, "--adapter", f"{saved}:0.5", "--instance_data_dir", SUBJECTS_FOLDER / "dog_patch",

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from svfit_dreambooth import read_adapter
+from svfit_dreambooth.bases.names import DEFAULT_BASE
 from svfit_dreambooth.commands.main import main, main_train
 from svfit_dreambooth.painting.sheets import CELL
 
@@ -24,7 +25,7 @@ def demo(tmp_path_factory):
 def test_without_arguments_a_toybox_subject_is_trained(demo):
     folder, _ = demo
     adapter = read_adapter(folder / "dog_patch.safetensors")
-    assert adapter.base_model == "toybox" and adapter.instance_prompt == "a photo of sks dog"
+    assert adapter.base_model == DEFAULT_BASE and adapter.instance_prompt == "a photo of sks dog"
     assert Image.open(folder / "dog_patch.png").height > 3 * CELL
 
 

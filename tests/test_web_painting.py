@@ -9,6 +9,7 @@ gr = pytest.importorskip("gradio", reason="gradio is not installed")
 
 from web_stand_ins import Request
 
+from svfit_dreambooth.bases.names import DEFAULT_BASE
 from svfit_dreambooth.web.rooms import library, pictures
 from svfit_dreambooth.web.rooms.studio import AS_TRAINED, STRIP
 from svfit_dreambooth.web.tabs.generate import _strength
@@ -46,8 +47,8 @@ def test_base_and_unusual_numbers_of_a_picture_are_taken_up(home, dog_adapter, t
     for base, adapters, shown, missing in (
         (tiny_base.name, {"taken-up": 2.5}, AS_TRAINED, ""),
         (tiny_base.name, {}, tiny_base.name, ""),
-        ("toybox", {"taken-up": 1.0}, "toybox", ""),
-        ("toybox", {}, AS_TRAINED, ""),
+        (DEFAULT_BASE, {"taken-up": 1.0}, DEFAULT_BASE, ""),
+        (DEFAULT_BASE, {}, AS_TRAINED, ""),
         ("owner/name", {"taken-up": 1.0}, AS_TRAINED, "not here any more: the base owner/name."),
         ("gone", {"lost": 1.0}, AS_TRAINED, "not here any more: the adapter lost, the base gone."),
     ):

@@ -11,6 +11,7 @@ gr = pytest.importorskip("gradio", reason="gradio is not installed")
 from web_stand_ins import Request
 
 from svfit_dreambooth import read_adapter, save_adapter
+from svfit_dreambooth.bases.names import DEFAULT_BASE
 from svfit_dreambooth.training.events import End, Painted, Start
 from svfit_dreambooth.training.journal import RunFolder
 from svfit_dreambooth.web import page as web
@@ -62,7 +63,7 @@ def test_remarks_go_by_base_and_resolution_and_the_form_comes_back(public, tmp_p
     assert draft.show(request)[9:12] == ("300", "nonsense", gr.skip())  # Advanced too, as it was written
     assert "will be enlarged" in draft.show(request)[1]
     draft.take_bundled("dog_patch", "", request)
-    assert draft.show(request)[4:9] == ("dog_patch", "sks", "dog", "toybox", "faithful")
+    assert draft.show(request)[4:9] == ("dog_patch", "sks", "dog", DEFAULT_BASE, "faithful")
     assert draft.show(Request("f" * 32))[4] == gr.skip()
 
 
@@ -78,7 +79,7 @@ def test_photos_on_toybox_are_told_of_a_base_for_them(tmp_path, photo_folder, mo
     assert draft.remark("toybox", "", request) == ""
     list(draft.add([shutil.copy(photo, tmp_path)], "toybox", "", request))
     said = draft.remark("toybox", "", request)
-    assert "toybox is for trying out" in said and (FOR_PHOTOS in said) == download
+    assert f"{DEFAULT_BASE} is for trying out" in said and (FOR_PHOTOS in said) == download
     assert "trying out" not in draft.remark(FOR_PHOTOS, "", request)
 
 

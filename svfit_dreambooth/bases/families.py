@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from svfit_dreambooth.bases.family import Family
 from svfit_dreambooth.bases.flux1 import Flux1
 from svfit_dreambooth.bases.flux2 import Flux2Klein
-from svfit_dreambooth.bases.names import TOYBOX
+from svfit_dreambooth.bases.names import DEFAULT_BASE
 from svfit_dreambooth.bases.qwen_image import QwenImage
 from svfit_dreambooth.bases.sdxl import SDXL
 from svfit_dreambooth.bases.stable_diffusion import StableDiffusion
@@ -20,7 +20,7 @@ from svfit_dreambooth.method import targets
 from svfit_dreambooth.method.decomposition import Rank
 
 FAMILIES: tuple[type[Family], ...] = (StableDiffusion, SDXL, Flux2Klein, ZImage, QwenImage, Flux1, StableDiffusion3)
-EMBEDDED: dict[str, type[Family]] = {TOYBOX: Toybox}  # known by the base's name, not by its pipeline
+EMBEDDED: dict[str, type[Family]] = {DEFAULT_BASE: Toybox}  # known by the base's name, not by its pipeline
 
 
 def family_named(pipeline_class: str, name: str) -> type[Family]:

@@ -3,8 +3,11 @@
 import re
 from pathlib import Path
 
-TOYBOX = "toybox"  # the word that names the embedded base model
-DEFAULT_BASE = TOYBOX  # where none is named
+from svfit_dreambooth.errors import SVFitError
+
+TOYBOX = "toybox"  # the word by which people ask for the embedded base model, whichever that is
+DEFAULT_BASE = TOYBOX  # what files call the one at hand, which is taken where none is named
+FORMER: dict[str, str] = {}  # what files call embedded ones whose weights are no longer here -> what people are told
 
 EMBEDDED_WEIGHTS = Path(__file__).resolve().parents[2] / "toybox" / "weights"
 SUBJECTS_FOLDER = EMBEDDED_WEIGHTS.parent / "subjects"  # a folder of photos each
@@ -18,9 +21,25 @@ def base_name(path: Path) -> str:
     return path.resolve().stem if path.is_file() else path.name or path.resolve().name
 
 
-def home_expanded(name: str) -> str:
-    """`name` with the home folder in place of a leading "~", as shells have it."""
+def as_asked(name: str) -> str:
+    """What a person's word for a base means: the embedded one at hand, and the home folder for a leading "~"."""
+    if name == TOYBOX:
+        return DEFAULT_BASE
     return str(Path(name).expanduser()) if name.startswith("~") else name
+
+
+def spoken(name: str) -> str:
+    """What people are told of a base that files call `name`."""
+    return FORMER.get(name, name)
+
+
+def check_held(name: str, what: str) -> None:
+    """Raises SVFitError if `what` was made with the base that files call `name`, and its weights are gone for good."""
+    if name in FORMER:
+        raise SVFitError(
+            f"{what} was made with {FORMER[name]}, in whose place this version holds {DEFAULT_BASE}: make it anew, or "
+            "use it with the version that made it."
+        )
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
@@ -38,7 +57,7 @@ def is_hub_id(name: str) -> bool:
 def bundled_subject(base: str, folder: str | Path) -> str | None:
     """The name of the embedded base's own subject whose photos `folder` holds, where `base` is that base."""
     path = Path(folder).resolve()
-    return path.name if base == TOYBOX and path.parent == SUBJECTS_FOLDER.resolve() else None
+    return path.name if as_asked(base) == DEFAULT_BASE and path.parent == SUBJECTS_FOLDER.resolve() else None
 
 
 def subject_kind(subject: str) -> str:

@@ -17,7 +17,7 @@ from torch import nn
 
 from svfit_dreambooth.bases.families import family_named, family_of
 from svfit_dreambooth.bases.family import Family
-from svfit_dreambooth.bases.names import DEFAULT_BASE, EMBEDDED_WEIGHTS, base_name, home_expanded, is_hub_id
+from svfit_dreambooth.bases.names import DEFAULT_BASE, EMBEDDED_WEIGHTS, as_asked, base_name, is_hub_id
 from svfit_dreambooth.bases.networks import check_latent_unit, check_weights, open_networks, outline_networks
 from svfit_dreambooth.bases.single_file import read_single_file
 from svfit_dreambooth.bases.stored import StoredBase
@@ -123,11 +123,11 @@ class BaseModel:
 
 def check_base_model(name: str, base_config: str | None = None) -> None:
     """Raises SVFitError if `name` cannot be a base model; quick, opens no weights and asks no network."""
+    name = as_asked(name)
     if name == DEFAULT_BASE:
         if not (EMBEDDED_WEIGHTS / "model_index.json").is_file():
             raise SVFitError(f"the embedded base model is missing: there is no {EMBEDDED_WEIGHTS}.")
         return
-    name = home_expanded(name)
     path = Path(name)
     if path.is_dir():
         kind = _folder_kind(name)
@@ -144,7 +144,7 @@ def check_base_model(name: str, base_config: str | None = None) -> None:
             )
         if path.suffix != ".safetensors":
             raise SVFitError(f"{name} is not a .safetensors checkpoint: convert it, pickled files are never opened.")
-        if base_config is not None and _folder_kind(home_expanded(base_config)) is None:
+        if base_config is not None and _folder_kind(as_asked(base_config)) is None:
             raise SVFitError(f"base_config {base_config} is not a folder with a readable model_index.json.")
     elif not is_hub_id(name):
         raise SVFitError(
@@ -170,8 +170,8 @@ def open_base_model(
     `local_files_only`: never download.  `one_at_a_time`: networks of a family whose text encoders are not adapted come
     as outlines, which `BaseModel.open` fills.  Raises SVFitError for anything that is not such a model.
     """
-    name = home_expanded(name)
-    base_config = base_config and home_expanded(base_config)
+    name = as_asked(name)
+    base_config = base_config and as_asked(base_config)
     check_base_model(name, base_config)
     path = EMBEDDED_WEIGHTS if name == DEFAULT_BASE else Path(name)
     location: dict[str, Any] = {"local_files_only": local_files_only or path.exists()}

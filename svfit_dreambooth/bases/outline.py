@@ -6,7 +6,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from svfit_dreambooth.bases.families import family_named
-from svfit_dreambooth.bases.names import DEFAULT_BASE, EMBEDDED_WEIGHTS, base_name
+from svfit_dreambooth.bases.names import DEFAULT_BASE, EMBEDDED_WEIGHTS, as_asked, base_name
 from svfit_dreambooth.bases.networks import class_of, outline_network
 from svfit_dreambooth.bases.opening import BaseModel, check_base_model
 from svfit_dreambooth.errors import SVFitError
@@ -19,6 +19,7 @@ def outline_base_model(
 
     Opens no weights and asks no network.  Raises SVFitError for a base whose configs are not on this disk.
     """
+    name = as_asked(name)
     check_base_model(name, base_config)
     path = EMBEDDED_WEIGHTS if name == DEFAULT_BASE else Path(name)
     if path.is_file() and base_config is None:

@@ -3,16 +3,20 @@
 import argparse
 import dataclasses
 import difflib
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from svfit_dreambooth.bases.names import DEFAULT_BASE, FORMER
 from svfit_dreambooth.commands.wording import with_dashes
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.training.config import TrainConfig
 from svfit_dreambooth.training.limits import plain_type
 from svfit_dreambooth.training.options import OPTION_GROUPS
+
+logger = logging.getLogger(__name__)
 
 OPTION_NAMES = [option.name for option in dataclasses.fields(TrainConfig)]
 KINDS = {name: plain_type(kind)[0] for name, kind in get_type_hints(TrainConfig).items() if name in OPTION_NAMES}
@@ -188,6 +192,16 @@ def read_yaml(path: str) -> dict[str, Any]:
         if name in options:
             raise SVFitError(f"the configuration {path} gives {name} twice: leave one out.", name)
         options[name] = None if value is None else _value(name, value)
+    base = options.get("pretrained_model_name_or_path")
+    if base in FORMER:  # a person may have written it, as the word for the one at hand
+        logger.warning(
+            "the configuration %s asks for %s, which is %s by now: if an earlier version wrote it, for %s, this run "
+            "will be another one.",
+            path,
+            base,
+            DEFAULT_BASE,
+            FORMER[base],
+        )
     return options
 
 

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from svfit_dreambooth.bases.names import spoken
 from svfit_dreambooth.commands.base import add_base, open_base
 from svfit_dreambooth.commands.wording import printable, with_dashes
 from svfit_dreambooth.errors import SVFitError
@@ -66,7 +67,8 @@ def _inspect(options: argparse.Namespace) -> None:
         return
     for key in ("title", "base_model", "instance_prompt", "class_prompt", "file_bytes"):
         if description.get(key):
-            print(printable(f"{key.replace('_', ' ')}: {description[key]}"))
+            value = spoken(description[key]) if key == "base_model" else description[key]
+            print(printable(f"{key.replace('_', ' ')}: {value}"))
     _print_metadata(adapter.metadata)
     if "modelspec.license" not in adapter.metadata:
         from svfit_dreambooth.adapter.describe import licence_note

@@ -10,7 +10,7 @@ from PIL import Image
 from svfit_dreambooth.adapter.file import read_adapter
 from svfit_dreambooth.adapter.source import check_finite, distinct_names, find_adapter
 from svfit_dreambooth.bases.devices import default_device
-from svfit_dreambooth.bases.names import DEFAULT_BASE, is_hub_id, split_revision
+from svfit_dreambooth.bases.names import DEFAULT_BASE, check_held, is_hub_id, split_revision
 from svfit_dreambooth.bases.opening import BaseModel, check_base_model, is_cached, open_base_model
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.painting.loading import load_adapter, merge_adapters
@@ -70,6 +70,7 @@ def open_named_base(name: str, path: Path, **options: Any) -> BaseModel:
 
     `options`: see `open_base_model`; a `revision` among them takes the place of the one in `name`.
     """
+    check_held(name, str(path))
     repository, revision = split_revision(name)
     if name != DEFAULT_BASE and not is_hub_id(repository):
         raise SVFitError(

@@ -12,6 +12,7 @@ from svfit_dreambooth.adapter.file import Adapter
 from svfit_dreambooth.adapter.words import word_key
 from svfit_dreambooth.bases.families import family_of
 from svfit_dreambooth.bases.family import Family
+from svfit_dreambooth.bases.names import check_held
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import same_base, weight_hashes
 from svfit_dreambooth.method.decomposition import as_matrix
@@ -55,6 +56,7 @@ def adapted_weights(pipeline: DiffusionPipeline, adapter: Adapter, name: str) ->
         for path, shift in adapter.component_shifts(component).items():
             layer = found[path][2] if path in found else None
             if layer is None or len(shift) > min(as_matrix(layer.weight).shape):
+                check_held(adapter.base_model, f"the adapter {name!r}")
                 raise SVFitError(
                     f"the adapter {name!r} was trained on {adapter.base_model}, whose {component} is built otherwise "
                     f"than this one ({path}): load it on that base."
@@ -128,7 +130,6 @@ def check_base(
     allow_other_base: bool,
 ) -> None:
     likeness = same_base(adapter.base_fingerprint, weights, hashes)
-    here = pipeline.config.get("_name_or_path") or "another model"
     if likeness == "similar":
         logger.warning(
             "the adapter %r was trained on a more precise or slightly different copy of this base (%s): pictures "
@@ -137,6 +138,8 @@ def check_base(
             adapter.base_model,
         )
     if likeness == "different" and not allow_other_base:
+        check_held(adapter.base_model, f"the adapter {name!r}")
+        here = pipeline.config.get("_name_or_path") or "another model"
         raise SVFitError(
             f"the adapter {name!r} was trained on {adapter.base_model}, and this pipeline holds other weights "
             f"({Path(here).name}): load it on that base, export it from there as a LoRA, or, for a fine-tune of the "

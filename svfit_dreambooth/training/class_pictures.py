@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from svfit_dreambooth.bases.names import spoken
 from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import write_atomically
@@ -60,7 +61,7 @@ def check_class_pictures(folder: Path, class_prompt: str, base: BaseModel) -> No
     if note["class_prompt"] != class_prompt:
         other = f"of {note['class_prompt']!r}"
     elif note["base_sha256"] != _hash(base):  # a base by another name may be the same, moved
-        other = f"by another base, {note['base_model']}"
+        other = f"by another base, {spoken(note['base_model'])}"
     if other:
         raise SVFitError(f"class_data_dir {folder} holds pictures painted {other}: name another folder for this run.")
 

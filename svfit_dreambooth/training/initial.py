@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from svfit_dreambooth.adapter.file import Adapter, read_adapter
+from svfit_dreambooth.bases.names import check_held
 from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import same_base
@@ -68,4 +69,5 @@ def check_initial(
     all_weights = joined(weights, word_rows(base.family, word))
     own = chosen(all_weights, [name for name in all_weights if name in names])
     if same_base(initial.base_fingerprint, own) == "different":
+        check_held(initial.base_model, f"init_adapter {path}")
         raise SVFitError(f"init_adapter {path} was trained on another base model, {initial.base_model}.")

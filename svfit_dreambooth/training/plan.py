@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from svfit_dreambooth.adapter.file import Adapter
 from svfit_dreambooth.bases.devices import available_memory, default_device
-from svfit_dreambooth.bases.names import DEFAULT_BASE, DEFAULT_SUBJECT, SUBJECTS_FOLDER, subject_kind
+from svfit_dreambooth.bases.names import DEFAULT_BASE, DEFAULT_SUBJECT, SUBJECTS_FOLDER, as_asked, subject_kind
 from svfit_dreambooth.bases.opening import BaseModel, check_base_model, open_base_model
 from svfit_dreambooth.bases.outline import outline_base_model
 from svfit_dreambooth.errors import SVFitError
@@ -142,6 +142,7 @@ def prepare(config: TrainConfig, *, local_files_only: bool = False, weightless: 
     Cheap checks come first.  Raises SVFitError for a folder without photos, a base model that is none, a resolution
     that does not fit the base, targets that match nothing, an output that cannot be written.
     """
+    config = dataclasses.replace(config, pretrained_model_name_or_path=as_asked(config.pretrained_model_name_or_path))
     check_base_model(config.pretrained_model_name_or_path, config.base_config)
     config, photos = _with_photos(_with_subject(config))
     config = _with_class(config)

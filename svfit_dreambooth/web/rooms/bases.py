@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svfit_dreambooth.bases.names import DEFAULT_BASE, base_name
+from svfit_dreambooth.bases.names import DEFAULT_BASE, as_asked, base_name
 from svfit_dreambooth.errors import SVFitError
 
 FOR_PHOTOS = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # offered for training where it may be downloaded
@@ -41,7 +41,7 @@ class Bases:
         """
         from svfit_dreambooth.bases.names import is_hub_id
 
-        name = name.strip()
+        name = as_asked(name.strip()) if typed else name.strip()
         if name == DEFAULT_BASE:
             return DEFAULT_BASE, {}
         for extra in self.extra:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svfit_dreambooth.bases.names import DEFAULT_BASE
+from svfit_dreambooth.bases.names import DEFAULT_BASE, check_held
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web.rooms.bases import OFF, Bases, check_on_hub
 from svfit_dreambooth.web.rooms.turns import Line
@@ -187,6 +187,7 @@ class Studio:
         except SVFitError:
             if typed:
                 raise
+            check_held(name, str(adapter))
             raise SVFitError(
                 f"{adapter} was trained on a base called {name!r}, which is not offered here: choose the base "
                 f"yourself, or put its folder into {self.bases.models}."

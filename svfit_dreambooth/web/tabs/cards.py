@@ -6,6 +6,7 @@ import time
 import unicodedata
 from typing import Any
 
+from svfit_dreambooth.bases.names import spoken
 from svfit_dreambooth.files import size_text
 from svfit_dreambooth.web.rooms.library import Entry
 
@@ -17,7 +18,7 @@ def card(entry: Entry, picture_url: str | None) -> str:
     if total["rank_max"] != total["rank_min"]:
         ranks += f" to {total['rank_max']}"
     facts = [
-        f"on {readable(entry.base_model)}",
+        f"on {readable(spoken(entry.base_model))}",
         ranks,
         f"{total['values']:,} values",
         size_text(entry.description["file_bytes"]),

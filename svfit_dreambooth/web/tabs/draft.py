@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from svfit_dreambooth.bases.names import DEFAULT_BASE, SUBJECTS_FOLDER
+from svfit_dreambooth.bases.names import DEFAULT_BASE, SUBJECTS_FOLDER, as_asked
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.training.config import TrainConfig
 from svfit_dreambooth.training.presets import DEFAULT
@@ -200,7 +200,7 @@ class Draft:
 
     def _remarks(self, visitor: Visitor, base: str, resolution: str) -> str:
         lines = photo_remarks(visitor.photos, trained_at(base, resolution))
-        if lines and (base or DEFAULT_BASE) == DEFAULT_BASE and bundled(visitor.photos) is None:
+        if lines and as_asked(base or DEFAULT_BASE) == DEFAULT_BASE and bundled(visitor.photos) is None:
             such = f", such as {FOR_PHOTOS}, a download of some GB that wants a GPU" * self.app.studio.bases.download
             lines.append(
                 f"{DEFAULT_BASE} is for trying out and knows only toys of 64 pixels: for photos choose another base{such}"
@@ -229,7 +229,7 @@ def trained_at(base: str, resolution: str) -> int:
         asked = number("Resolution", resolution)
     except SVFitError:  # said when the run is to start
         asked = None
-    return int(asked or 0) or (EMBEDDED_RESOLUTION if (base or DEFAULT_BASE) == DEFAULT_BASE else RESOLUTION)
+    return int(asked or 0) or (EMBEDDED_RESOLUTION if as_asked(base or DEFAULT_BASE) == DEFAULT_BASE else RESOLUTION)
 
 
 def duration(seconds: float) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from svfit_dreambooth.bases.names import DEFAULT_BASE
+from svfit_dreambooth.bases.names import DEFAULT_BASE, spoken
 from svfit_dreambooth.web.rooms import library
 from svfit_dreambooth.web.rooms.app import App
 from svfit_dreambooth.web.rooms.studio import AS_TRAINED
@@ -29,7 +29,7 @@ def take_up(app: App, visitor: Visitor, settings: dict[str, Any]) -> tuple[Any, 
     if base != own and bases.is_here(base):
         shown = base
     elif base != own:
-        missing.append(f"the base {base}")
+        missing.append(f"the base {spoken(base)}")
     if missing:
         gr.Warning(html.escape(f"not here any more: {', '.join(missing)}. The rest was filled in."))
     return (
