@@ -17,6 +17,10 @@ REMARKS = {
     "diffusers.pipelines.pipeline_utils": "Expected types for vae",
     # a long prompt is read in parts
     "transformers.tokenization_utils_base": "Token indices sequence length is longer than",
+    # torchao, which diffusers imports where it is installed: kernels for devices that are not here, its own old calls
+    "torchao": "Failed to load",
+    "torch.utils._pytree": "is an Enum subclass",
+    "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao` Tensor objects",
     # training needs no content filter, as it shows no picture
     "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion": "You have disabled the safety checker",
 }

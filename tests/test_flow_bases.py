@@ -13,10 +13,13 @@ from flow_bases import tiny_flux1, tiny_klein, tiny_qwen_image, tiny_sd3, tiny_z
 from svfit_dreambooth import load_adapter, train, unload_adapter
 from svfit_dreambooth.adapter.file import read_adapter
 from svfit_dreambooth.bases.families import family_of
+from svfit_dreambooth.bases.flow import FlowTransformer
 from svfit_dreambooth.bases.opening import BaseModel, open_base_model
 from svfit_dreambooth.bases.stored import StoredBase
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.method import one_sided
 from svfit_dreambooth.method.arithmetic import exact_delta
+from svfit_dreambooth.method.one_sided import SVFitOneSided
 from svfit_dreambooth.method.targets import matrix_layers, svfit_layers
 from svfit_dreambooth.painting.generate import generate, open_for_adapters
 from svfit_dreambooth.sharing.export import export_lora
@@ -88,6 +91,26 @@ def test_from_photos_to_pictures(config, folder, tmp_path):
     assert (pixels(paint(base)) == pixels(painted)).all()
     unload_adapter(base.pipeline)
     assert (pixels(paint(base)) == pixels(plain)).all()
+
+
+def test_unasked_a_run_trains_the_values_that_help_most(config, folder, monkeypatch):
+    """A budget of the family's number a layer, whose choice a second run repeats; asked for, all of them."""
+    monkeypatch.setattr(FlowTransformer, "values_per_layer", 3)
+    monkeypatch.setattr(one_sided, "BOTH_SIDES_MOST", 0)
+    result = train(replace(config, max_train_steps=2))
+    adapter = read_adapter(result.adapter_path)
+    layers = len(open_base_model(str(folder)).family.find_projections("transformer"))
+    assert result.values == 3 * layers and result.plan.config.budget == 3 * layers
+    assert 0 < sum(int((shift != 0).sum()) for shift in adapter.shifts.values()) <= 3 * layers
+    assert result.plan.report() == prepare(replace(config, dry_run=True)).report()
+    base = open_base_model(str(folder))
+    before = pixels(paint(base))
+    load_adapter(base.pipeline, adapter, name="dog")
+    assert any(isinstance(layer, SVFitOneSided) for layer in base.pipeline.transformer.modules())
+    assert (pixels(paint(base)) != before).any()
+    unload_adapter(base.pipeline)
+    assert (pixels(paint(base)) == before).all()
+    assert prepare(replace(config, dry_run=True, rank="full")).config.budget is None
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(config, tmp_path):

@@ -7,7 +7,10 @@ from flow_bases import tiny_klein
 
 from svfit_dreambooth.bases.flux2 import FLUX2, Flux2Klein
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.method.one_sided import basis_numbers
 from svfit_dreambooth.method.targets import find_projections, matrix_layers
+from svfit_dreambooth.training.config import TrainConfig
+from svfit_dreambooth.training.presets import with_values
 
 SIZES = {  # of the published transformers
     "4b": {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680},
@@ -33,6 +36,21 @@ def test_the_real_sizes_hold_so_many_values(size, targets, values):
         transformer = Flux2Transformer2DModel(guidance_embeds=False, **SIZES[size])
     found = find_projections(transformer, targets, FLUX2)
     assert sum(min(layer.weight.shape) for _, _, layer in found.values()) == values
+
+
+def test_unasked_a_run_on_the_real_size_trains_400_values_a_layer():
+    with torch.device("meta"):
+        transformer = Flux2Transformer2DModel(guidance_embeds=False, **SIZES["4b"])
+    found = find_projections(transformer, None, FLUX2)
+    shapes = {name: tuple(layer.weight.shape) for name, (_, _, layer) in found.items()}
+    config = with_values(TrainConfig(), Flux2Klein.values_per_layer, shapes)
+    assert (config.rank, config.budget, len(shapes)) == ("full", 400 * 80, 80)
+    for asked in ({"rank": "full"}, {"rank": 64}, {"energy": 0.9}, {"init_adapter": "dog.safetensors"}):
+        assert with_values(TrainConfig(**asked), Flux2Klein.values_per_layer, shapes).budget is None
+    assert with_values(TrainConfig(), None, shapes) == TrainConfig(rank="full")
+    # at full rank, in bf16: beside the network one side, a fifth of both
+    numbers = sum(basis_numbers(*shape, min(shape)) for shape in shapes.values())
+    assert 1.4 < 2 * numbers / 2**30 < 1.7 and 2 * sum(min(s) * sum(s) for s in shapes.values()) / 2**30 > 6.6
 
 
 def test_a_single_block_is_adapted_whole(family):

@@ -62,6 +62,7 @@ class Family(ABC):
     optional_text_encoders: ClassVar[tuple[str, ...]] = ()  # those of them that a base may lack
     adaptable_text_encoders: ClassVar[bool] = True  # whether adapters may change them
     layer_names: ClassVar[Mapping[Role, LayerNames]]
+    values_per_layer: ClassVar[int | None] = None  # what a run trains unasked, on the average; None: all of them
     checkpointed: ClassVar[tuple[type[nn.Module], ...]]  # the blocks that gradient checkpointing runs again
     guidance_scale: ClassVar[float]  # that suits
     no_prompt: ClassVar[str] = ""  # what stands for no negative prompt

@@ -22,6 +22,7 @@ class FlowTransformer(Family):
     denoiser_name = "transformer"
     text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
     adaptable_text_encoders = False
+    values_per_layer = 400  # a step of FLUX.2-klein then costs what it costs with a LoRA of rank 32
     denoiser_class: ClassVar[type[nn.Module]]
     timestep_sampling: ClassVar[str] = "uniform"  # as the base's own LoRA script draws them, see `noising.Flow`
     tokens_per_latent: ClassVar[float] = 1  # a quarter where the denoiser itself sees 2 x 2 latents as one

@@ -42,9 +42,23 @@ def svfit_layer(plain: nn.Linear | nn.Conv2d, basis: Sequence[Tensor]) -> SVFitL
     U, *S, Vh = basis
     if isinstance(plain, nn.Conv2d):
         return SVFitConv2d(plain, U, Vh)
-    if not S or U.numel() + Vh.numel() <= BOTH_SIDES_MOST:
+    if not S or both_sides_suit(U.shape[0], Vh.shape[1], len(Vh)):
         return SVFitLinear(plain, U, Vh)
     return SVFitOneSided(plain, U, S[0], Vh)
+
+
+def both_sides_suit(out_features: int, in_features: int, rank: int) -> bool:
+    """Whether a weight (out, in) that is stored as floating-point numbers keeps both sides of its basis."""
+    return rank * (out_features + in_features) <= BOTH_SIDES_MOST
+
+
+def basis_numbers(out_features: int, in_features: int, rank: int, kind: str = "float") -> int:
+    """How many numbers the basis of a layer holds in the form that `svfit_layer` gives it, as far as shapes tell."""
+    both, short = out_features + in_features, min(out_features, in_features)
+    if kind == "float" and both_sides_suit(out_features, in_features, rank):
+        return rank * both
+    small = round(USUAL_SMALL[kind] * rank)
+    return small * both + (rank - small) * short
 
 
 def small_values(S: Tensor, weight: Tensor, kind: str = "float") -> int:

@@ -32,18 +32,19 @@ class TrainConfig(
         if isinstance(self.rank, int) and not isinstance(self.rank, bool):
             object.__setattr__(self, "rank", str(self.rank))
         check_options(self)
-        if self.rank != "full" and not (self.rank.isdecimal() and 0 < int(self.rank[:10]) < 10**9):
+        numbered = self.rank not in (None, "full")
+        if numbered and not (self.rank.isdecimal() and 0 < int(self.rank[:10]) < 10**9):
             raise SVFitError(f'rank is {self.rank!r}: give a whole number of 1 or more, or "full".', "rank")
-        if self.energy is not None and self.rank != "full":
+        if self.energy is not None and numbered:
             raise SVFitError("energy chooses the ranks itself: leave rank out.", "energy", "rank")
         if self.budget is not None:
-            others = {"rank": self.rank != "full", "energy": self.energy, "init_adapter": self.init_adapter}
+            others = {"rank": numbered, "energy": self.energy, "init_adapter": self.init_adapter}
             for name in (name for name, given in others.items() if given):
                 raise SVFitError(f"budget chooses the singular values itself: leave {name} out.", "budget", name)
 
     def warn_of_lora_values(self) -> None:
         """Logs a warning where rank or learning rate look like those of a LoRA command."""
-        if self.rank != "full" and self.energy is None and int(self.rank) < 16:
+        if self.rank_value != "full" and self.energy is None and self.rank_value < 16:
             logger.warning(
                 "rank %s trains only %s numbers in each layer, far fewer than a LoRA of that rank: "
                 "leave it out to train all singular values.",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from svfit_dreambooth.bases.devices import MIXED_PRECISION, default_device
+from svfit_dreambooth.method.one_sided import basis_numbers
 from svfit_dreambooth.method.targets import apply_svfit
 from svfit_dreambooth.training.config import TrainConfig
 from svfit_dreambooth.training.plan import Plan
@@ -30,7 +31,7 @@ class Estimate:
     """Bytes that a run will need at its peak."""
 
     networks: int  # denoiser, text encoders and autoencoder, those that stay on the device, in the precision of each
-    bases: int  # U and Vh of every adapted layer
+    bases: int  # directions of every adapted layer
     activations: int  # kept for the backward pass
     available: int | None  # free on the device before the base was opened, which the rest counts; None: unknown
     suggestion: str | None = None  # what would make it fit
@@ -92,15 +93,17 @@ def _estimate(plan: Plan, config: TrainConfig) -> Estimate:
             networks += parameters * 4
     bases = 0
     for shape in plan.shapes.values():
-        out, into, rank = _sizes(shape, config)
-        bases += rank * (out + into) * size
+        bases += basis_numbers(*_sizes(shape, config)) * size
     return Estimate(networks, bases, _activations(plan, config), plan.free_memory)
 
 
 def _sizes(shape: tuple[int, int], config: TrainConfig) -> tuple[int, int, int]:
-    """Rows and columns of a weight, and how many of its directions the run keeps, or at most."""
+    """Rows and columns of a weight, and how many of its directions the run keeps, or at most.
+
+    A budget is shared out at full rank: that is when memory is needed most.
+    """
     out, into = shape
-    return out, into, min(out, into) if config.rank == "full" or config.energy else min(out, into, int(config.rank))
+    return out, into, min(out, into) if config.rank_value == "full" else min(out, into, config.rank_value)
 
 
 _counted: dict[str, int] = {}  # what `_activations` found, by all that it depends on: counting takes a second
@@ -129,7 +132,7 @@ def _count_activations(plan: Plan, config: TrainConfig, resolution: int) -> int:
         basis = {}
         for name, shape in layers.items():
             out, into, rank = _sizes(shape, config)
-            basis[name] = (torch.empty(out, rank), torch.empty(rank, into))
+            basis[name] = (torch.empty(out, rank), torch.empty(rank), torch.empty(rank, into))
         shifts = apply_svfit(denoiser, target_modules=list(layers), basis=basis)
         for shift in shifts.values():
             shift.requires_grad_(True)

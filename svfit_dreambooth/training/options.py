@@ -101,7 +101,11 @@ class PriorOptions:
 class AdapterOptions:
     title: ClassVar[str] = "what is trained"
 
-    rank: str = option("full", 'Singular values to train in each layer, the largest first: a number or "full".')
+    rank: str = option(
+        None,
+        'Singular values to train in each layer, the largest first: a number or "full"; None: "full", on transformer '
+        "bases a budget of 400 for each layer.",
+    )
     energy: float | None = option(
         None,
         "Choose the rank of each layer by this share of its squared singular values, such as 0.99; None: rank.",
@@ -110,7 +114,7 @@ class AdapterOptions:
     )
     budget: int | None = option(
         None,
-        "Train only so many singular values in all, those that help most by the photos' gradients; None: rank.",
+        "Train only so many singular values in all, those that help most by the photos' gradients; None: as rank says.",
         least=1,
     )
     target_modules: list[str] | None = option(
@@ -128,7 +132,7 @@ class AdapterOptions:
     @property
     def rank_value(self) -> int | Literal["full"]:
         """`rank` as the library takes it."""
-        return "full" if self.rank == "full" else int(self.rank)
+        return "full" if self.rank in (None, "full") else int(self.rank)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from svfit_dreambooth.training.class_pictures import (
 from svfit_dreambooth.training.config import TrainConfig
 from svfit_dreambooth.training.initial import check_initial, read_initial
 from svfit_dreambooth.training.journal import RunFolder
-from svfit_dreambooth.training.presets import with_preset
+from svfit_dreambooth.training.presets import with_preset, with_values
 from svfit_dreambooth.training.words import check_word
 
 logger = logging.getLogger(__name__)
@@ -163,6 +163,7 @@ def prepare(config: TrainConfig, *, local_files_only: bool = False, weightless: 
         for component, layers in found.items()
         for name, (_, _, layer) in layers.items()
     }
+    config = with_values(config, base.family.values_per_layer, shapes)
     plan = Plan(config, photos, base, str(config.adapter_name), targets, shapes, initial, free)
     if not weightless:
         if config.with_prior_preservation:

@@ -3,6 +3,7 @@
 A preset fills the options that were left open (None in TrainConfig); whatever is given otherwise stands.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -45,3 +46,19 @@ def with_preset(config: TrainConfig, architecture: str) -> TrainConfig:
     """`config` with its open options filled by its preset for bases of `architecture` (`BaseModel.architecture`)."""
     recipe = PRESETS.get(architecture, PRESETS["stable-diffusion"])[config.preset]
     return replace(config, **{name: value for name, value in recipe.items() if getattr(config, name) is None})
+
+
+def with_values(
+    config: TrainConfig, values_per_layer: int | None, shapes: Mapping[str, tuple[int, int]]
+) -> TrainConfig:
+    """`config` with its rank definite: full, or where nothing else is asked for, a budget of `values_per_layer`.
+
+    `values_per_layer`: `Family.values_per_layer`.  `shapes`: of the adapted weights, as matrices.
+    """
+    if config.rank is not None:
+        return config
+    budget = None if values_per_layer is None else values_per_layer * len(shapes)
+    asked = config.energy is not None or config.budget is not None or config.init_adapter is not None
+    if budget is None or asked or budget >= sum(min(shape) for shape in shapes.values()):
+        return replace(config, rank="full")
+    return replace(config, rank="full", budget=budget)
