@@ -1,5 +1,6 @@
 """What README.md and docs/ tell people to type: it parses, it runs, and what it points at is there."""
 
+import argparse
 import re
 import shlex
 import shutil
@@ -14,14 +15,16 @@ from transformers import ViTConfig, ViTForImageClassification
 from svfit_dreambooth import save_adapter
 from svfit_dreambooth.bases.names import DEFAULT_BASE, SUBJECTS_FOLDER
 from svfit_dreambooth.bases.opening import open_base_model
-from svfit_dreambooth.commands.arguments import OPTION_NAMES, parse_config
+from svfit_dreambooth.commands.arguments import OPTION_NAMES, parse_runs
+from svfit_dreambooth.commands.fleet import add_fleet
 from svfit_dreambooth.commands.main import _parser, main, main_train
+from svfit_dreambooth.commands.subjects import add_subjects
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TRAIN, COMMAND = "python train_dreambooth_svfit.py", "python -m svfit_dreambooth "
 # Other programs, and what takes hours or serves: of our own scripts it is looked whether they are there.
-OTHERS = ("python3 -m venv", "pip install", "hf auth login", "accelerate launch", "torchrun")
+OTHERS = ("python3 -m venv", "pip install", "hf auth login", "accelerate launch", "torchrun", "ray start")
 SCRIPTS = ("python app.py", "python benchmarks/", "python examples/", "python -m toybox")
 HUB = {"stable-diffusion-v1-5/stable-diffusion-v1-5": "toybox", "owner/my-dog:0.8": "dog.safetensors:0.8"}
 NOT_WITHOUT_THE_HUB = ("push runs/my_dog", "push runs/my_dog owner/my-dog")
@@ -58,7 +61,9 @@ def of_pages(found):
 def test_commands_are_known_and_parse(page):
     for command in commands(page):
         if command.startswith(TRAIN):
-            parse_config([word for word in arguments(command) if not word.startswith("--config")], "train")
+            parse_runs([word for word in arguments(command) if not word.startswith("--config")], "train", add_subjects)
+        elif command.startswith(COMMAND + "fleet"):
+            parse_runs(arguments(command)[1:], "fleet", add_fleet)
         elif command.startswith(COMMAND):
             _parser().parse_args(arguments(command))
         elif command.startswith(SCRIPTS):
@@ -80,6 +85,8 @@ def workplace(tmp_path, monkeypatch):
     for folder in ("photos/my_dog", "more_photos_of_the_dog"):
         shutil.copytree(SUBJECTS_FOLDER / "dog_patch", tmp_path / folder)
     Image.new("RGB", (64, 64), "red").save(tmp_path / "dog.png")
+    for name in ("photos/my_mug", "subjects/zwx mug", "subjects/cat"):
+        shutil.copytree(SUBJECTS_FOLDER / "dog_patch", tmp_path / name)
     (lines,) = blocks(ROOT / "docs/painting.md", "json")
     (tmp_path / "jobs.jsonl").write_text(lines)
     monkeypatch.chdir(tmp_path)
@@ -96,6 +103,8 @@ def test_commands_run(page, workplace, capsys):
                 del words[words.index(flag) : words.index(flag) + 2]
         if command.startswith(TRAIN):
             code = main_train([*words, *QUICK["train"]])
+        elif words and words[0] == "fleet":
+            continue  # test_fleet.py
         elif words and " ".join(words) not in NOT_WITHOUT_THE_HUB and words[0] != "import":  # SVDiff's: test_svdiff.py
             code = main([*words, *QUICK.get("jobs" if "--jobs" in words else words[0], [])])
         else:
@@ -159,6 +168,9 @@ def known_flags():
     flags = {
         flag for command in commands.choices.values() for action in command._actions for flag in action.option_strings
     }
+    for add in (add_subjects, add_fleet):
+        add(more := argparse.ArgumentParser())
+        flags |= {flag for action in more._actions for flag in action.option_strings}
     flags |= {flag for path in sources for flag in re.findall(r'add_argument\(\s*"(--\w+)"', path.read_text())}
     own = set(OPTION_NAMES) | {f"no_{name}" for name in OPTION_NAMES} | {"config"}
     return flags | {f"--{name}" for name in own} | {"--help", "--num_processes", "--nproc_per_node"}
@@ -168,4 +180,5 @@ def known_flags():
 def test_flags_that_are_spoken_of_exist(page):
     named = set(re.findall(r"(?<![\w-])--[a-z]\w*", page.read_text(encoding="utf-8")))
     named -= {"--check"}  # of ruff
+    named -= {"--head", "--port", "--block", "--nodes", "--ntasks", "--exclude", "--gpus", "--cpus"}  # of Ray and Slurm
     assert named <= known_flags()

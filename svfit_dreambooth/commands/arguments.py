@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -77,18 +77,37 @@ def parse_config(arguments: Sequence[str], prog: str) -> TrainConfig:
 
     Exits through SystemExit(0) for --help; raises SVFitError with one sentence for anything that cannot be read.
     """
+    config, folders, _ = parse_runs(arguments, prog)
+    if folders:
+        raise SVFitError("instance_data_dir was given several times: one run has one.", "instance_data_dir")
+    return config
+
+
+def parse_runs(
+    arguments: Sequence[str], prog: str, more: Callable[[argparse.ArgumentParser], None] | None = None
+) -> tuple[TrainConfig, list[str], dict[str, Any]]:
+    """`parse_config` where instance_data_dir may be repeated, and `more` adds arguments of its own to the parser.
+
+    Returns the configuration, the folders of photos where there are several, and what was given of the others.
+    """
     arguments = [_underscores(word) for word in arguments]
     for word in arguments:
         if word.startswith("--"):
             _refuse_replaced(word[2:].partition("=")[0])
-    given, unread = _parser(prog).parse_known_args(arguments)
+    parser = _parser(prog)
+    if more is not None:
+        more(parser)
+    given, unread = parser.parse_known_args(arguments)
     if unread:
         raise SVFitError(f"{_unread(unread)}: see {prog} --help.")
     flags = vars(given)
     file = flags.pop("config", None)
     options: dict[str, Any] = {} if file is None else read_yaml(file)
-    options |= {name: _value(name, text) for name, text in flags.items()}
-    return TrainConfig(**options)
+    folders = flags.pop("instance_data_dir", [])
+    if len(folders) == 1:
+        options["instance_data_dir"] = folders[0]
+    options |= {name: _value(name, flags.pop(name)) for name in list(flags) if name in OPTION_NAMES}
+    return TrainConfig(**options), folders if len(folders) > 1 else [], flags
 
 
 class _Parser(argparse.ArgumentParser):
@@ -119,6 +138,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
                         f"--no_{option.name}", dest=option.name, action="store_const", const="false",
                         help=f"The same as --{option.name} false.",
                     )  # fmt: skip
+            elif option.name == "instance_data_dir":
+                text += "  May be repeated: several subjects in one run, each in a folder of its own in --output_dir."
+                section.add_argument(f"--{option.name}", action="append", metavar="TEXT", help=text)
             elif get_origin(kind) is list:
                 section.add_argument(f"--{option.name}", nargs="+", metavar="TEXT", help=text)
             else:

@@ -14,6 +14,7 @@ from pathlib import Path
 from svfit_dreambooth.commands.base import add_base, base_options
 from svfit_dreambooth.commands.evaluate import add_evaluate
 from svfit_dreambooth.commands.files import add_file_commands
+from svfit_dreambooth.commands.fleet import fleet
 from svfit_dreambooth.commands.inspect import add_inspect
 from svfit_dreambooth.commands.jobs import add_jobs, generate_jobs
 from svfit_dreambooth.commands.push import add_push
@@ -77,18 +78,21 @@ class _Formatter(logging.Formatter):
 
 
 def _train(arguments: Sequence[str], names: set[str]) -> None:
-    from svfit_dreambooth.commands.arguments import OPTION_NAMES, parse_config
-    from svfit_dreambooth.training.config import config_to_yaml
+    from svfit_dreambooth.commands.arguments import OPTION_NAMES, parse_runs
+    from svfit_dreambooth.commands.subjects import add_subjects, print_plan, train_subjects
 
     names.update(OPTION_NAMES)
-    config = parse_config(arguments, prog="train_dreambooth_svfit.py")
+    names.update(("subjects", "subjects_at_once"))
+    config, folders, given = parse_runs(arguments, "train_dreambooth_svfit.py", add_subjects)
+    if folders or "subjects" in given:
+        train_subjects(config, folders, given, names)
+        return
+    if "subjects_at_once" in given:
+        raise SVFitError("subjects_at_once goes with several subjects alone: leave it out.", "subjects_at_once")
     if config.dry_run:
-        from svfit_dreambooth.training.estimate import estimate_memory
         from svfit_dreambooth.training.plan import prepare
 
-        plan = prepare(config)
-        print(config_to_yaml(plan.config))
-        print(with_dashes("\n".join([*plan.report(), *estimate_memory(plan).lines()]), names))
+        print_plan(prepare(config), names)
         return
     from accelerate import PartialState
 
@@ -100,6 +104,9 @@ def _train(arguments: Sequence[str], names: set[str]) -> None:
 
 
 def _dispatch(arguments: Sequence[str], names: set[str]) -> None:
+    if arguments and arguments[0] == "fleet":  # whose options are those of training
+        fleet(arguments[1:], names)
+        return
     options = _parser().parse_args(arguments)
     names.update(vars(options))
     options.run(options)
@@ -140,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     add_jobs(generate)
     generate.set_defaults(run=_generate)
 
+    commands.add_parser("fleet", help="train many subjects on many workers, here or on a cluster", add_help=False)
     cache = commands.add_parser("cache", help="list or clear the decomposed bases on this disk")
     cache.add_argument("--clear", action="store_true", help="delete them; they are computed again when needed")
     cache.add_argument("--basis_cache_dir", type=Path, help="default: $SVFIT_CACHE or the user's cache folder")

@@ -4,8 +4,8 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Literal, TypeAlias
+from dataclasses import asdict, replace
+from typing import TypeAlias
 
 import torch
 from accelerate import Accelerator
@@ -15,9 +15,10 @@ from tqdm.auto import tqdm
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.training.checkpoints import Best, Checkpoints, TrainState
 from svfit_dreambooth.training.config import TrainConfig
+from svfit_dreambooth.training.ending import Ending
 from svfit_dreambooth.training.events import Event, Painted, Phase, Saved, Stepped, WentBack
 from svfit_dreambooth.training.journal import RunFolder
-from svfit_dreambooth.training.objective import Objective
+from svfit_dreambooth.training.objective import Loss, Objective
 from svfit_dreambooth.training.optimizer import Optimizer
 from svfit_dreambooth.training.signals import stop_signals
 from svfit_dreambooth.training.trainable import copies, put_back
@@ -34,24 +35,6 @@ OnStep: TypeAlias = Callable[[Stepped], bool | None]
 
 class NotFinite(Exception):
     """A loss or gradient that is NaN or infinite; the message names it."""
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How the steps of a run ended."""
-
-    step: int  # the last one made
-    kept: int  # the one whose values are in place now
-    seconds: float  # of the steps
-    loss_before: float | None  # on fixed noise and timesteps; None: not measured
-    loss_after: float | None
-    stopped: bool = False  # before the last step
-    hurried: bool = False  # asked to stop while the last step was made: what takes long after it is left out
-    failure: SVFitError | None = None  # numbers that stayed bad; the values are the last good ones
-
-    @property
-    def status(self) -> Literal["finished", "stopped", "failed"]:
-        return "failed" if self.failure is not None else "stopped" if self.stopped else "finished"
 
 
 class Loop:
@@ -106,23 +89,33 @@ class Loop:
 
     def complete(self, on_step: OnStep | None, resumed: TrainState | None = None) -> Ending:
         """Makes all steps, from `resumed` on; saves the last, and leaves the values of the step that is kept."""
+        loss_before = self.begin(resumed)
+        started, first = time.perf_counter(), self.step
+        stopped, hurried, failure = self.run(on_step)
+        seconds = time.perf_counter() - started
+        if self.step > first and failure is None:
+            self.save()
+        return self.end(Ending(self.step, self.step, seconds, loss_before, None, stopped, hurried, failure))
+
+    def begin(self, resumed: TrainState | None) -> float | None:
+        """Looks at the run before its first step, or goes to where it is `resumed`; the loss of the base."""
         loss_before = self.objective.fixed_loss()
         if resumed is None:
             self.look(loss_before)
         else:
             self.go_to(resumed)
         self.phase("training")
-        started, first = time.perf_counter(), self.step
-        stopped, hurried, failure = self.run(on_step)
-        seconds = time.perf_counter() - started
-        if self.step > first and failure is None:
-            self.save()
+        return loss_before
+
+    def end(self, ending: Ending) -> Ending:
+        """Leaves the values of the step that is kept, and measures them: `ending` with what that gave."""
+        if ending.failure is not None:
+            return ending
         kept = self.step
-        if self.best is not None and self.config.keep == "best" and not stopped and failure is None:
+        if self.best is not None and self.config.keep == "best" and not ending.stopped:
             kept = self.best.step
             put_back(self.values, self.best.values)
-        loss_after = self.objective.fixed_loss() if failure is None else None
-        return Ending(self.step, kept, seconds, loss_before, loss_after, stopped, hurried, failure)
+        return replace(ending, kept=kept, loss_after=self.objective.fixed_loss())
 
     def run(self, on_step: OnStep | None = None) -> tuple[bool, bool, SVFitError | None]:
         """Makes the steps that are left.
@@ -180,17 +173,23 @@ class Loop:
     def make_step(self) -> Stepped:
         """One optimizer step over all micro-batches.
 
-        Raises NotFinite for a loss or gradient that is not finite, and SVFitError where fp16's loss scaling has
-        skipped `MAX_SKIPPED` steps in a row for that.
+        Raises NotFinite for a loss or gradient that is not finite, and as `end_step` does.
         """
-        config = self.config
+        share = self.start_step()
+        count = self.config.gradient_accumulation_steps
+        return self.end_step(share, [self.accumulate(self.step * count + micro) for micro in range(count)])
+
+    def start_step(self) -> float:
+        """Sets the rates of the next step; returns their share of the peak."""
         share = self.optimizer.set_rates(self.step, self.rate_factor)
         self.between_steps = False
-        losses, priors = [], []
-        for micro in range(config.gradient_accumulation_steps):
-            loss, prior = self.accumulate(self.step * config.gradient_accumulation_steps + micro)
-            losses.append(loss)
-            priors += [] if prior is None else [prior]
+        return share
+
+    def end_step(self, share: float, losses: Sequence[tuple[float, float | None]]) -> Stepped:
+        """Counts the step that was made at `share` of the peak rates; `losses`: of its micro-batches, see `accumulate`.
+
+        Raises SVFitError where fp16's loss scaling has skipped `MAX_SKIPPED` steps in a row.
+        """
         self.skipped = self.skipped + 1 if self.stepper.step_was_skipped else 0
         if self.skipped == MAX_SKIPPED:  # no value has changed since, so there is nothing to return to
             raise SVFitError(
@@ -199,11 +198,12 @@ class Loop:
             )
         self.step += 1
         self.between_steps = True
+        priors = [prior for _, prior in losses if prior is not None]
         return Stepped(
             self.step,
-            config.max_train_steps,
-            sum(losses) / len(losses),
-            config.learning_rate * share,
+            self.config.max_train_steps,
+            sum(instance for instance, _ in losses) / len(losses),
+            self.config.learning_rate * share,
             sum(priors) / len(priors) if priors else None,
         )
 
@@ -215,21 +215,39 @@ class Loop:
         accelerator = self.accelerator
         with accelerator.accumulate(*self.modules):
             loss = self.objective.loss(number, accelerator.process_index, accelerator.num_processes)
-            instance, prior, total = (
-                None if part is None else float(accelerator.reduce(part.detach(), "mean").item())
-                for part in (loss.instance, loss.prior, loss.total)
-            )
-            assert instance is not None and total is not None
-            self.check(math.isfinite(total), f"the loss is {total}")  # before it reaches the values
+            told = self.checked(loss)  # before it reaches the values
             accelerator.backward(loss.total)
-            if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(list(self.values.values()), self.config.max_grad_norm)
-                # with fp16 the loss scaling meets infinite gradients by design, and skips their step
-                if accelerator.scaler is None:
-                    self.check(bool(torch.isfinite(norm)), f"the gradient's length is {norm}")
-            self.stepper.step()
-            self.stepper.zero_grad()
+            self.descend()
+        return told
+
+    def checked(self, loss: Loss) -> tuple[float, float | None]:
+        """The losses on the photos and on the class pictures, means over all processes.
+
+        Raises NotFinite for one that is none.
+        """
+        instance, prior, total = (
+            None if part is None else float(self.accelerator.reduce(part.detach(), "mean").item())
+            for part in (loss.instance, loss.prior, loss.total)
+        )
+        assert instance is not None and total is not None
+        self.check(math.isfinite(total), f"the loss is {total}")
         return instance, prior
+
+    def gradient_scale(self) -> float:
+        """What a micro-batch's loss is multiplied by before its backward pass, as `Accelerator.backward` does."""
+        share, scaler = 1 / self.config.gradient_accumulation_steps, self.accelerator.scaler
+        return share if scaler is None else share * float(scaler.scale(torch.ones((), device=self.accelerator.device)))
+
+    def descend(self) -> None:
+        """Follows the gradients that were added up, after the last micro-batch of a step."""
+        accelerator = self.accelerator
+        if accelerator.sync_gradients:
+            norm = accelerator.clip_grad_norm_(list(self.values.values()), self.config.max_grad_norm)
+            # with fp16 the loss scaling meets infinite gradients by design, and skips their step
+            if accelerator.scaler is None:
+                self.check(bool(torch.isfinite(norm)), f"the gradient's length is {norm}")
+        self.stepper.step()
+        self.stepper.zero_grad()
 
     def check(self, finite: bool, what: str) -> None:
         if not finite:

@@ -63,12 +63,21 @@ class Objective:
 
         With prior preservation as many class pictures come on top (Ruiz et al., 2022, equation 2).
         """
+        draws = self.draws(number, process_index, num_processes)
+        return self.loss_of(draws, self._errors(draws))
+
+    def draws(self, number: int, process_index: int = 0, num_processes: int = 1) -> list[Draw]:
+        """The examples of one process's share of micro-batch `number`: photos, then as many class pictures, if any."""
         size = self.config.train_batch_size
         first = number * size * num_processes + process_index * size
         draws = [self._draw(first + i) for i in range(size)]
         if self.examples.prior is not None:
             draws += [self._draw(first + i, "class") for i in range(size)]
-        errors = self._errors(draws)  # (batch,)
+        return draws
+
+    def loss_of(self, draws: list[Draw], errors: Tensor) -> Loss:
+        """The loss of the examples `draws`, whose mean squared errors are `errors` (batch,); linear in these."""
+        size = self.config.train_batch_size
         if self.config.snr_gamma is not None:
             timesteps = torch.tensor([draw.timestep for draw in draws])
             alphas_cumprod = self.noising.alphas_cumprod(timesteps)  # (batch,)
@@ -125,16 +134,13 @@ class Objective:
 
     def _errors(self, draws: list[Draw]) -> Tensor:
         """Mean squared error of every example, (batch,); photos of one shape go through the denoiser together."""
-        by_shape: dict[torch.Size, list[int]] = {}
-        for place, draw in enumerate(draws):
-            by_shape.setdefault(draw.latents.shape, []).append(place)
         errors: dict[int, Tensor] = {}
-        for places in by_shape.values():
-            errors |= zip(places, self._equal_errors([draws[place] for place in places]), strict=True)
+        for places in by_shape(draws):
+            errors |= zip(places, self.equal_errors([draws[place] for place in places]), strict=True)
         return torch.stack([errors[place] for place in range(len(draws))])
 
-    def _equal_errors(self, draws: list[Draw]) -> Tensor:
-        """The same for latents of one shape."""
+    def equal_errors(self, draws: list[Draw]) -> Tensor:
+        """Mean squared error of every example, (batch,), of latents of one shape."""
         latents = torch.stack([draw.latents for draw in draws]).to(self.device)  # (batch, channels, h, w)
         noise = torch.stack([draw.noise for draw in draws]).to(self.device)  # (batch, channels, h, w)
         timesteps = torch.tensor([draw.timestep for draw in draws], device=self.device)  # (batch,)
@@ -144,7 +150,8 @@ class Objective:
             self.denoiser, noisy_latents.to(self.dtype), timesteps, self._conditions(draws), time_ids
         )  # (batch, channels, h, w)
         target = self.noising.target(latents, noise, timesteps)  # (batch, channels, h, w)
-        squares = (model_pred.float() - target.float()).square()  # (batch, channels, h, w)
+        exact = torch.promote_types(model_pred.dtype, torch.float32)
+        squares = (model_pred.to(exact) - target.to(exact)).square()  # (batch, channels, h, w)
         if all(draw.weight is None for draw in draws):
             return squares.flatten(1).mean(1)
         everywhere = torch.ones(1, *squares.shape[2:])
@@ -157,6 +164,14 @@ class Objective:
         rows = [(draw.source.tokens if anew else draw.source.conditions, draw.prompt) for draw in draws]
         stacked = {name: torch.stack([table[name][row] for table, row in rows]).to(self.device) for name in rows[0][0]}
         return self.family.encode_tokens(stacked, self.networks) if anew else stacked
+
+
+def by_shape(draws: list[Draw]) -> list[list[int]]:
+    """The places of `draws` whose latents have one shape, for each shape."""
+    places: dict[torch.Size, list[int]] = {}
+    for place, draw in enumerate(draws):
+        places.setdefault(draw.latents.shape, []).append(place)
+    return list(places.values())
 
 
 def weighted_mean(squares: Tensor, weight: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from svfit_dreambooth.adapter.file import Adapter
 from svfit_dreambooth.bases.devices import available_memory, default_device
@@ -134,10 +134,12 @@ class Plan:
         return f"{count}, {sum(min(rank, size) for size in largest):,} singular values{note}"
 
 
-def prepare(config: TrainConfig, *, local_files_only: bool = False, weightless: bool = False) -> Plan:
+def prepare(
+    config: TrainConfig, *, local_files_only: bool = False, weightless: bool = False, base: BaseModel | None = None
+) -> Plan:
     """Checks everything that `config` names and opens the base model; all options of the run are definite then.
 
-    `local_files_only`: nothing is downloaded.  `weightless`: nor are weights opened, for a plan that is only looked
+    `base`: the base that `config` names where it is open already, untouched and as it is stored.  `local_files_only`: nothing is downloaded.  `weightless`: nor are weights opened, for a plan that is only looked
     at: whether class pictures and `init_adapter` are of this base is not checked then.
     Cheap checks come first.  Raises SVFitError for a folder without photos, a base model that is none, a resolution
     that does not fit the base, targets that match nothing, an output that cannot be written.
@@ -150,7 +152,8 @@ def prepare(config: TrainConfig, *, local_files_only: bool = False, weightless: 
     config = _with_output(_with_clip_skip(config, initial))
     config.warn_of_lora_values()
     free = available_memory()
-    base = outline_run_base(config) if weightless else open_run_base(config, local_files_only=local_files_only)
+    if base is None:
+        base = outline_run_base(config) if weightless else open_run_base(config, local_files_only=local_files_only)
     _check_objective(config, base)
     config = _with_base(config, base)
     if config.learned_word is not None:
@@ -159,7 +162,7 @@ def prepare(config: TrainConfig, *, local_files_only: bool = False, weightless: 
     found = _adapted(base, config)
     targets = {component: list(layers) for component, layers in found.items()}
     shapes = {
-        f"{component}.{name}": _matrix_shape(layer)
+        f"{component}.{name}": (layer.weight.shape[0], layer.weight[0].numel())
         for component, layers in found.items()
         for name, (_, _, layer) in layers.items()
     }
@@ -180,11 +183,6 @@ def _adapted(base: BaseModel, config: TrainConfig) -> dict[str, Projections]:
     if config.train_text_encoder:
         found |= {component: family.find_projections(component) for component in family.text_encoders}
     return found
-
-
-def _matrix_shape(layer: nn.Module) -> tuple[int, int]:
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    return weight.shape[0], weight[0].numel()
 
 
 def open_run_base(config: TrainConfig, *, local_files_only: bool = False) -> BaseModel:
@@ -310,8 +308,8 @@ def _with_output(config: TrainConfig) -> TrainConfig:
 
     Raises SVFitError where the run would write among the photos, or over its own base.
     """
-    name = config.adapter_name or _file_name(Path(str(config.instance_data_dir)).resolve().name)
-    if name != _file_name(name):
+    name = config.adapter_name or file_name(Path(str(config.instance_data_dir)).resolve().name)
+    if name != file_name(name):
         raise SVFitError(f"adapter_name {name!r} is no file name: use letters, digits, '-', '_' and '.'.")
     check_portable(name, "adapter_name")
     folder = RunFolder(Path(config.output_dir).resolve(), name)
@@ -327,7 +325,7 @@ def _with_output(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, adapter_name=name)
 
 
-def _file_name(text: str) -> str:
+def file_name(text: str) -> str:
     return re.sub(r"[^\w.-]+", "-", text).strip("-.") or "adapter"
 
 

@@ -22,12 +22,12 @@ from svfit_dreambooth.files import NotWritten
 from svfit_dreambooth.sharing.export import export_lora
 from svfit_dreambooth.sharing.hub import push_adapter
 from svfit_dreambooth.training.curves import plot_run
+from svfit_dreambooth.training.ending import Ending
 from svfit_dreambooth.training.events import End
-from svfit_dreambooth.training.loop import Ending
 from svfit_dreambooth.training.plan import Plan, open_run_base
 from svfit_dreambooth.training.showcase import Showing, show_result
 from svfit_dreambooth.training.signals import stop_signals
-from svfit_dreambooth.training.trainable import Trainable
+from svfit_dreambooth.training.trainable import Trained
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class TrainResult:
         return "\n".join(lines + self.extras)
 
 
-def make_adapter(plan: Plan, trainable: Trainable, ending: Ending, num_processes: int) -> Adapter:
+def make_adapter(plan: Plan, trainable: Trained, ending: Ending, num_processes: int) -> Adapter:
     """What was learnt, with all that its file says of it."""
     return Adapter(
         **trainable.learnt(),

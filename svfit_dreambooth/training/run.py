@@ -17,6 +17,7 @@ from torch import Tensor
 
 from svfit_dreambooth.adapter.file import Adapter
 from svfit_dreambooth.bases.devices import MIXED_PRECISION
+from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.evaluation.features import Features, open_features
 from svfit_dreambooth.files import write_atomically
@@ -25,10 +26,11 @@ from svfit_dreambooth.sharing.hub import check_login
 from svfit_dreambooth.training.budget import choose_positions
 from svfit_dreambooth.training.checkpoints import Checkpoints, TrainState, delete_later, resume_state, run_identity
 from svfit_dreambooth.training.config import TrainConfig, config_to_yaml
+from svfit_dreambooth.training.ending import Ending
 from svfit_dreambooth.training.estimate import estimate_memory
 from svfit_dreambooth.training.events import End, Phase, Start
 from svfit_dreambooth.training.examples import Examples, encode_examples
-from svfit_dreambooth.training.loop import Ending, Loop, OnStep
+from svfit_dreambooth.training.loop import Loop, OnStep
 from svfit_dreambooth.training.objective import Objective
 from svfit_dreambooth.training.optimizer import peak_rates
 from svfit_dreambooth.training.plan import Plan, prepare
@@ -43,7 +45,7 @@ from svfit_dreambooth.training.result import (
     save_result,
 )
 from svfit_dreambooth.training.signals import stop_signals
-from svfit_dreambooth.training.trainable import Trainable
+from svfit_dreambooth.training.trainable import Trainable, Trained
 from svfit_dreambooth.training.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -52,18 +54,18 @@ logger = logging.getLogger(__name__)
 BYTES_A_VALUE, BYTES_BESIDE = 8, 200_000
 
 
-def train(config: TrainConfig, on_step: OnStep | None = None) -> TrainResult:
+def train(config: TrainConfig, on_step: OnStep | None = None, base: BaseModel | None = None) -> TrainResult:
     """Trains an adapter as `config` says and saves it as <output_dir>/<adapter_name>.safetensors.
 
     `on_step` is called after every optimizer step; a true value ends the run there: a checkpoint is written, and what
-    was learnt is saved.  Ctrl-C, SIGTERM and SIGHUP do the same.  What an earlier run left in <output_dir> is moved to
-    <output_dir>/earlier.  Raises SVFitError for input that cannot be used, before anything slow starts, and for
+    was learnt is saved.  Ctrl-C, SIGTERM and SIGHUP do the same.  `base`: see `prepare`.  What an earlier run left in
+    <output_dir> is moved to <output_dir>/earlier.  Raises SVFitError for input that cannot be used, before anything slow starts, and for
     `dry_run`, which asks for no training.
     """
     if config.dry_run:
         raise SVFitError("dry_run asks for no training: use prepare(config).report(), as the command does.")
     with plain_memory_errors(), accelerated(config) as accelerator:
-        plan = prepare(config)
+        plan = prepare(config, base=base)
         features = ask_early(plan, accelerator)
         with alone_in(plan, accelerator):
             weights = plan.weights()  # as they are stored: examples and budget may leave the networks cast
@@ -122,11 +124,18 @@ def ask_early(plan: Plan, accelerator: Accelerator) -> Features:
 @contextmanager
 def alone_in(plan: Plan, accelerator: Accelerator) -> Iterator[None]:
     """Within it the run has its folder for itself, and signals interrupt it; however it ends, its diary says so."""
-    if not accelerator.is_main_process:
-        with stop_signals(at_once=True):
+    with stop_signals(at_once=True):
+        if accelerator.is_main_process:
+            with told_in(plan):
+                yield
+        else:
             yield
-        return
-    with plan.folder.locked(), stop_signals(at_once=True):
+
+
+@contextmanager
+def told_in(plan: Plan) -> Iterator[None]:
+    """Within it the run has its folder for itself; what it ends by is noted there, and raised."""
+    with plan.folder.locked():
         began = len(plan.folder.events())
         try:
             with plain_memory_errors():
@@ -174,7 +183,7 @@ def encoded(plan: Plan, accelerator: Accelerator) -> Examples:
         return encode_examples(plan, accelerator.device)
 
 
-def look_adapters(plan: Plan, trainable: Trainable, accelerator: Accelerator) -> Callable[[int], Adapter]:
+def look_adapters(plan: Plan, trainable: Trained, accelerator: Accelerator) -> Callable[[int], Adapter]:
     """What was learnt until a step, as a look finds it, as an adapter."""
     return lambda step: make_adapter(plan, trainable, Ending(step, step, 0.0, None, None), accelerator.num_processes)
 
@@ -213,7 +222,7 @@ def shared_out(
     return positions
 
 
-def note_start(plan: Plan, trainable: Trainable, accelerator: Accelerator) -> None:
+def note_start(plan: Plan, trainable: Trained, accelerator: Accelerator) -> None:
     """Notes that the run starts, unless it goes on."""
     if accelerator.is_main_process and not any(isinstance(event, Start) for event in plan.folder.events()):
         plan.folder.note(

@@ -30,6 +30,19 @@ class Part(Protocol):
         """Takes them out of the networks, which are the base's again."""
 
 
+class Trained(Protocol):
+    """All that one run trains: of a `Trainable`, or of several runs in one (see shared.py)."""
+
+    base_fingerprint: dict[str, Any]
+
+    @property
+    def count(self) -> int:
+        """Singular values that are trained."""
+
+    def learnt(self) -> dict[str, Any]:
+        """The values as fields of an `Adapter`."""
+
+
 class Shifts:
     """The singular values of the layers that the plan names; of each all, its leading ones, or those at positions."""
 
