@@ -1,7 +1,7 @@
 """What a step of one subject costs in a run of several, beside a run of its own.
 
     python benchmarks/several_subjects.py [--base toybox] [--subjects 1 2 4 8] [--steps 10] [--batch_size 1]
-    python benchmarks/several_subjects.py --config_dir CONFIGS --resolution 256    # real size, random weights
+    python benchmarks/several_subjects.py --base sd15 --resolution 256    # real size, random weights
 
 All in one process, on the same networks, taking turns: in every round a few steps of a run of one subject, as `train`
 makes them, and of runs of several, as `train_together` does.  Photos are noise: time does not depend on them.  Printed
@@ -120,7 +120,7 @@ def synchronize() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--base", default="toybox")
+    parser.add_argument("--base", default="toybox", help='"sd15" is Stable Diffusion 1.5 with random weights')
     parser.add_argument("--config_dir", type=Path, help="configs and tokenizer of a model, in place of a base")
     parser.add_argument("--subjects", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--steps", type=int, default=10)
@@ -131,7 +131,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        if options.config_dir is not None:
+        if options.config_dir is not None or options.base == "sd15":
             options.base = str(random_base(options.config_dir, folder / "base"))
         base = open_run_base(TrainConfig(pretrained_model_name_or_path=options.base))
         found = plans(folder, max(options.subjects), options, base)

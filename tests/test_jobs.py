@@ -13,9 +13,11 @@ from svfit_dreambooth import save_adapter
 from svfit_dreambooth.bases.opening import open_base_model
 from svfit_dreambooth.commands.main import main
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.painting import shelf as shelf_module
 from svfit_dreambooth.painting.generate import generate, open_for_adapters
-from svfit_dreambooth.painting.jobs import Job, Shelf, paint_jobs, read_jobs
+from svfit_dreambooth.painting.jobs import Job, open_for_jobs, paint_jobs, read_jobs
 from svfit_dreambooth.painting.registry import adapters_on, loaded_adapters
+from svfit_dreambooth.painting.shelf import AdapterFiles, Shelf
 
 SMALL = {"num_inference_steps": 2, "height": 16, "width": 16}
 LONG = "a photo of sks dog on the beach, " * 12
@@ -103,6 +105,43 @@ def test_many_adapters_come_and_go_within_the_bound(tiny_base, tmp_path):
     shelf.bring([files[0]])
     shelf.bring(files[5:9])  # the one used longest ago makes room
     assert set(shelf.sizes) == set(loaded_adapters(shelf.model.pipeline)) == {files[0], *files[5:9]}
+
+
+def test_a_file_is_read_once(tiny_base, adapters, tmp_path, monkeypatch):
+    names = [str(adapters / f"{name}.safetensors") for name in ("dog", "mug", "cat")]
+    path = write(tmp_path / "jobs.jsonl", *({"prompt": "a dog", "adapters": [name]} for name in [*names, *names]))
+    read = []
+    original = shelf_module.read_adapter
+    monkeypatch.setattr(shelf_module, "read_adapter", lambda path: read.append(str(path)) or original(path))
+    files = AdapterFiles()
+    jobs = read_jobs(path, files)
+    shelf = Shelf(open_for_jobs(jobs, str(tiny_base), files=files), files=files)
+    paint_jobs(shelf, jobs, **SMALL)
+    assert read == names and not files.waiting and files.bytes == 0
+
+
+@pytest.mark.slow
+def test_a_thousand_adapters_on_one_base(tiny_base, tmp_path):
+    """They are read, checked and painted with, while a tenth of them is in memory at most."""
+    pipeline = tiny_pipeline()
+    names = [
+        str(save_adapter(adapter(pipeline, n, layers=("to_q",)), tmp_path / f"{n}.safetensors")) for n in range(1000)
+    ]
+    path = write(tmp_path / "jobs.jsonl", *({"prompt": "a dog", "adapters": [name]} for name in names))
+    probe = AdapterFiles()
+    probe.look(names[0])
+    files = AdapterFiles(100 * probe.bytes)
+    jobs, held, painted = read_jobs(path, files), [], []
+    assert files.bytes == files.most_bytes
+    shelf = Shelf(open_for_jobs(jobs, str(tiny_base), files=files), files.most_bytes, files=files)
+
+    def look(job, picture):
+        held.append(shelf.bytes)
+        painted.append(job.line)
+
+    paint_jobs(shelf, jobs, batch_size=8, on_picture=look, num_inference_steps=1, height=16, width=16)
+    assert sorted(painted) == list(range(1, 1001)) and max(held) <= 100 * probe.bytes
+    assert len(loaded_adapters(shelf.model.pipeline)) <= 100
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from svfit_dreambooth.adapter.words import LearnedWord, word_key
 from svfit_dreambooth.bases.families import family_of
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import fingerprint
-from svfit_dreambooth.method.targets import get_shifts, matrix_layers
+from svfit_dreambooth.method.targets import get_shifts, matrix_layers, svfit_layers
 from svfit_dreambooth.method.word import base_rows, word_embedding, word_pieces
 from svfit_dreambooth.painting.registry import loaded_adapters
 
@@ -116,6 +116,21 @@ def test_afterwards_strengths_and_pictures_are_what_they_were():
     unload_adapter(pipeline)
     plain = tiny_pipeline()
     assert torch.equal(paint(pipeline, PROMPTS, range(3)), paint(plain, PROMPTS, range(3)))
+
+
+def test_merged_weights_are_kept_within_their_bound():
+    pipeline = tiny_pipeline()
+    load_three(pipeline)
+    expected, kept = one_by_one(pipeline), []
+    for most in (0, 20_000, 10**9):
+        with adapter_mixes(pipeline, MIXES, merged_bytes=most):
+            painted = paint(pipeline, PROMPTS, range(3), negative_prompt=NEGATIVE)
+            mixed = [layer.mixed for layer in svfit_layers(pipeline.unet).values() if layer.mixed is not None]
+            sizes = [each.kept.numel() * 4 for each in mixed if each.kept is not None]
+        assert torch.allclose(painted, expected, atol=1e-4) and sum(sizes) <= most
+        kept.append(len(sizes))
+    assert kept[0] == 0 < kept[1] < kept[2] == len(mixed)
+    assert all(layer.mixed is None for layer in svfit_layers(pipeline.unet).values())
 
 
 def test_embeddings_that_were_read_before():

@@ -34,17 +34,21 @@ def generate_jobs(options: argparse.Namespace) -> None:
         if getattr(options, flag) not in (None, []):
             raise SVFitError(f'{flag} does not go with jobs: write "{key}" into its lines.', flag, "jobs")
     from svfit_dreambooth.bases.devices import DTYPES
-    from svfit_dreambooth.painting.jobs import MOST_BYTES, Job, Shelf, open_for_jobs, paint_jobs, read_jobs
+    from svfit_dreambooth.painting.jobs import Job, open_for_jobs, paint_jobs, read_jobs
     from svfit_dreambooth.painting.picture import Picture, free_path, save_picture
+    from svfit_dreambooth.painting.shelf import MOST_BYTES, AdapterFiles, Shelf
 
     if options.dtype == "bfloat16":
         raise SVFitError("dtype bfloat16 is too coarse to tell an adapter's base by: give float16.", "dtype")
-    jobs = read_jobs(options.jobs)
-    model = open_for_jobs(
-        jobs, options.pretrained_model_name_or_path, dtype=DTYPES[options.dtype], **base_options(options)
-    )
     most = MOST_BYTES if options.adapter_memory is None else int(1e6 * options.adapter_memory)
-    shelf = Shelf(model, most, allow_other_base=options.allow_other_base, basis_cache_dir=options.basis_cache_dir)
+    files = AdapterFiles(most)
+    jobs = read_jobs(options.jobs, files)
+    model = open_for_jobs(
+        jobs, options.pretrained_model_name_or_path, files=files, dtype=DTYPES[options.dtype], **base_options(options)
+    )
+    shelf = Shelf(
+        model, most, files=files, allow_other_base=options.allow_other_base, basis_cache_dir=options.basis_cache_dir
+    )
 
     def save(job: Job, picture: Picture) -> None:
         stem = "-".join(Path(name).stem for name, _ in job.adapters) or model.name.replace("/", "-")

@@ -121,18 +121,18 @@ class Fleet:
         try:
             reports = self.ray.get(answer)
         except (errors.RayActorError, errors.OutOfMemoryError, errors.WorkerCrashedError) as error:
-            self._lost(turn, isinstance(error, errors.OutOfMemoryError))
+            of_memory = isinstance(error, errors.OutOfMemoryError)
+            self._lost(turn, "ran out of memory" if of_memory else f"died ({last_line(error)})")
             return
         except errors.RayTaskError as error:  # nothing that we know of: the worker is not trusted any more
             self.ray.kill(worker)
-            reason = str(error.cause).strip().splitlines() or [type(error.cause).__name__]
-            reports = failed(turn.configs, f"{type(error.cause).__name__}: {reason[-1]}")
+            reports = failed(turn.configs, f"{type(error.cause).__name__}: {last_line(error.cause)}")
         else:
             self.idle.append(worker)
         for report in reports:
             self._tell(replace(report, workers_lost=turn.lost))
 
-    def _lost(self, turn: Turn, out_of_memory: bool) -> None:
+    def _lost(self, turn: Turn, why: str) -> None:
         """Puts the subjects of a worker that died back in front, unless it is always they that workers die of."""
         steps = turn.steps()
         turn.in_a_row = 1 if steps > turn.furthest else turn.in_a_row + 1
@@ -142,7 +142,6 @@ class Fleet:
             logger.warning("a worker died at %s: another goes on from their checkpoints.", names)
             self.waiting.appendleft(turn)
             return
-        why = "ran out of memory" if out_of_memory else "died"
         for report in failed(
             turn.configs,
             f"{MOST_LOSSES} workers in a row {why} at it without getting beyond step {turn.furthest}: give workers more "
@@ -153,6 +152,11 @@ class Fleet:
     def _tell(self, report: Report) -> None:
         self.reports.append(report)
         self.on_report(report)
+
+
+def last_line(error: BaseException) -> str:
+    """What an error says in the end; Ray's begin with where it was."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip().rstrip(".")
 
 
 def failed(configs: Sequence[TrainConfig], message: str) -> list[Report]:

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.arithmetic import delta, exact_delta, kept_precise, merged_weight, shift_dtype
 from svfit_dreambooth.method.decomposition import as_matrix
+from svfit_dreambooth.method.mixed import Mixed
 
 
 def merged_is_cheaper(tokens: int, in_features: int, out_features: int, rank: int, training: bool) -> bool:
@@ -80,6 +81,7 @@ class SVFitLayer(nn.Module):
         self.bias = layer.bias
         self.shift = nn.Parameter(torch.zeros(rank, device=weight.device, dtype=shift_dtype(weight.dtype)))
         self.unmerged_weight: Tensor | None = None
+        self.mixed: Mixed | None = None  # how the samples of a batch share the rows of a shift, where that is known
         self.train(layer.training)
 
     def _hold(self, **sides: Tensor) -> None:
@@ -181,9 +183,14 @@ class SVFitLinear(SVFitLayer, nn.Linear):
         if self.unmerged_weight is not None:
             return nn.Linear.forward(self, input)
         each = self.shift_of(input).ndim == 3  # a weight for every sample, and its own tokens alone
-        tokens = input.numel() // self.in_features // (len(input) if each else 1)
+        weights = len(self.mixed.shifts) if self.mixed is not None else len(input) if each else 1
+        tokens = input.numel() // self.in_features // weights
         training = torch.is_grad_enabled() and self.shift.requires_grad
-        if merged_is_cheaper(tokens, self.in_features, self.out_features, self.rank, training):
+        cheap = merged_is_cheaper(tokens, self.in_features, self.out_features, self.rank, training)
+        if self.mixed is not None:
+            mixed = self.mixed.weights(self.weight.detach(), self.U, self.Vh, cheap)
+            return self.forward_factored(input) if mixed is None else self.mixed.linear(input, mixed, self.bias)
+        if cheap:
             return self.forward_merged(input)
         return self.forward_factored(input)
 

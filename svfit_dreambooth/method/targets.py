@@ -217,6 +217,7 @@ def set_shifts(model: nn.Module, shifts: Mapping[str, Tensor]) -> None:
         if shift.shape[-1] > layers[name].rank:
             raise SVFitError(f"{name} holds {layers[name].rank} singular values, but the shift has {shift.shape[-1]}.")
     for name, layer in layers.items():
+        layer.mixed = None
         own, given = layer.shift, shifts.get(name)
         rank = own.shape[-1]
         shift = own.new_zeros(rank) if given is None else padded(given, rank)  # (r,) or (batch, 1, r)

@@ -5,19 +5,17 @@ were used longest ago leave memory: what is held beside the base stays below a b
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from svfit_dreambooth.adapter.file import Adapter, read_adapter
 from svfit_dreambooth.adapter.source import distinct_names, find_adapter, split_strength
 from svfit_dreambooth.bases.devices import default_device
 from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.files import size_text
 from svfit_dreambooth.painting.generate import (
     check_numbers,
     open_for_adapters,
@@ -25,15 +23,14 @@ from svfit_dreambooth.painting.generate import (
     paint,
     picture_settings,
 )
-from svfit_dreambooth.painting.loading import load_adapter, set_adapters, unload_adapter
-from svfit_dreambooth.painting.matching import check_adapter
+from svfit_dreambooth.painting.loading import set_adapters
 from svfit_dreambooth.painting.mixes import adapter_mixes
 from svfit_dreambooth.painting.picture import Picture
 from svfit_dreambooth.painting.prompts import check_text, prompt_arguments
 from svfit_dreambooth.painting.registry import clip_skips, reading
+from svfit_dreambooth.painting.shelf import AdapterFiles, Shelf
 
 KEYS = {"prompt": str, "adapters": list, "seed": int, "count": int, "negative_prompt": str}
-MOST_BYTES = 256_000_000  # of adapters in memory: about 450 of Stable Diffusion 1.5 at full rank
 SHOWN_MISTAKES = 5
 
 
@@ -49,26 +46,27 @@ class Job:
     line: int = 0  # of the file it was read from
 
 
-def read_jobs(path: str | Path) -> list[Job]:
+def read_jobs(path: str | Path, files: AdapterFiles | None = None) -> list[Job]:
     """The jobs of a file of JSON lines: {"prompt": ..., "adapters": ["PATH[:WEIGHT]"], "seed": 0, "count": 1,
     "negative_prompt": ...}, of which only the prompt must be there; empty lines count and say nothing.
 
-    Raises SVFitError with the numbers of the lines that cannot be read, and for adapters that are none.
+    `files`: keeps the adapters that are read.  Raises SVFitError with the numbers of the lines that cannot be read, and
+    for adapters that are none.
     """
+    files = files or AdapterFiles()
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise SVFitError(f"jobs {path} cannot be read ({error}): give a file of JSON lines.", "jobs") from None
-    jobs, mistakes, readable = [], [], set()
+    jobs, mistakes = [], []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             job = _read_job(line, number)
             for name, _ in job.adapters:
-                if name not in readable:
-                    read_adapter(find_adapter(name))
-                    readable.add(name)
+                if name not in files.read:
+                    files.look(name)
             jobs.append(job)
         except SVFitError as error:
             mistakes.append(f"line {number}: {str(error).rstrip('.')}")
@@ -84,18 +82,19 @@ def open_for_jobs(
     jobs: Sequence[Job],
     base: str | None = None,
     *,
+    files: AdapterFiles | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     **base_options: Any,
 ) -> BaseModel:
     """Opens `base` (None: the one that the first adapter names, see `open_for_adapters`) without any adapter.
 
-    `dtype`: float32 or float16, of which both tell which base they are.
+    `files`: see `read_jobs`.  `dtype`: float32 or float16, of which both tell which base they are.
     """
+    files = files or AdapterFiles()
     named = next((name for job in jobs for name, _ in job.adapters), None)
     if base is None and named is not None:
-        path = find_adapter(named)
-        model = open_named_base(read_adapter(path).base_model, path, **base_options)
+        model = open_named_base(files.look(named).base_model, find_adapter(named), **base_options)
         model.family.cast(dtype)
         model.pipeline.to(device or default_device())
         return model
@@ -133,79 +132,6 @@ def _read_job(line: str, number: int) -> Job:
     return Job(entry["prompt"], split, entry.get("seed") or 0, count, entry.get("negative_prompt"), number)
 
 
-class Shelf:
-    """The adapters that are in memory, at rest on a pipeline; those used longest ago make room for new ones."""
-
-    def __init__(
-        self,
-        model: BaseModel,
-        most_bytes: int = MOST_BYTES,
-        *,
-        allow_other_base: bool = False,
-        basis_cache_dir: str | Path | None = None,
-    ) -> None:
-        """`most_bytes`: of all values held at once, in float32; the base and its directions come on top of that."""
-        self.model = model
-        self.most_bytes = most_bytes
-        self.sizes: dict[str, int] = {}  # name -> bytes, the one used longest ago first
-        self.allow_other_base = allow_other_base
-        self.basis_cache_dir = basis_cache_dir
-        self.known_hashes: dict[str, str] = {}  # the base's weights stay as they are
-
-    def check(self, jobs: Iterable[Job]) -> None:
-        """Raises SVFitError for an adapter of another base than this, with the number of its line."""
-        seen: set[str] = set()
-        for job in jobs:
-            for name in (name for name, _ in job.adapters if name not in seen):
-                try:
-                    check_adapter(
-                        self.model.pipeline,
-                        read_adapter(find_adapter(name)),
-                        name,
-                        allow_other_base=self.allow_other_base,
-                        known_hashes=self.known_hashes,
-                    )
-                except SVFitError as error:
-                    raise SVFitError(f"line {job.line}: {error}") from None
-                seen.add(name)
-
-    def bring(self, names: Sequence[str]) -> None:
-        """Loads those of the adapters `names` that are not here."""
-        pipeline = self.model.pipeline
-        for name in names:
-            if name in self.sizes:
-                self.sizes[name] = self.sizes.pop(name)
-        missing = {name: read_adapter(find_adapter(name)) for name in names if name not in self.sizes}
-        sizes = {name: _size(adapter) for name, adapter in missing.items()}
-        needed = sum(sizes.values()) + sum(size for name, size in self.sizes.items() if name in names)
-        if needed > self.most_bytes:
-            raise SVFitError(
-                f"the {len(names)} adapters of one batch hold {size_text(needed)}, and {size_text(self.most_bytes)} are "
-                "allowed for adapters: allow more, or paint fewer pictures at once with batch_size.",
-            )
-        for name in [name for name in self.sizes if name not in names]:
-            if sum(self.sizes.values()) + sum(sizes.values()) <= self.most_bytes:
-                break
-            unload_adapter(pipeline, name)
-            del self.sizes[name]
-        for name, adapter in missing.items():
-            load_adapter(
-                pipeline,
-                adapter,
-                0.0,
-                name,
-                allow_other_base=self.allow_other_base,
-                basis_cache_dir=self.basis_cache_dir,
-                known_hashes=self.known_hashes,
-            )
-            self.sizes[name] = sizes[name]
-
-
-def _size(adapter: Adapter) -> int:
-    tensors = [*adapter.shifts.values(), *adapter.word_deltas().values()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
 def paint_jobs(
     shelf: Shelf,
     jobs: Sequence[Job],
@@ -235,7 +161,7 @@ def paint_jobs(
             check_numbers(model, job.count, job.seed, num_inference_steps, guidance_scale, height, width)
         except SVFitError as error:
             raise SVFitError(f"line {job.line}: {error}", *error.parameters) from None
-    shelf.check(jobs)
+    _check_adapters(shelf, jobs)
     common: dict[str, Any] = {
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,
@@ -252,6 +178,16 @@ def paint_jobs(
             )
             if on_picture is not None:
                 on_picture(job, Picture(image, settings, filtered))
+
+
+def _check_adapters(shelf: Shelf, jobs: Sequence[Job]) -> None:
+    """Raises SVFitError for an adapter of another base than the shelf's, with the number of its line."""
+    lines = {name: job.line for job in reversed(jobs) for name, _ in job.adapters}
+    for name, line in reversed(lines.items()):
+        try:
+            shelf.check(name)
+        except SVFitError as error:
+            raise SVFitError(f"line {line}: {error}") from None
 
 
 # a picture to be painted: its job, its seed, what it says to the pipeline, how many layers of CLIP are left out

@@ -20,20 +20,23 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from svfit_dreambooth.adapter.source import check_finite
+from svfit_dreambooth.bases.devices import available_memory
 from svfit_dreambooth.bases.families import family_of
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.arithmetic import add_shifts, padded
+from svfit_dreambooth.method.layer import SVFitLinear
+from svfit_dreambooth.method.mixed import Mixed, Room
 from svfit_dreambooth.method.targets import set_shifts, svfit_layers
 from svfit_dreambooth.method.word import word_embedding
 from svfit_dreambooth.painting.matching import check_meanings
-from svfit_dreambooth.painting.offloading import layers_exchanged
+from svfit_dreambooth.painting.offloading import layers_exchanged, weights_at_hand
 from svfit_dreambooth.painting.registry import adapters_on, check_loaded, refresh, warn_of_clip_skip
 
 Mix = Mapping[str, float]  # name of a loaded adapter -> strength
 
 
 @contextmanager
-def adapter_mixes(pipeline: DiffusionPipeline, mixes: Sequence[Mix]) -> Iterator[None]:
+def adapter_mixes(pipeline: DiffusionPipeline, mixes: Sequence[Mix], merged_bytes: int | None = None) -> Iterator[None]:
     """Within it `pipeline(prompts, ...)` paints prompt i with the adapters and strengths of `mixes[i]`.
 
         load_adapter(pipeline, "dog.safetensors", scale=0)
@@ -44,7 +47,9 @@ def adapter_mixes(pipeline: DiffusionPipeline, mixes: Sequence[Mix]) -> Iterator
     Adapters that a mix does not name rest for its pictures, {} is the base alone.  The pictures of one prompt
     (`num_images_per_prompt`) share its mix, its negative prompt is read with it too.  Adapters that learned the same
     word may be loaded together, at scale 0, if no mix holds two of them.  Afterwards the strengths are what they were
-    before.  Prompts are all read with one `clip_skip`, see `Family.read_earlier`.  `pipeline`: any that has `encode_prompt`, offloaded or not, with PEFT's LoRAs or without.
+    before.  Prompts are all read with one `clip_skip`, see `Family.read_earlier`.  `merged_bytes`: memory for merged
+    weights of the mixes, which make painting faster; None: a quarter of what is free, none where the pipeline is
+    offloaded.  `pipeline`: any that has `encode_prompt`, offloaded or not, with PEFT's LoRAs or without.
     Raises SVFitError for a name that is not loaded, for a strength that is no number, for an adapter of a convolution
     in groups, within `merge_adapters`, and, when the pipeline is called, for another number of prompts than mixes.
     """
@@ -57,6 +62,9 @@ def adapter_mixes(pipeline: DiffusionPipeline, mixes: Sequence[Mix]) -> Iterator
         raise SVFitError(f"a {type(pipeline).__name__} has no encode_prompt: paint its pictures one by one.")
     if encode.__name__ == "encode_prompt_with_mixes":
         raise SVFitError("this pipeline paints with adapter_mixes already: leave that first.")
+    if merged_bytes is None:
+        merged_bytes = available_memory() // 4 if weights_at_hand(pipeline) else 0
+    most_merged = merged_bytes
     signature = inspect.signature(encode)
     encoding = laid_out = False
 
@@ -72,8 +80,12 @@ def adapter_mixes(pipeline: DiffusionPipeline, mixes: Sequence[Mix]) -> Iterator
         _check_mixes(pipeline, mixes)  # again: one may have been unloaded since
         warn_of_clip_skip(pipeline, {name: None for mix in mixes for name, strength in mix.items() if strength})
         with layers_exchanged(pipeline):
+            room = Room(most_merged)
             for name, model in family.components.items():
-                _put_mixes(model, mixes, *((copies, passes) if name == family.denoiser_name else (1, 1)))
+                if name == family.denoiser_name:
+                    _put_mixes(model, mixes, copies, passes, room)
+                else:
+                    _put_mixes(model, mixes, 1, 1, Room(0))  # it is called once
         encoding = laid_out = True
         try:
             return encode(*args, **kwargs)
@@ -142,7 +154,7 @@ def _count(arguments: Mapping[str, Any]) -> int:
     return 1 if isinstance(prompt, str) else len(prompt)
 
 
-def _put_mixes(model: nn.Module, mixes: Sequence[Mix], copies: int, passes: int) -> None:
+def _put_mixes(model: nn.Module, mixes: Sequence[Mix], copies: int, passes: int, room: Room) -> None:
     """Lets `model` compute with a mix a sample: each `copies` times side by side, and all of them `passes` times."""
     if any(layer.unmerged_weight is not None for layer in svfit_layers(model).values()):
         raise SVFitError("merged weights serve one mix of adapters alone: leave merge_adapters before adapter_mixes.")
@@ -156,6 +168,9 @@ def _put_mixes(model: nn.Module, mixes: Sequence[Mix], copies: int, passes: int)
         model,
         {name: each.repeat_interleave(copies, 0).repeat(passes, 1)[:, None] for name, each in shifts.items()},
     )  # (batch, 1, r)
+    for name, layer in svfit_layers(model).items():
+        if name in shifts and isinstance(layer, SVFitLinear):
+            layer.mixed = Mixed(padded(shifts[name], layer.rank)[:, None], copies, passes, room)
     embedding = word_embedding(model)
     if embedding is not None:
         words = [

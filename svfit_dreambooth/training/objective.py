@@ -167,10 +167,11 @@ class Objective:
 
 
 def by_shape(draws: list[Draw]) -> list[list[int]]:
-    """The places of `draws` whose latents have one shape, for each shape."""
-    places: dict[torch.Size, list[int]] = {}
+    """The places of `draws` whose latents and conditions have one shape, for each shape."""
+    places: dict[object, list[int]] = {}
     for place, draw in enumerate(draws):
-        places.setdefault(draw.latents.shape, []).append(place)
+        conditions = [rows.shape[1:] for rows in draw.source.conditions.values()]
+        places.setdefault((draw.latents.shape, *conditions), []).append(place)
     return list(places.values())
 
 

@@ -110,6 +110,10 @@ class Known:
         self.hashes = weight_hashes(self.weights)
         self.fingerprint = fingerprint(self.weights, self.hashes)
 
+    def forget_weights(self) -> None:
+        """They would stay in memory beside the cast networks."""
+        self.weights = {}
+
 
 def prepare_subject(subject: Subject, base: BaseModel) -> None:
     """All of a subject that comes before anything slow."""

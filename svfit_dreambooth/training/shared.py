@@ -17,6 +17,7 @@ from svfit_dreambooth.adapter.words import word_key
 from svfit_dreambooth.method.arithmetic import padded
 from svfit_dreambooth.method.basis import fingerprint
 from svfit_dreambooth.method.targets import svfit_layers
+from svfit_dreambooth.method.weights import chosen, joined
 from svfit_dreambooth.method.word import word_embedding, word_pieces
 from svfit_dreambooth.training.budget import spread
 from svfit_dreambooth.training.plan import Plan
@@ -47,7 +48,7 @@ class Shared:
             initial=None,
             config=replace(plans[0].config, init_adapter=None, learned_word=(words or [None])[0]),
         )
-        prints = [_base_fingerprint(*each, weights, hashes) for each in zip(plans, positions, strict=True)]  # uncast
+        prints = _base_fingerprints(plans, positions, weights, hashes)  # before anything is cast
         self.union = _union(positions)
         self.trainable = Trainable(self.plan, weights, hashes, self.union, accelerator)
         for word in words[1:]:
@@ -151,12 +152,19 @@ def word_place(component: str, word: str) -> str:
     return f"{component} {word}"
 
 
-def _base_fingerprint(
-    plan: Plan, positions: Positions, weights: Mapping[str, Tensor], hashes: Mapping[str, str]
-) -> dict[str, Any]:
-    """Of all that the run of `plan` adapts."""
-    adapted = {name: weights[name] for name in weights if positions is None or name in positions}
-    return fingerprint(adapted | word_rows(plan.base.family, plan.config.learned_word), hashes)
+def _base_fingerprints(
+    plans: Sequence[Plan], positions: Sequence[Positions], weights: Mapping[str, Tensor], hashes: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """Of all that each plan adapts; those that adapt the same share one."""
+    found: list[dict[str, Any]] = []
+    of_all: dict[str | None, dict[str, Any]] = {}  # by their learned word
+    for plan, own in zip(plans, positions, strict=True):
+        word = plan.config.learned_word
+        adapted = weights if own is None else chosen(weights, own)
+        if own is not None or word not in of_all:
+            of_all[word] = fingerprint(joined(adapted, word_rows(plan.base.family, word)), hashes)
+        found.append(of_all[word])
+    return found
 
 
 def _union(positions: Sequence[Positions]) -> dict[str, Tensor] | None:

@@ -4,6 +4,7 @@ Every subject keeps its values, optimizer, examples, looks, best step and run fo
 and their numbers, as ever, so its adapter is that of its own run, but for the rounding of sums in larger batches.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -15,6 +16,7 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.targets import svfit_layers
 from svfit_dreambooth.method.word import word_embedding
 from svfit_dreambooth.training.config import TrainConfig
+from svfit_dreambooth.training.estimate import estimate_memory
 from svfit_dreambooth.training.one_of_several import (
     Known,
     Outcome,
@@ -27,7 +29,7 @@ from svfit_dreambooth.training.one_of_several import (
     save_subject,
     share_out_budget,
 )
-from svfit_dreambooth.training.plan import open_run_base
+from svfit_dreambooth.training.plan import Plan, open_run_base
 from svfit_dreambooth.training.result import (
     plain_memory_errors,
 )
@@ -40,6 +42,8 @@ from svfit_dreambooth.training.run import (
 from svfit_dreambooth.training.shared import Shared
 from svfit_dreambooth.training.signals import stop_signals
 from svfit_dreambooth.training.steps_together import OnStep, complete_together
+
+logger = logging.getLogger(__name__)
 
 # What each subject may have of its own; in everything else the subjects of one run are alike.
 OWN_OPTIONS = (
@@ -117,7 +121,7 @@ def train_alone(config: TrainConfig, base: BaseModel) -> Outcome:
 
 def as_stored(base: BaseModel, config: TrainConfig) -> BaseModel:
     """The base of runs of `config` as it is stored: `base`, unless they rounded its networks, or left values in them."""
-    components = base.family.components.values()
+    components = [model for model in base.family.components.values() if model is not None]
     left = any(svfit_layers(model) or word_embedding(model) is not None for model in components)
     return open_run_base(config) if left or config.mixed_precision != "no" else base
 
@@ -154,9 +158,10 @@ def _train(subjects: Sequence[Subject], on_step: OnStep | None) -> None:
         subjects = _each(subjects, share_out_budget, known)
     if not subjects:
         return
+    _warn_of_memory([subject.plan for subject in subjects])
     plans, positions = [subject.plan for subject in subjects], [subject.positions for subject in subjects]
     shared = Shared(plans, known.weights, known.hashes, positions, subjects[0].accelerator)
-    known.weights.clear()  # they would stay in memory beside the cast networks
+    known.forget_weights()
     for subject, own in zip(subjects, shared.owns, strict=True):
         subject.own, subject.loop = own, make_loop(subject, own, shared, features, known)
         note_start(subject.plan, own, subject.accelerator)
@@ -168,6 +173,16 @@ def _train(subjects: Sequence[Subject], on_step: OnStep | None) -> None:
         subject.attempt(partial(finish_subject, subject, base))
         if subject.result is not None:
             base = subject.result.base  # opened anew where its pictures wanted it
+
+
+def _warn_of_memory(plans: Sequence[Plan]) -> None:
+    """Each plan has told what its own run would take; a batch for all takes more."""
+    if len(plans) > 1:
+        config = plans[0].config
+        batch = sum(plan.config.train_batch_size for plan in plans)
+        estimate = estimate_memory(replace(plans[0], config=replace(config, train_batch_size=batch)))
+        if not estimate.fits:
+            logger.warning("%d subjects at once: %s; use a smaller subjects_at_once.", len(plans), estimate.lines()[0])
 
 
 def _each(subjects: Sequence[Subject], act: Callable[..., None], *given: object) -> list[Subject]:
