@@ -125,7 +125,9 @@ def prelude(page):
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, id=page.stem, marks=[pytest.mark.slow] if page.stem in ("README", "painting") else [])
+        pytest.param(
+            page, id=page.stem, marks=[pytest.mark.slow] if page.stem in ("README", "painting", "many-subjects") else []
+        )
         for page in PAGES
         if blocks(page, "python") and page.stem != "web"  # a client of a running server: test_web_browser.py
     ],
