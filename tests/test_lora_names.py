@@ -68,7 +68,7 @@ def test_text_encoders():
 def test_what_has_no_name():
     with pytest.raises(SVFitError, match="no name for 'transformer'"):
         lora_name("transformer.blocks.0.to_q", "kohya")
-    with pytest.raises(SVFitError, match="for SDXL have no name for 'nowhere.to_q'"):
+    with pytest.raises(SVFitError, match="the original layout has no name for 'nowhere.to_q'"):
         lora_name("unet.nowhere.to_q", "kohya", 2)
 
 

@@ -1,12 +1,14 @@
-"""An adapter merged into a model folder of its own."""
+"""An adapter merged into a model of its own: a folder, or one file in the original layout."""
 
 import hashlib
 import json
+import os
 
 import pytest
 import torch
-from conftest import tiny_pipeline
+from conftest import tiny_pipeline, tiny_text_encoder, tiny_unet
 from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
 from safetensors.torch import load_file
 from test_loading import make_adapter, paint
 from test_word import with_word
@@ -106,3 +108,71 @@ def test_refusals_leave_nothing_behind(tiny_base, path, tmp_path, monkeypatch):
     with pytest.raises(SVFitError, match=r"came out wrong and was not kept: vae.decoder.conv_in.bias changed"):
         export_merged(path, base, tmp_path / "model")
     assert [file.name for file in tmp_path.iterdir()] == ["full"]
+
+
+def version_2(tmp_path):
+    """A base that is told apart as Stable Diffusion 2: prompts 1024 wide, read by OpenCLIP, predicts v."""
+    pipeline = tiny_pipeline(prediction_type="v_prediction")
+    torch.manual_seed(0)
+    encoder = tiny_text_encoder(len(pipeline.tokenizer), width=1024)
+    pipeline.register_modules(text_encoder=encoder, unet=tiny_unet(cross_attention_dim=1024))
+    pipeline.save_pretrained(tmp_path / "v2")
+    return tmp_path / "v2"
+
+
+@pytest.mark.parametrize("kind", ["v1", "v2", "xl"])
+def test_one_file_is_read_by_diffusers_to_the_same_weights(kind, tiny_base, tiny_base_xl, tmp_path):
+    folder = {"v1": tiny_base, "xl": tiny_base_xl}.get(kind) or version_2(tmp_path)
+    base = open_base_model(str(folder))
+    adapter = save_adapter(make_adapter(base.pipeline, rank=2), tmp_path / "dog.safetensors")
+    umask = os.umask(0o022)
+    try:
+        exported = export_merged(adapter, base, tmp_path / "one.safetensors", dtype=torch.float16)
+    finally:
+        os.umask(umask)
+    assert exported.path.stat().st_mode & 0o777 == 0o644 and exported.bytes == exported.path.stat().st_size
+    assert not list(tmp_path.glob(".svfit*"))
+
+    export_merged(adapter, open_base_model(str(folder)), tmp_path / "folder", dtype=torch.float16)
+    expected = open_base_model(str(tmp_path / "folder")).pipeline
+    read = type(expected).from_single_file(
+        str(exported.path), config=str(folder), local_files_only=True, dtype=torch.float32
+    )
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        if (part := getattr(expected, name, None)) is not None:
+            theirs = getattr(read, name).state_dict()
+            assert all(torch.equal(theirs[key], tensor) for key, tensor in part.state_dict().items()), name
+    with safe_open(exported.path, "pt") as file:
+        metadata, keys = file.metadata(), set(file.keys())
+        assert {file.get_slice(key).get_dtype() for key in keys} == {"F16"}
+    assert metadata["modelspec.architecture"] == {
+        "v1": "stable-diffusion", "v2": "stable-diffusion-v2-768-v", "xl": "stable-diffusion-xl-v1-base",
+    }[kind]  # fmt: skip
+    assert ("cond_stage_model.model.text_projection" in keys) == (kind == "v2")
+
+
+def test_an_sdxl_that_predicts_v_says_so(tiny_base_xl, tmp_path):
+    base = open_base_model(str(tiny_base_xl))
+    scheduler = base.pipeline.scheduler
+    base.pipeline.register_modules(
+        scheduler=scheduler.from_config(scheduler.config, prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    )
+    adapter = save_adapter(make_adapter(base.pipeline, rank=2), tmp_path / "dog.safetensors")
+    export_merged(adapter, base, tmp_path / "one.safetensors")
+    again = open_base_model(str(tmp_path / "one.safetensors"), base_config=str(tiny_base_xl))
+    assert again.pipeline.scheduler.config.prediction_type == "v_prediction"
+    assert again.pipeline.scheduler.config.rescale_betas_zero_snr
+
+
+def test_one_file_replaces_nothing_unasked_and_not_every_base_has_a_layout(tiny_base, tiny_base_v, path, tmp_path):
+    output = tmp_path / "one.safetensors"
+    output.write_bytes(path.read_bytes())
+    with pytest.raises(SVFitError, match="exists already"):
+        export_merged(path, open_base_model(str(tiny_base)), output)
+    with pytest.raises(SVFitError, match="which must not be replaced"):
+        export_merged(path, open_base_model(str(tiny_base)), path, overwrite=True)
+    export_merged(path, open_base_model(str(tiny_base)), output, overwrite=True)
+    assert output.read_bytes() != path.read_bytes()
+    with pytest.raises(SVFitError, match="an AutoencoderTiny, for which the layout of one file has no names"):
+        export_merged(path, open_base_model(str(tiny_base_v)), tmp_path / "two.safetensors", allow_other_base=True)
+    assert not (tmp_path / "two.safetensors").exists()

@@ -15,7 +15,9 @@ def add_file_commands(commands: Any) -> None:
     export = commands.add_parser("export", help="turn an adapter into a LoRA or a merged model")
     export.add_argument("adapter", metavar="PATH[:WEIGHT]")
     export.add_argument("--format", choices=["kohya", "diffusers", "merged"], required=True)
-    export.add_argument("--output", type=Path, required=True, help="LoRA file, or folder of the merged model")
+    export.add_argument(
+        "--output", type=Path, required=True, help="LoRA file; merged model: a folder, or one .safetensors file"
+    )
     export.add_argument("--rank", type=int, help="keep so many directions a layer, the strongest; default: all")
     export.add_argument("--error", type=float, help="keep as few as leave no layer off by more, such as 0.01")
     export.add_argument("--dtype", choices=["float16", "float32"], default="float16")
@@ -60,7 +62,7 @@ def _export(options: argparse.Namespace) -> None:
     from svfit_dreambooth.adapter.source import split_strength
     from svfit_dreambooth.files import check_output, size_text
     from svfit_dreambooth.sharing.export import export_lora, lora_path
-    from svfit_dreambooth.sharing.merged_model import export_merged, merged_bytes
+    from svfit_dreambooth.sharing.merged_model import check_merged_output, export_merged, merged_bytes
 
     path, scale = split_strength(options.adapter)
     if options.format == "merged" and (options.rank is not None or options.error is not None):
@@ -68,6 +70,8 @@ def _export(options: argparse.Namespace) -> None:
     if options.format != "merged":
         output = lora_path(options.output, path, options.format)
         check_output(output, ".safetensors", _inputs(options, path), options.overwrite)
+    else:
+        check_merged_output(options.output, _inputs(options, path), options.overwrite)
     base = open_base(options, read_adapter(path).base_model, Path(path))
     dtype = getattr(torch, options.dtype)
     common = {
@@ -76,9 +80,10 @@ def _export(options: argparse.Namespace) -> None:
         "without_words": options.without_words,
         "allow_other_base": options.allow_other_base,
         "basis_cache_dir": options.basis_cache_dir,
+        "overwrite": options.overwrite,
     }
     if options.format == "merged":
-        print(f"{size_text(merged_bytes(base, dtype))} as a model folder in {options.dtype}", flush=True)
+        print(f"{size_text(merged_bytes(base, dtype))} as a model in {options.dtype}", flush=True)
         print(export_merged(path, base, options.output, **common).summary())
         return
     exported = export_lora(
@@ -88,7 +93,6 @@ def _export(options: argparse.Namespace) -> None:
         options.format,
         rank=options.rank,
         error=options.error,
-        overwrite=options.overwrite,
         on_plan=lambda plan: print("\n".join(plan.lines()), flush=True),
         **common,
     )
