@@ -33,6 +33,9 @@ def generate_jobs(options: argparse.Namespace) -> None:
     for flag, key in PER_LINE.items():
         if getattr(options, flag) not in (None, []):
             raise SVFitError(f'{flag} does not go with jobs: write "{key}" into its lines.', flag, "jobs")
+    for flag in ("scheduler", "image", "strength", "mask_image"):
+        if getattr(options, flag) is not None:
+            raise SVFitError(f"{flag} does not go with jobs: leave it out.", flag, "jobs")
     from svfit_dreambooth.bases.devices import DTYPES
     from svfit_dreambooth.painting.jobs import Job, open_for_jobs, paint_jobs, read_jobs
     from svfit_dreambooth.painting.picture import Picture, free_path, save_picture

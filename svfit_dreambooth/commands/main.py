@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from svfit_dreambooth.commands.base import add_base, base_options
 from svfit_dreambooth.commands.evaluate import add_evaluate
@@ -142,6 +143,10 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--guidance_scale", type=float, help="default: what suits the base, 7.5 for Stable Diffusion")
     generate.add_argument("--height", type=int, help="pixels; default: the base's")
     generate.add_argument("--width", type=int, help="pixels; default: the base's")
+    generate.add_argument("--scheduler", help="sampler, such as euler_a or dpm++_2m_karras (default: the base's own)")
+    generate.add_argument("--image", type=Path, metavar="FILE", help="begin with this picture instead of noise")
+    generate.add_argument("--strength", type=float, help="with image: how much is painted anew, 0 to 1 (default: 0.6)")
+    generate.add_argument("--mask_image", type=Path, metavar="FILE", help="with image: paint where this one is white")
     generate.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     generate.add_argument("--allow_other_base", action="store_true", help="use adapters on a relative of their base")
     add_jobs(generate)
@@ -174,6 +179,7 @@ def _generate(options: argparse.Namespace) -> None:
     from svfit_dreambooth.painting.picture import free_path, save_picture
 
     adapters = [split_strength(text) for text in options.adapter]
+    begin = _begin(options)
     model = open_for_adapters(
         adapters,
         options.pretrained_model_name_or_path,
@@ -200,8 +206,24 @@ def _generate(options: argparse.Namespace) -> None:
         clip_skip=options.clip_skip,
         height=options.height,
         width=options.width,
+        scheduler=options.scheduler,
+        begin=begin,
         on_picture=save,
     )
+
+
+def _begin(options: argparse.Namespace) -> Any:
+    """The picture that painting begins with; None: there is none."""
+    from svfit_dreambooth.painting.from_picture import Begin
+    from svfit_dreambooth.photos.reading import open_photo
+
+    for name in ("strength", "mask_image"):
+        if options.image is None and getattr(options, name) is not None:
+            raise SVFitError(f"{name} goes with image alone: leave it out.", name, "image")
+    if options.image is None:
+        return None
+    mask = None if options.mask_image is None else open_photo(options.mask_image)
+    return Begin(open_photo(options.image), 0.6 if options.strength is None else options.strength, mask)
 
 
 def _cache(options: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from svfit_dreambooth.adapter.file import read_adapter
@@ -13,10 +14,12 @@ from svfit_dreambooth.bases.devices import default_device
 from svfit_dreambooth.bases.names import DEFAULT_BASE, check_held, is_hub_id, split_revision
 from svfit_dreambooth.bases.opening import BaseModel, check_base_model, is_cached, open_base_model
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.painting.from_picture import Begin, begin_arguments, pipeline_from
 from svfit_dreambooth.painting.loading import load_adapter, merge_adapters
 from svfit_dreambooth.painting.picture import Picture
 from svfit_dreambooth.painting.prompts import check_text, prompt_arguments
 from svfit_dreambooth.painting.registry import loaded_adapters, reading
+from svfit_dreambooth.painting.samplers import sampled_with
 
 NAME_THE_BASE = "name the base yourself with pretrained_model_name_or_path"
 LARGEST = 8  # times the base's own side: what one may ask to paint
@@ -118,6 +121,8 @@ def generate(
     clip_skip: int | None = None,
     height: int | None = None,
     width: int | None = None,
+    scheduler: str | None = None,
+    begin: Begin | None = None,
     on_picture: Callable[[Picture], None] | None = None,
     on_denoising_step: Callable[[int, int], bool | None] | None = None,
 ) -> list[Picture]:
@@ -125,6 +130,8 @@ def generate(
 
     Image i of each prompt starts from noise of the seed `seed + i`, drawn on the CPU, whatever the other pictures
     are.  `guidance_scale`: None takes the base's own; `height`, `width` in pixels: None takes the base's.
+    `scheduler`: a name of `SAMPLERS`; None takes the base's.  `begin`: a picture to paint from instead of noise, whose shape
+    the pictures then have where no size is given.
     `prompt_weights`: "ball++" and "(red ball)1.3" in a prompt weigh, see `prompt_arguments`.
     `clip_skip`: see `Family.read_earlier`; None takes what the adapters were trained with.
     `on_picture` is told of every picture as soon as it is done.  `on_denoising_step` is told, after each step of a
@@ -133,14 +140,21 @@ def generate(
     Raises SVFitError for numbers that the base cannot paint with.
     """
     pipeline = model.pipeline
-    height, width = height or model.resolution, width or model.resolution
+    own = (model.resolution, model.resolution) if begin is None else begin.size(_multiple(model), model.resolution)
+    height, width = height or own[1], width or own[0]
     guidance_scale = model.guidance_scale if guidance_scale is None else guidance_scale
+    if begin is not None:
+        begin.check_steps(num_inference_steps)
     check_numbers(model, num_images, seed, num_inference_steps, guidance_scale, height, width)
     for prompt in prompts:
         check_text("the prompt", prompt)
     check_text("the negative prompt", negative_prompt)
     pictures: list[Picture] = []
-    with reading(pipeline, clip_skip), merge_adapters(pipeline):
+    with reading(pipeline, clip_skip), merge_adapters(pipeline), sampled_with(pipeline, scheduler):
+        painter, place = pipeline, {"height": height, "width": width}
+        if begin is not None:
+            painter = pipeline_from(pipeline, begin)
+            place = begin_arguments(painter.__call__, begin, width, height)
         for prompt in prompts:
             words = prompt_arguments(pipeline, prompt, negative_prompt, prompt_weights)
             words = model.family.painting_arguments(words, guidance_scale)
@@ -148,11 +162,11 @@ def generate(
                 painted = paint(
                     model,
                     on_denoising_step,
+                    painter,
                     **words,
+                    **place,
                     generator=torch.Generator().manual_seed(seed + i),
                     num_inference_steps=num_inference_steps,
-                    height=height,
-                    width=width,
                 )
                 if painted is None:
                     return pictures
@@ -168,6 +182,8 @@ def generate(
                     height=height,
                     width=width,
                     prompt_weights=prompt_weights,
+                    scheduler=scheduler,
+                    begin=begin,
                 )
                 pictures.append(Picture(image, settings, filtered))
                 if on_picture is not None:
@@ -179,7 +195,7 @@ def check_numbers(
     model: BaseModel, num_images: int, seed: int, steps: int, guidance_scale: float, height: int, width: int
 ) -> None:
     """Raises SVFitError for numbers that the base cannot paint with."""
-    multiple, largest = max(model.family.required_multiple, 8), LARGEST * model.resolution
+    multiple, largest = _multiple(model), LARGEST * model.resolution
     for name, size in (("height", height), ("width", width)):
         if size < 1 or size % multiple or size > largest:
             raise SVFitError(
@@ -195,6 +211,11 @@ def check_numbers(
     check_finite("guidance_scale", guidance_scale)
 
 
+def _multiple(model: BaseModel) -> int:
+    """What sides of its pictures are multiples of, in pixels."""
+    return max(model.family.required_multiple, 8)
+
+
 def picture_settings(
     model: BaseModel,
     prompt: str,
@@ -207,8 +228,17 @@ def picture_settings(
     height: int,
     width: int,
     prompt_weights: bool,
+    scheduler: str | None = None,
+    begin: Begin | None = None,
 ) -> dict[str, Any]:
-    """What makes a picture again."""
+    """What makes a picture again, beside the picture that it began with."""
+    more: dict[str, Any] = {"prompt_weights": True} if prompt_weights else {}
+    if model.family.clip_skip:
+        more["clip_skip"] = model.family.clip_skip
+    if scheduler is not None:
+        more["scheduler"] = scheduler
+    if begin is not None:
+        more |= {"strength": begin.strength, "masked": begin.mask is not None}
     return {
         "prompt": prompt,
         "negative_prompt": negative_prompt or "",
@@ -219,16 +249,20 @@ def picture_settings(
         "guidance_scale": guidance_scale,
         "width": width,
         "height": height,
-        **({"prompt_weights": True} if prompt_weights else {}),
-        **({"clip_skip": clip_skip} if (clip_skip := model.family.clip_skip) else {}),
-    }
+    } | more
 
 
 def paint(
-    model: BaseModel, on_denoising_step: Callable[[int, int], bool | None] | None, **arguments: Any
+    model: BaseModel,
+    on_denoising_step: Callable[[int, int], bool | None] | None,
+    pipeline: DiffusionPipeline | None = None,
+    **arguments: Any,
 ) -> list[tuple[Image.Image, bool]] | None:
-    """Each picture, and whether the content filter blacked it out; None: `on_denoising_step` stopped them."""
-    pipeline, family, stopped = model.pipeline, model.family, False
+    """Each picture, and whether the content filter blacked it out; None: `on_denoising_step` stopped them.
+
+    `pipeline`: one on the same components that is called in the place of the model's.
+    """
+    pipeline, family, stopped = pipeline or model.pipeline, model.family, False
 
     def after_step(pipeline: Any, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
         nonlocal stopped
@@ -240,7 +274,11 @@ def paint(
     unfiltered = getattr(pipeline, "safety_checker", None) is None
     if pipeline.vae.dtype != family.denoiser.dtype and unfiltered:  # see `Family.cast`
         latents = pipeline(**arguments, output_type="latent").images
-        images = family.decode_latents(latents, arguments["height"], arguments["width"])
+        width, height = (
+            arguments[side] if side in arguments else arguments["image"].size[i]
+            for i, side in enumerate(("width", "height"))
+        )
+        images = family.decode_latents(latents, height, width)
         return None if stopped else [(image, False) for image in images]
     output = pipeline(**arguments)
     flags = getattr(output, "nsfw_content_detected", None) or [False] * len(output.images)

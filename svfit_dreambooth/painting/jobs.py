@@ -16,18 +16,10 @@ from svfit_dreambooth.adapter.source import distinct_names, find_adapter, split_
 from svfit_dreambooth.bases.devices import default_device
 from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.painting.generate import (
-    check_numbers,
-    open_for_adapters,
-    open_named_base,
-    paint,
-    picture_settings,
-)
-from svfit_dreambooth.painting.loading import set_adapters
-from svfit_dreambooth.painting.mixes import adapter_mixes
+from svfit_dreambooth.painting.batches import Sample, paint_batch, read_words
+from svfit_dreambooth.painting.generate import check_numbers, open_for_adapters, open_named_base, picture_settings
 from svfit_dreambooth.painting.picture import Picture
-from svfit_dreambooth.painting.prompts import check_text, prompt_arguments
-from svfit_dreambooth.painting.registry import clip_skips, reading
+from svfit_dreambooth.painting.prompts import check_text
 from svfit_dreambooth.painting.shelf import AdapterFiles, Shelf
 
 KEYS = {"prompt": str, "adapters": list, "seed": int, "count": int, "negative_prompt": str}
@@ -169,12 +161,13 @@ def paint_jobs(
         "width": width,
     }
     for batch in _batches(shelf, jobs, batch_size, guidance_scale, prompt_weights, clip_skip):
-        painted = _paint_batch(shelf, batch, common)
-        for (job, seed, _, _), (image, filtered) in zip(batch, painted, strict=True):
+        shelf.bring(list(dict.fromkeys(name for _, sample in batch for name in sample.mix)))
+        painted = paint_batch(model, [sample for _, sample in batch], **common) or []
+        for (job, sample), (image, filtered) in zip(batch, painted, strict=True):
             names = distinct_names(Path(name).stem for name, _ in job.adapters)
             strengths = dict(zip(names, (strength for _, strength in job.adapters), strict=True))
             settings = picture_settings(
-                model, job.prompt, job.negative_prompt, seed, strengths, prompt_weights=prompt_weights, **common
+                model, job.prompt, job.negative_prompt, sample.seed, strengths, prompt_weights=prompt_weights, **common
             )
             if on_picture is not None:
                 on_picture(job, Picture(image, settings, filtered))
@@ -190,10 +183,6 @@ def _check_adapters(shelf: Shelf, jobs: Sequence[Job]) -> None:
             raise SVFitError(f"line {line}: {error}") from None
 
 
-# a picture to be painted: its job, its seed, what it says to the pipeline, how many layers of CLIP are left out
-Sample = tuple[Job, int, dict[str, Any], int]
-
-
 def _batches(
     shelf: Shelf,
     jobs: Sequence[Job],
@@ -201,56 +190,19 @@ def _batches(
     guidance_scale: float,
     prompt_weights: bool,
     clip_skip: int | None,
-) -> Iterator[list[Sample]]:
-    """Pictures that fit into one call: all as texts, with negative ones or without, or all as embeddings of one length.
-
-    And all read alike by CLIP.
-
-    No negative prompt is not the same as an empty one: SDXL reads zeros for it.
-    """
-    waiting: dict[Any, list[Sample]] = {}
+) -> Iterator[list[tuple[Job, Sample]]]:
+    """Pictures that fit into one call."""
+    waiting: dict[Any, list[tuple[Job, Sample]]] = {}
     for job in jobs:
-        words, skipped = _words(shelf, job, guidance_scale, prompt_weights, clip_skip)
-        kind = (skipped, *((name, type(value), getattr(value, "shape", None)) for name, value in words.items()))
+        shelf.bring([name for name, _ in job.adapters])
+        mix = dict(job.adapters)
+        words, skipped = read_words(
+            shelf.model, job.prompt, job.negative_prompt, mix, guidance_scale, prompt_weights, clip_skip
+        )
         for i in range(job.count):
-            batch = waiting.setdefault(kind, [])
-            batch.append((job, job.seed + i, words, skipped))
+            sample = Sample(words, job.seed + i, mix, skipped)
+            batch = waiting.setdefault(sample.kind, [])
+            batch.append((job, sample))
             if len(batch) == batch_size:
-                yield waiting.pop(kind)
+                yield waiting.pop(sample.kind)
     yield from waiting.values()
-
-
-def _words(
-    shelf: Shelf, job: Job, guidance_scale: float, prompt_weights: bool, clip_skip: int | None
-) -> tuple[dict[str, Any], int]:
-    """What the pipeline is told of the job's prompt, and with which `clip_skip` that is read.
-
-    Embeddings are made with the job's own adapters.
-    """
-    pipeline = shelf.model.pipeline
-    shelf.bring([name for name, _ in job.adapters])
-    set_adapters(pipeline, dict(job.adapters))
-    family = shelf.model.family
-    trained = clip_skips(pipeline)
-    skipped = next((trained[name] for name, _ in job.adapters), 0) if clip_skip is None else clip_skip
-    try:
-        with reading(pipeline, skipped):
-            words = prompt_arguments(pipeline, job.prompt, job.negative_prompt, prompt_weights)
-            return family.painting_arguments(words, guidance_scale), skipped
-    finally:
-        set_adapters(pipeline, {})
-
-
-def _paint_batch(shelf: Shelf, batch: Sequence[Sample], common: dict[str, Any]) -> list[Any]:
-    words: dict[str, Any] = {}
-    for name, first in batch[0][2].items():
-        values = [arguments[name] for _, _, arguments, _ in batch]
-        if isinstance(first, torch.Tensor):
-            words[name] = torch.cat(values)
-        else:
-            words[name] = values if isinstance(first, str) else first  # None, and the guidance, are the same for all
-    shelf.bring(list(dict.fromkeys(name for job, *_ in batch for name, _ in job.adapters)))
-    with adapter_mixes(shelf.model.pipeline, [dict(job.adapters) for job, *_ in batch]):
-        shelf.model.family.read_earlier(batch[0][3])  # it stays so until the pictures' settings are noted
-        generators = [torch.Generator().manual_seed(seed) for _, seed, *_ in batch]
-        return paint(shelf.model, None, **{**common, **words}, generator=generators) or []
