@@ -11,7 +11,8 @@ from web_stand_ins import paint
 from svfit_dreambooth.bases.opening import open_base_model
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web.rooms.bases import HUB_SECONDS, Bases
-from svfit_dreambooth.web.rooms.studio import Order, Studio
+from svfit_dreambooth.web.rooms.orders import Order
+from svfit_dreambooth.web.rooms.studio import Studio
 
 
 @pytest.mark.parametrize("name", ["/etc", "../tiny-kl", "toybox/weights", ".", "", "a b"])

@@ -158,8 +158,8 @@ def look_at(page, run):
 def test_train_reload_kill_stop_resume_paint_download(server, visit, tmp_path):
     """Two runs, one in line behind the other; what each shows is looked at while the other works."""
     page = visit()
-    open_tab(page, "Train")
-    page.locator("#take-toy").click()
+    page.locator("#take-toy").click()  # while there is nothing to paint with, the page begins on Train
+    assert page.url.endswith("#train")
     says(page, "#photo-remarks", "5 photos, 64x64")
     page.locator("#advanced button").first.click()
     fill(page, "#train-painting", 1)

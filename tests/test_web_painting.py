@@ -1,9 +1,12 @@
 """The tab that paints: orders, comparisons, what a page that is opened again finds, settings taken up."""
 
 import errno
+import html
 import shutil
+import zipfile
 
 import pytest
+from PIL import Image
 
 gr = pytest.importorskip("gradio", reason="gradio is not installed")
 
@@ -11,10 +14,14 @@ from web_stand_ins import Request
 
 from svfit_dreambooth.bases.names import DEFAULT_BASE
 from svfit_dreambooth.web.rooms import library, pictures
-from svfit_dreambooth.web.rooms.studio import AS_TRAINED, STRIP
+from svfit_dreambooth.web.rooms.orders import AS_TRAINED, STRIP
+from svfit_dreambooth.web.tabs.compare import GRID, NOTHING, STRENGTHS
 from svfit_dreambooth.web.tabs.generate import _strength
-from svfit_dreambooth.web.tabs.painting import STRENGTHS, Painter
-from svfit_dreambooth.web.tabs.reuse import take_up
+from svfit_dreambooth.web.tabs.painting import Painter, begin_from
+from svfit_dreambooth.web.tabs.reuse import SAMPLERS, take_up
+
+# sampler, picture to begin with, how much is painted anew, axes of a grid
+REST = ["the base's own", None, 0.6, NOTHING, "", NOTHING, ""]
 
 
 def test_a_strip_over_strengths_and_its_settings_taken_up(home, dog_adapter, tiny_base):
@@ -22,16 +29,31 @@ def test_a_strip_over_strengths_and_its_settings_taken_up(home, dog_adapter, tin
     visitor = home.visitor(mine)
     visitor.uploads.mkdir(parents=True)
     shutil.copy(dog_adapter, visitor.uploads / "own.safetensors")
-    form = ["a photo of sks dog", "", tiny_base.name, ["upload/own"], 1, 2, "", 5, False, "16", "16", STRENGTHS, False]
+    form = [
+        "a photo of sks dog",
+        "",
+        tiny_base.name,
+        ["upload/own"],
+        1,
+        2,
+        "",
+        5,
+        False,
+        "16",
+        "16",
+        STRENGTHS,
+        False,
+        *REST,
+    ]
     *_, last_gallery, _ = [step for step in painting.generate(mine, *form, 1.0) if isinstance(step[1], list)] + [None]
     captions = [caption for _, caption in last_gallery[1]]
-    assert captions[0] == "base · seed 5" and captions[-1] == "own 1.5 · seed 5" and len(captions) == len(STRIP)
+    assert captions[0] == "base · seed 5" and captions[-1] == "strength 1.5 · seed 5" and len(captions) == len(STRIP)
     name = last_gallery[2][-1]
-    taken = painting.reuse(name, mine)
+    taken = painting.reuse([name], mine)
     assert (taken[0], taken[6], taken[-1]) == ("a photo of sks dog", 5, {"upload/own": 1.5})
 
     with pytest.raises(gr.Error, match="not there any more"):
-        painting.reuse(name, theirs)
+        painting.reuse([name], theirs)
     with pytest.raises(gr.Error, match="no adapter called"):
         list(painting.generate(theirs, *form, 1.0))
 
@@ -43,6 +65,7 @@ def test_base_and_unusual_numbers_of_a_picture_are_taken_up(home, dog_adapter, t
     settings = {
         "prompt": "a dog", "negative_prompt": "", "num_inference_steps": 200, "guidance_scale": 7.5, "seed": 3,
         "width": 16, "height": 16,
+        "scheduler": "euler_a",
     }  # fmt: skip
     for base, adapters, shown, missing in (
         (tiny_base.name, {"taken-up": 2.5}, AS_TRAINED, ""),
@@ -54,6 +77,7 @@ def test_base_and_unusual_numbers_of_a_picture_are_taken_up(home, dog_adapter, t
     ):
         taken = take_up(home, visitor, {**settings, "base_model": base, "adapters": adapters})
         assert taken[2].value == shown and "".join(warned).startswith(missing) and bool(warned) == bool(missing)
+        assert taken[-2] == "euler_a"
         warned.clear()
     for strength, bounds in ((2.5, (0, 2.5)), (-1, (-1, 1.5)), (1, (0, 1.5))):
         slider = _strength("dog", "", strength, "dog")
@@ -62,7 +86,7 @@ def test_base_and_unusual_numbers_of_a_picture_are_taken_up(home, dog_adapter, t
 
 def test_two_tabs_at_once_paint_in_one(public, tiny_base, monkeypatch):
     painting, request = Painter(public), Request("a" * 32)
-    form = ["a dog", "", tiny_base.name, [], 1, 1, "", 5, False, "16", "16", "just paint", False]
+    form = ["a dog", "", tiny_base.name, [], 1, 1, "", 5, False, "16", "16", "just paint", False, *REST]
     first, order = painting.generate(request, *form), Painter._order
 
     def meanwhile(*arguments):  # the other tab gets that far while this one reads its form
@@ -82,7 +106,7 @@ def test_two_tabs_at_once_paint_in_one(public, tiny_base, monkeypatch):
 
 def test_a_page_that_is_reloaded_finds_its_painting_again(public, tiny_base):
     painter, request = Painter(public), Request("a" * 32)
-    form = ["a dog", "", tiny_base.name, [], 3, 5, "", 5, False, "16", "16", "just paint", False]
+    form = ["a dog", "", tiny_base.name, [], 3, 5, "", 5, False, "16", "16", "just paint", False, *REST]
     first = painter.generate(request, *form)
     for step in first:
         if isinstance(step[1], list) and len(step[1]) == 1:
@@ -96,7 +120,7 @@ def test_a_page_that_is_reloaded_finds_its_painting_again(public, tiny_base):
 
 def test_the_form_that_paints_comes_back_to_its_visitor(public):
     painter, request = Painter(public), Request("a" * 32)
-    form = ("a sks dog\non the beach", "rain", 3, 12, "7.5", 5, False, "64", "")
+    form = ("a sks dog\non the beach", "rain", 3, 12, "7.5", 5, False, "64", "", "euler")
     painter.remember(request, *form)
     assert painter.open_page(request)[4] == form[0] and painter.recall(request) == form[1:]
     other = Request("b" * 32)
@@ -110,8 +134,88 @@ def test_a_full_disk_leaves_the_buttons_usable(public, tiny_base, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(pictures, "keep", keep)
-    form, told = ["a dog", "", tiny_base.name, [], 1, 1, "", 5, False, "16", "16", "just paint", False], []
+    form, told = ["a dog", "", tiny_base.name, [], 1, 1, "", 5, False, "16", "16", "just paint", False, *REST], []
     painting = Painter(public)
     with pytest.raises(gr.Error, match="No space left on device"):
         told.extend(painting.generate(Request("a" * 32), *form))
     assert (told[-1][6].interactive, told[-1][7].interactive) == (True, False) and public.paintings._working == {}
+
+
+def test_a_grid_over_two_axes(home, dog_adapter, tiny_base):
+    painter, request = Painter(home), Request("a" * 32)
+    folder = home.visitor(request).library
+    for name in ("dog", "mug"):
+        library.add(folder, dog_adapter, name=name)
+    common = ["a dog", "", tiny_base.name, ["library/dog", "library/mug"], 4, 2, "", 5, False, "16", "16", GRID, False]
+
+    def painted(*axes):
+        *_, last = painter.generate(request, *common, *REST[:3], *axes, 1.0, 0.5)
+        return [caption for _, caption in last[1]], [
+            pictures.read_settings(home.visitor(request).pictures / n) for n in last[2]
+        ]
+
+    captions, settings = painted("adapter", "", "strength", "0.5 1")
+    assert captions[0] == "dog · strength 0.5 · seed 5" and captions[3] == "mug · seed 5"
+    assert [one["adapters"] for one in settings] == [
+        {"dog": 0.5, "mug": 0.0}, {"dog": 1.0, "mug": 0.0}, {"dog": 0.0, "mug": 0.25}, {"dog": 0.0, "mug": 0.5},
+    ]  # fmt: skip
+    captions, settings = painted("sampling steps", "1, 3", NOTHING, "ignored")
+    assert captions == ["1 steps · seed 5", "3 steps · seed 5"]
+    assert [one["num_inference_steps"] for one in settings] == [1, 3]
+    for axes, sentence in (
+        ((NOTHING, "", NOTHING, ""), "a grid needs one axis or two that differ"),
+        (("guidance", "1", "guidance", "2"), "a grid needs one axis or two that differ"),
+        (("guidance", "much", NOTHING, ""), "“guidance” is 'much': write a number"),
+        (("sampling steps", "1.5", NOTHING, ""), "write whole numbers"),
+        (("guidance", "", NOTHING, ""), "write 1 to 12 numbers, such as 3, 5, 7.5"),
+        (("guidance", "1 2 3 4 5 6 7 8 9 10 11 12", "strength", "1 2 3 4 5 6"), "number of pictures in all is 72"),
+    ):
+        with pytest.raises(gr.Error, match=html.escape(sentence)):
+            painted(*axes)
+
+
+def test_pictures_are_found_chosen_and_deleted_several_at_once(home, tiny_base, monkeypatch):
+    monkeypatch.setattr(pictures, "EARLIER", 2)
+    painter, request = Painter(home), Request("a" * 32)
+    folder, gallery = home.visitor(request).pictures, painter.pictures
+    for prompt, seed in (("a red dog", 1), ("a mug", 2), ("a blue dog", 3)):
+        form = [prompt, "", tiny_base.name, [], 1, 1, "", seed, False, "16", "16", "just paint", False, *REST]
+        list(painter.generate(request, *form))
+    assert painter.said_before(request).choices == [(said, said) for said in ("a blue dog", "a mug", "a red dog")]
+    names = gallery.find("", request)[1]
+    assert len(names) == 2 and len(gallery.more("", names, request)[1]) == 3
+    dogs = gallery.find("DOG a", request)[1]
+    assert [pictures.read_settings(folder / name)["prompt"] for name in dogs] == ["a blue dog", "a red dog"]
+    assert gallery.find("seed 2", request)[1] == [] and len(gallery.find("2 mug", request)[1]) == 1
+
+    def click(index, chosen, several):
+        event = gr.SelectData(None, {"index": index, "value": None})
+        return gallery.select(event, dogs, chosen, several, request)
+
+    one = click(0, [], False)
+    assert one[1] == dogs[:1] and "a blue dog" in one[2] and one[4].value["path"].endswith(dogs[0])
+    two = click(1, dogs[:1], True)
+    assert two[1] == dogs and [button.interactive for button in two[3:]] == [False, True, False, True]
+    assert sum(caption.startswith("✓") for _, caption in two[0].constructor_args["value"]) == 2
+    with zipfile.ZipFile(two[4].value["path"]) as packed:
+        assert packed.namelist() == dogs
+    assert click(1, dogs, True)[1] == dogs[:1]
+    with pytest.raises(gr.Error, match="not there any more"):
+        gallery.delete(["../secret"], dogs, request)
+    assert gallery.delete(dogs, dogs, request)[1] == [] and len(list(folder.glob("*.png"))) == 1
+
+
+def test_what_is_drawn_over_a_picture_is_the_mask():
+    photo = Image.new("RGBA", (20, 10), "red")
+    assert begin_from(None, 0.5) is None and begin_from({"background": None, "layers": []}, 0.5) is None
+    empty, drawn = Image.new("RGBA", photo.size), Image.new("RGBA", photo.size)
+    assert begin_from({"background": photo, "layers": [empty]}, 0.5).mask is None
+    drawn.paste("white", (0, 0, 5, 5))
+    begin = begin_from({"background": photo, "layers": [drawn, empty]}, 0.5)
+    assert (begin.strength, begin.image.mode, begin.mask.getbbox()) == (0.5, "RGB", (0, 0, 5, 5))
+
+
+def test_the_form_knows_all_samplers():
+    from svfit_dreambooth.painting import samplers
+
+    assert list(SAMPLERS) == list(samplers.SAMPLERS)

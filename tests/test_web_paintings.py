@@ -8,8 +8,9 @@ from web_stand_ins import until
 
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web.rooms.bases import Bases
+from svfit_dreambooth.web.rooms.orders import Order
 from svfit_dreambooth.web.rooms.paintings import Paintings
-from svfit_dreambooth.web.rooms.studio import Order, Studio
+from svfit_dreambooth.web.rooms.studio import Studio
 
 SIZE = {"num_inference_steps": 2, "width": 16, "height": 16}
 

@@ -8,7 +8,8 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.painting.picture import free_path, save_picture
 from svfit_dreambooth.web.rooms import pictures
 from svfit_dreambooth.web.rooms.bases import Bases
-from svfit_dreambooth.web.rooms.studio import Order, Studio
+from svfit_dreambooth.web.rooms.orders import Order
+from svfit_dreambooth.web.rooms.studio import Studio
 
 
 def test_settings_are_read_back_and_others_refused(workspace, tiny_base, tmp_path):

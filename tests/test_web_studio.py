@@ -13,7 +13,8 @@ from svfit_dreambooth import read_adapter, save_adapter
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web.rooms import studio as room
 from svfit_dreambooth.web.rooms.bases import Bases
-from svfit_dreambooth.web.rooms.studio import AS_TRAINED, Order, Studio, working_dtype
+from svfit_dreambooth.web.rooms.orders import AS_TRAINED, Cell, Order
+from svfit_dreambooth.web.rooms.studio import Studio, working_dtype
 
 SIZE = {"num_inference_steps": 2, "width": 16, "height": 16}
 
@@ -28,7 +29,7 @@ def test_adapters_are_exchanged_on_an_open_base(workspace, tiny_base, dog_adapte
     order = {"prompt": "a photo of sks dog", "base": tiny_base.name, "seed": 3, **SIZE}
     told, (bare,) = paint(studio, Order(**order))
     assert [event.kind for event in told] == ["opening", "loading", "step", "step", "picture"]
-    told, (weak, full) = paint(studio, Order(**order, adapters=[(dog_adapter, 1.0)], factors=(0.0, 1.0)))
+    told, (weak, full) = paint(studio, Order(**order, adapters=[(dog_adapter, 1.0)], cells=(Cell(0.0), Cell(1.0))))
     assert "opening" not in [event.kind for event in told]
     assert np.array_equal(pixels(bare), pixels(weak)) and not np.array_equal(pixels(bare), pixels(full))
     _, (both,) = paint(studio, Order(**order, adapters=[(Path(other), 1.0), (dog_adapter, -1.0)]))
@@ -104,7 +105,7 @@ def test_a_name_in_a_file_opens_nothing_new(workspace, tiny_base, dog_adapter, t
 
 def test_a_long_order_lets_others_in_between_and_paints_the_same(workspace, tiny_base, dog_adapter, monkeypatch):
     studio, never = Studio(Bases(workspace.models, (str(tiny_base),))), threading.Event()
-    long = Order("a dog", tiny_base.name, [(dog_adapter, 1.0)], num_images=3, factors=(0.0, 1.0), **SIZE)
+    long = Order("a dog", tiny_base.name, [(dog_adapter, 1.0)], num_images=3, cells=(Cell(0.0), Cell(1.0)), **SIZE)
     expected = [pixels(picture) for picture in paint(studio, long)[1]]
     monkeypatch.setattr(room, "SLICE", 0.0)
     painted, other = [], threading.Thread()
@@ -129,3 +130,70 @@ def test_a_long_order_lets_others_in_between_and_paints_the_same(workspace, tiny
     assert [who for who, _ in painted] == ["long"] * 2 + ["short"] + ["long"] * 4
     for (_, one), other_one in zip([one for one in painted if one[0] == "long"], expected, strict=True):
         assert np.array_equal(one, other_one)
+
+
+@pytest.mark.parametrize("memory", ["enough", "too little"])
+def test_what_different_people_ask_of_one_base_is_painted_in_one_batch(
+    workspace, tiny_base, dog_adapter, tmp_path, monkeypatch, memory
+):
+    from svfit_dreambooth.painting import batches
+
+    studio = Studio(Bases(workspace.models, (str(tiny_base),)))
+    mug = Path(shutil.copy(dog_adapter, tmp_path / "dog.safetensors"))  # somebody else's, of the same name
+    orders = {
+        "a": Order("a dog", tiny_base.name, [(dog_adapter, 1.0)], num_images=2, seed=3, **SIZE),
+        "b": Order("a mug", tiny_base.name, [(mug, -0.5)], seed=9, **SIZE),
+        "c": Order("a cat", tiny_base.name, [(mug, 0.5), (dog_adapter, 0.5)], seed=4, **SIZE),
+        "d": Order("a cat", tiny_base.name, seed=4, **{**SIZE, "num_inference_steps": 1}),
+    }
+    alone = {who: paint(studio, order)[1] for who, order in orders.items()}
+    sizes, whole = [], batches.paint_batch
+
+    def paint_batch(model, batch, *arguments, **common):
+        sizes.append(len(batch))
+        if memory == "too little":
+            raise RuntimeError("out of memory")
+        return whole(model, batch, *arguments, **common)
+
+    monkeypatch.setattr(batches, "paint_batch", paint_batch)
+    told, threads = {who: [] for who in orders}, []
+
+    def tell(event):  # the others come while the first picture is painted
+        told["a"].append(event)
+        if event.kind == "step" and not threads:
+            for who in "bcd":
+                arguments = orders[who], told[who].append, threading.Event(), who
+                threads.append(threading.Thread(target=studio.paint, args=arguments))
+                threads[-1].start()
+            until(lambda: len(studio._tickets) == 4)
+
+    studio.paint(orders["a"], tell, threading.Event(), "a")
+    for thread in threads:
+        thread.join()
+    assert sizes == [3] and studio.line.is_free and studio._tickets == []
+    for who, pictures in alone.items():
+        painted = [event.picture for event in told[who] if event.kind == "picture"]
+        assert [one.settings for one in painted] == [one.settings for one in pictures]
+        for one, other in zip(painted, pictures, strict=True):
+            assert np.abs(pixels(one) - pixels(other)).max() <= 1
+
+
+def test_who_stops_in_a_batch_stops_nobody_else(workspace, tiny_base):
+    studio, gone = Studio(Bases(workspace.models, (str(tiny_base),))), threading.Event()
+    painted, threads = [], []
+
+    def others(event):
+        painted.extend([event.picture] if event.kind == "picture" else [])
+
+    def tell(event):
+        if event.kind == "step" and not threads:
+            order = Order("a cat", tiny_base.name, num_images=2, **SIZE)
+            threads.append(threading.Thread(target=studio.paint, args=(order, others, threading.Event(), "b")))
+            threads[0].start()
+            until(lambda: len(studio._tickets) == 2)
+        if event.kind == "step" and event.number == 1:  # within the batch
+            gone.set()
+
+    studio.paint(Order("a dog", tiny_base.name, num_images=9, **SIZE), tell, gone, "a")
+    threads[0].join()
+    assert len(painted) == 2 and studio.line.is_free

@@ -12,13 +12,14 @@ from web_stand_ins import Request
 
 from svfit_dreambooth import read_adapter, save_adapter
 from svfit_dreambooth.bases.names import DEFAULT_BASE
-from svfit_dreambooth.training.events import End, Painted, Start
+from svfit_dreambooth.photos.reading import find_photos
+from svfit_dreambooth.training.events import End, Painted, Start, Stepped
 from svfit_dreambooth.training.journal import RunFolder
 from svfit_dreambooth.web import page as web
 from svfit_dreambooth.web.rooms import library
 from svfit_dreambooth.web.rooms.bases import FOR_PHOTOS
 from svfit_dreambooth.web.rooms.job import changing
-from svfit_dreambooth.web.rooms.laid_out import add_photos, photo_files
+from svfit_dreambooth.web.rooms.laid_out import add_photos, caption, mask, photo_files
 from svfit_dreambooth.web.rooms.queue import Queue
 from svfit_dreambooth.web.rooms.workspace import Workspace
 from svfit_dreambooth.web.tabs.draft import Draft
@@ -95,8 +96,9 @@ def test_ticks_never_choose_a_run(public, photo_folder):
     new = runs.tick(second[0], old[1], 0, request)  # the next one repairs what that showed
     assert "second" in new[2]
     assert set(map(str, runs.tick(second[0], new[1], 0, request))) == {str(gr.skip())}
+    assert "Choose a run" in runs.tick("gone", None, 0, request)[2]
+    assert set(map(str, runs.tick(None, None, 0, request))) == {str(gr.skip())}  # the page is only just opening
     for other in (None, "gone"):
-        assert "Choose a run" in runs.tick(other, None, 0, request)[2]
         assert runs.open_page(other, request)[0] == second[0]
     assert runs.open_page(first[0], request)[0] == first[0]  # the person was faster
     assert runs.submit(request, "second", *form)[0] == second[0] and len(public.jobs.listed(visitor)) == 2
@@ -154,6 +156,38 @@ def test_a_look_becomes_the_adapter_and_the_end_comes_back(home, photo_folder, d
     )  # what the run itself left
 
 
+def test_captions_and_masks_are_kept_beside_the_photos_and_go_with_the_run(public, photo_folder):
+    request = Request("a" * 32)
+    draft, visitor = Draft(public), public.visitor(request)
+    runs = Runs(public, draft)
+    add_photos(visitor.photos, sorted(photo_folder.glob("*.png"))[:2])
+    first, second = photo_files(visitor.photos)
+    shown = draft.select(gr.SelectData(None, {"index": 1, "value": None}), request)
+    assert (shown[0], shown[3].value, shown[3].label) == (1, "", "Caption of photo 2")
+    thumbs, _ = draft.say("  a sks dog\nasleep ", 1, "toybox", "", request)
+    assert caption(second) == "a sks dog asleep" and [one["caption"] for one in thumbs.value] == ["photo 1", "photo 2 ✎"]
+    with pytest.raises(gr.Error, match="the caption has 2,000 characters"):
+        draft.say("a" * 2000, 1, "toybox", "", request)
+    with Image.open(first) as photo:
+        before, layer = photo.convert("RGB"), Image.new("RGBA", photo.size)
+    layer.paste("red", (0, 0, 8, 8))
+    draft.draw({"layers": [layer]}, 0, "toybox", "", request)
+    assert mask(first).getbbox() == (0, 0, 8, 8) and Image.open(first).convert("RGB").tobytes() == before.tobytes()
+    form = ["sks", "dog", "toybox", "fast", *[None] * len(ADVANCED)]
+    ids = [runs.submit(request, "dog", *form)[0]]
+    folder = public.jobs.folder / ids[0] / "photos"
+    photos = find_photos(folder)
+    assert [photo.captions for photo in photos] == [(), ("a sks dog asleep",)] and photos[0].mask is not None
+    draft.say("", 1, "toybox", "", request)
+    ids.append(runs.submit(request, "dog", *form)[0])
+    draft.draw({"layers": [Image.new("RGBA", (4, 4))]}, 0, "toybox", "", request)
+    ids.append(runs.submit(request, "dog", *form)[0])
+    assert mask(first) is None and len(set(ids)) == 3  # each of them another run
+    draft.say("a sks dog", 0, "toybox", "", request)
+    draft.remove(0, "toybox", "", request)
+    assert [path.name for path in visitor.photos.glob("[!.]*")] == [second.name]
+
+
 def test_the_settings_of_a_run_are_taken_up_again(public, photo_folder):
     request = Request("a" * 32)
     draft, visitor = Draft(public), public.visitor(request)
@@ -163,10 +197,19 @@ def test_the_settings_of_a_run_are_taken_up_again(public, photo_folder):
         "max_train_steps": "30", "learning_rate": "1e-3", "rank": "full", "random_flip": True, "mixed_precision": "no",
         "validation_prompts": "a photo of sks dog on the moon\n\n a sks dog ",
     }  # fmt: skip
-    form = ("sks", "brown dog", "toybox", "faithful", *advanced.values())
+    form = ("sks", "brown dog", DEFAULT_BASE, "faithful", *advanced.values())
     id = runs.submit(request, "dog", *form)[0]
     options = public.jobs.find(visitor, id).options
     assert options["validation_prompts"] == ["a photo of sks dog on the moon", "a sks dog"]
+    folder = RunFolder(public.jobs.run_folder(public.jobs.find(visitor, id)), "dog")
+    for event in (
+        Start(time=0.0, of=30),
+        *(Stepped(n, 30, 0.5, seconds=4.0 * n) for n in range(1, 31)),
+        End(time=150.0),
+    ):
+        folder.note(event)
+    other = runs.submit(request, "like it", *form)
+    assert "1 run before it · about 2 min, going by dog" in other[3]  # before its first step
     draft.clear(request)
     thumbs, _, _, _, *taken = runs.again(id, request)
     assert len(thumbs.value) == len(photo_files(visitor.photos)) > 0 and taken[:5] == ["dog", *form[:4]]

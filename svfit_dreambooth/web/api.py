@@ -13,8 +13,8 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web.rooms import library, pictures
 from svfit_dreambooth.web.rooms.app import App
 from svfit_dreambooth.web.rooms.laid_out import add_photos
+from svfit_dreambooth.web.rooms.orders import AS_TRAINED, Order
 from svfit_dreambooth.web.rooms.progress import sum_up
-from svfit_dreambooth.web.rooms.studio import AS_TRAINED, Order
 from svfit_dreambooth.web.rooms.workspace import library_of
 from svfit_dreambooth.web.tabs.draft import Draft
 from svfit_dreambooth.web.tabs.form import ADVANCED
@@ -34,7 +34,7 @@ class Endpoints:
     def generate(
         self, prompt: str, adapters: dict[str, float] | None, base: str, negative_prompt: str, num_images: float,
         seed: float, num_inference_steps: float, guidance_scale: float, width: float,
-        height: float, request: gr.Request,
+        height: float, scheduler: str, request: gr.Request,
     ) -> Iterator[list[tuple[str, str]]]:  # fmt: skip
         """Paints; adapters: {"name in the library": strength}; 0 as guidance or size: as suits. Returns PNG files."""
         visitor = self.app.visitor(request)
@@ -56,6 +56,7 @@ class Endpoints:
             guidance_scale=_number("guidance_scale", guidance_scale or 0) or None,
             width=_whole("width", width or 0) or None,
             height=_whole("height", height or 0) or None,
+            scheduler=scheduler or None,
         )
         painting = self.app.paintings.begin(visitor, order, alone=False, grace=API_GRACE)
         seen, shown = 0, -1
@@ -170,6 +171,7 @@ def build_endpoints(app: App) -> None:
             gr.Number(0, label="guidance_scale"),
             gr.Number(0, label="width"),
             gr.Number(0, label="height"),
+            gr.Textbox("", label="scheduler"),
         ]
         base = gr.Textbox(DEFAULT_BASE, label="base")
         gallery, text, json, download, count = gr.Gallery(), gr.Textbox(), gr.JSON(), gr.File(), gr.Number(precision=0)

@@ -167,6 +167,10 @@ def build_page(
                 build_train(app, page, tabs, generate_tab)
             with gr.Tab("Adapters", id="adapters") as tab:
                 build_library(app, tabs, tab, generate_tab)
+        empty = gr.Checkbox(visible="hidden")
+        page.load(app.is_empty, None, empty, api_visibility="private").then(
+            None, empty, None, js="(empty) => window.beginOnTrain(empty)"
+        )
         build_endpoints(app)
     return page, app
 

@@ -28,6 +28,10 @@ def theme() -> gr.themes.Base:
         block_title_padding="0",
         block_label_text_color="*primary_600",
         block_label_border_width="0px",
+        checkbox_border_color="*neutral_500",
+        checkbox_border_color_dark="*neutral_400",
+        slider_color="*primary_600",
+        slider_color_dark="*primary_400",
         block_label_background_fill="transparent",
         block_label_background_fill_dark="transparent",
     )
@@ -92,9 +96,10 @@ footer .divider { display: none !important; }
 
 .sheet img { width: 100%; max-width: 720px; border-radius: 8px; display: block; }
 .enlarge, .large { padding: 0; border: 0; background: none; cursor: zoom-in; display: block; width: 100%; }
-.large { cursor: zoom-out; margin: auto; width: auto; background: var(--block-background-fill); padding: 8px; border-radius: 10px; }
+.large { cursor: zoom-out; position: fixed; inset: 0; margin: auto !important; width: fit-content; height: fit-content;
+        background: var(--block-background-fill); padding: 8px; border-radius: 10px; }
 .large:not(:popover-open) { display: none; }
-.sheet .large img { width: auto; max-width: none; height: auto; min-width: min(92vw, 90vh); max-height: 88vh; object-fit: contain; }
+.sheet .large img { width: auto; max-width: 92vw; max-height: 88vh; min-width: min(88vw, 88vh); object-fit: contain; }
 .large::backdrop { background: rgb(0 0 0 / .7); }
 
 /* the list of runs */
@@ -118,6 +123,11 @@ footer .divider { display: none !important; }
 .figures th:first-child, .figures td:first-child { text-align: left; padding-left: 0 !important; }
 pre.log { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .78rem; max-height: 220px; overflow-y: auto; }
 
+/* the way of a slider is seen, and so is its knob */
+input[type=range] { --neutral-200: #8290a5; --neutral-300: #8290a5; --neutral-600: #8290a5; --neutral-700: #8290a5; }
+input[type=range]::-webkit-slider-thumb { border: 2px solid var(--primary-600); }
+input[type=range]::-moz-range-thumb { border: 2px solid var(--primary-600); }
+
 /* what starts things stays in sight */
 .in-sight { position: sticky; z-index: 60; bottom: 0; background: var(--body-background-fill); padding: 8px 0 !important; }
 .in-sight.top { top: 0; bottom: auto; }
@@ -131,11 +141,13 @@ pre.log { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .78rem; max
   #title p { display: none; }
   .pictures .grid-container { grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)) !important; }
   .cards { grid-template-columns: 1fr; }
+  .run { flex-wrap: wrap; justify-content: flex-end; }
+  .run .show { flex-basis: 100%; }
 }
 """
 
 # Small pictures (the embedded base paints 64 pixels) are shown with crisp pixels; Ctrl+Enter presses Generate; the address
-# names the open tab, and opens it again.
+# names the open tab, and opens it again; arrow keys go from tab to tab; while there is no adapter, the page begins on Train.
 HEAD = """
 <script>
 document.addEventListener("load", (event) => {
@@ -149,7 +161,18 @@ document.addEventListener("keydown", (event) => {
 });
 const tabs = () => [...document.querySelectorAll("[role=tab]")];
 const called = (tab) => "#" + tab.textContent.trim().toLowerCase();
-let wanted = location.hash;
+const asked = location.hash;
+let wanted = asked;
+window.beginOnTrain = (empty) => { if (empty && !asked) tabs().find((tab) => called(tab) === "#train")?.click(); };
+document.addEventListener("keydown", (event) => {
+  const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+  if (!step || event.target.getAttribute("role") !== "tab") return;
+  const all = tabs().filter((tab) => tab.offsetParent);
+  const next = all[(all.indexOf(event.target) + step + all.length) % all.length];
+  event.preventDefault();
+  next.focus();
+  next.click();
+});
 new MutationObserver(() => {
   const open = tabs().find((tab) => tab.getAttribute("aria-selected") === "true");
   const other = wanted && tabs().find((tab) => called(tab) === wanted);

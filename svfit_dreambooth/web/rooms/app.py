@@ -36,6 +36,10 @@ class App:
             return self.workspace.visitor(word, person)
         return self.workspace.visitor(word_for(f"session {request.session_hash}"), person)
 
+    def is_empty(self, request: gr.Request) -> bool:
+        """Is there nothing yet that the visitor could paint with?"""
+        return not self.adapter_choices(self.visitor(request))
+
     def serve(self, path: Path, name: str | None = None) -> str:
         return serve(self.workspace, path, name)
 

@@ -25,7 +25,7 @@ from svfit_dreambooth.training.events import End, Start
 from svfit_dreambooth.training.journal import RunFolder
 from svfit_dreambooth.web.rooms import library
 from svfit_dreambooth.web.rooms.job import Job, changing, read_job
-from svfit_dreambooth.web.rooms.laid_out import photo_files, save_thumbnail
+from svfit_dreambooth.web.rooms.laid_out import caption, caption_file, photo_files, save_thumbnail
 from svfit_dreambooth.web.rooms.launch import complaint, log_end
 from svfit_dreambooth.web.rooms.processes import ask_to_stop, is_running
 from svfit_dreambooth.web.rooms.turns import in_turn
@@ -101,7 +101,9 @@ class Jobs:
         (temporary / "photos").mkdir(parents=True)
         (temporary / "run").mkdir()
         for photo in photos:
-            shutil.copyfile(photo, temporary / "photos" / photo.name)
+            for file in (photo, caption_file(photo)):
+                if file.is_file():
+                    shutil.copyfile(file, temporary / "photos" / file.name)
         shown = photos or sorted(Path(str(job.options["instance_data_dir"])).glob("*.png"))
         if shown:
             save_thumbnail(shown[0], temporary / PICTURE)
@@ -263,5 +265,5 @@ def _digest(name: str, options: dict[str, Any], photos: list[Path]) -> str:
     """By which a run that is asked for twice is known again."""
     digest = hashlib.sha256(json.dumps([name, options], sort_keys=True, default=str).encode())
     for photo in photos:
-        digest.update(library.sha256(photo).encode())
+        digest.update(library.sha256(photo).encode() + caption(photo).encode())
     return digest.hexdigest()

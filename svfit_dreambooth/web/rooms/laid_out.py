@@ -7,7 +7,7 @@ from PIL import Image
 
 from svfit_dreambooth.bases.names import SUBJECTS_FOLDER
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.files import save_png
+from svfit_dreambooth.files import save_png, write_atomically
 from svfit_dreambooth.photos.masks import masked_stem
 from svfit_dreambooth.photos.reading import Photo, open_mask, open_photo, photo_report
 
@@ -16,6 +16,7 @@ MAX_PHOTOS = 100
 MAX_PHOTO_BYTES = 50 * 2**20
 MAX_SHORT_SIDE = 1536  # pixels: larger photos are scaled down to this, more than any base trains at
 THUMBNAIL = 256  # pixels of the longer side of what the page shows of a photo
+MAX_CAPTION = 1000  # characters; text encoders read a few hundred
 ALIKE = 5  # of 64 bits of the fingerprints of two photos that look the same
 
 
@@ -74,7 +75,47 @@ def rotate_photo(path: Path) -> None:
 
 def remove_photo(path: Path) -> None:
     path.unlink()
-    _thumbnail_of(path).unlink(missing_ok=True)
+    for beside in (_thumbnail_of(path), caption_file(path)):
+        beside.unlink(missing_ok=True)
+
+
+def caption_file(path: Path) -> Path:
+    """Where a caption of the photo `path` stands, as photos/captions.py reads it."""
+    return path.with_suffix(".txt")
+
+
+def caption(path: Path) -> str:
+    """What is said of the photo `path`; "" where nothing is, and the run's prompt holds."""
+    try:
+        return caption_file(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
+
+
+def set_caption(path: Path, text: str) -> None:
+    """Says `text` of the photo `path`; nothing: the run's prompt holds.  Raises SVFitError for one that is too long."""
+    text = " ".join(text.split())
+    if len(text) > MAX_CAPTION:
+        raise SVFitError(f"the caption has {len(text):,} characters: {MAX_CAPTION} are the most.")
+    if text:
+        write_atomically(caption_file(path), text)
+    else:
+        caption_file(path).unlink(missing_ok=True)
+
+
+def mask(path: Path) -> Image.Image | None:
+    """Where the subject is on the photo `path`, white, by its transparency; None: everywhere."""
+    with Image.open(path) as photo:
+        return photo.getchannel("A") if photo.mode == "RGBA" else None
+
+
+def set_mask(path: Path, subject: Image.Image | None) -> None:
+    """Makes transparent what is not white in `subject`; None, or black everywhere: nothing is, and all of it is trained."""
+    with Image.open(path) as photo:
+        whole = photo.convert("RGB")
+    if subject is not None and subject.getbbox() is not None:
+        whole.putalpha(subject.convert("L").resize(whole.size, Image.Resampling.NEAREST))
+    save_png(whole, path, compress_level=1)
 
 
 def remove_photos(folder: Path) -> None:

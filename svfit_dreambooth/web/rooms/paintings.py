@@ -8,7 +8,8 @@ from typing import Any
 
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web.rooms import pictures
-from svfit_dreambooth.web.rooms.studio import Order, Studio, Told, check
+from svfit_dreambooth.web.rooms.orders import Cell, Order, Told, check
+from svfit_dreambooth.web.rooms.studio import Studio
 from svfit_dreambooth.web.rooms.workspace import Visitor
 
 GRACE = 60.0  # seconds for which a painting goes on while nobody looks: a page that is reloaded finds it again
@@ -20,7 +21,7 @@ class Made:
     """A picture that is done, and kept."""
 
     path: Path
-    factor: float
+    cell: Cell
     settings: dict[str, Any]
     filtered: bool
 
@@ -57,7 +58,7 @@ class Painting(threading.Event):
         made = None
         if event.kind == "picture":
             path = pictures.keep(self._folder, self.order, event.picture)
-            made = Made(path, event.factor, event.picture.settings, event.picture.filtered)
+            made = Made(path, event.cell, event.picture.settings, event.picture.filtered)
         with self._news:
             if made is not None:
                 self.made.append(made)

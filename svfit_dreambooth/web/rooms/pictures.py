@@ -1,5 +1,7 @@
 """The pictures of one visitor: a folder of PNG files that tell how they were made."""
 
+import functools
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -7,16 +9,43 @@ from typing import Any
 from PIL import Image
 
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.web.rooms.studio import Order
+from svfit_dreambooth.web.rooms.orders import Order
 
 EARLIER = 60  # that are shown of those painted before
 MAX_TEXT = 100_000  # characters of settings in a file
 
 
-def earlier(folder: Path, most: int = EARLIER) -> list[str]:
-    """File names, newest first."""
+def earlier(folder: Path, most: int = EARLIER, words: str = "") -> list[str]:
+    """File names, newest first; of those alone of which all `words` are said: in prompt, adapters, base or seed."""
     paths = [path for path in folder.glob("*.png") if not path.name.startswith(".")]
-    return [path.name for path in sorted(paths, key=lambda path: (-path.stat().st_mtime_ns, path.name))[:most]]
+    paths.sort(key=lambda path: (-path.stat().st_mtime_ns, path.name))
+    wanted = words.casefold().split()
+    fitting = (path.name for path in paths if not wanted or all(word in _said_of(path) for word in wanted))
+    return list(itertools.islice(fitting, most))
+
+
+def _said_of(path: Path) -> str:
+    stat = path.stat()
+    return _said(path, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=20_000)
+def _said(path: Path, changed: int) -> str:
+    try:
+        return " ".join(value for _, value in describe(read_settings(path))).casefold()
+    except (SVFitError, OSError):
+        return ""
+
+
+def prompts(folder: Path, most: int = 40) -> list[str]:
+    """What was painted lately, each prompt once, newest first."""
+    found: dict[str, None] = {}
+    for name in earlier(folder, 5 * EARLIER):
+        try:
+            found[read_settings(folder / name)["prompt"]] = None
+        except (SVFitError, OSError):
+            continue
+    return list(found)[:most]
 
 
 def find(folder: Path, name: Any) -> Path:
@@ -63,6 +92,9 @@ def read_settings(path: Path) -> dict[str, Any]:
         if not isinstance(value, kinds) or isinstance(value, bool):
             raise SVFitError(f"{path.name} has no usable {name.replace('_', ' ')}: choose a picture made here.")
         read[name] = value
+    for name, kinds in (("scheduler", str), ("strength", int | float)):  # of those that have them
+        if isinstance(settings.get(name), kinds) and not isinstance(settings[name], bool):
+            read[name] = settings[name]
     strengths = settings.get("adapters")
     read["adapters"] = {
         str(name): float(strength)
@@ -72,12 +104,12 @@ def read_settings(path: Path) -> dict[str, Any]:
     return read
 
 
-def caption(settings: dict[str, Any], factor: float = 1.0) -> str:
-    """What stands under a picture."""
+def caption(settings: dict[str, Any], different: str = "") -> str:
+    """What stands under a picture; `different`: what sets it off from those beside it."""
+    if different:
+        return f"{different} · seed {settings['seed']}"
     if not settings["adapters"]:
         return f"seed {settings['seed']}"
-    if factor == 0:
-        return f"base · seed {settings['seed']}"
     strengths = ", ".join(f"{name} {strength:g}" for name, strength in settings["adapters"].items())
     return f"{strengths} · seed {settings['seed']}"
 
@@ -95,4 +127,6 @@ def describe(settings: dict[str, Any]) -> list[tuple[str, str]]:
         ("steps", str(settings["num_inference_steps"])),
         ("guidance", f"{settings['guidance_scale']:g}"),
         ("size", f"{settings['width']} × {settings['height']}"),
+        *([("sampler", settings["scheduler"])] if settings.get("scheduler") else []),
+        *([("begun with", f"a picture, painted anew to {settings['strength']:g}")] if settings.get("strength") else []),
     ]

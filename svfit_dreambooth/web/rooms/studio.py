@@ -1,63 +1,31 @@
 """One open base model that paints for everybody in turn: adapters are exchanged on it, the base stays.
 
-A long order lets others in between its pictures.  On a GPU it leaves when a run needs the room, and when nobody has painted for a while.
+What different people ask of one base at the same time is painted in one batch, a picture of each.  A long order lets
+others in between its pictures.  On a GPU the base leaves when a run needs the room, and when nobody has painted for a while.
 """
 
 import gc
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svfit_dreambooth.bases.names import DEFAULT_BASE, check_held
+from svfit_dreambooth.bases.names import check_held
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web.rooms.bases import OFF, Bases, check_on_hub
+from svfit_dreambooth.web.rooms.loaded import Loaded
+from svfit_dreambooth.web.rooms.orders import Order, Told, check
+from svfit_dreambooth.web.rooms.tickets import Ticket
+from svfit_dreambooth.web.rooms.together import paint_together
 from svfit_dreambooth.web.rooms.turns import Line
 
-MAX_PIXELS = 2048  # of a side
-MAX_PICTURES = 64  # of one order
-MAX_STEPS = 200
-MAX_PROMPT = 4000  # characters
 MAX_ORDERS = 8  # of one person that are painted or wait
 MAX_ORDERS_ALL = 40
 SLICE = 20.0  # seconds after which an order lets others have a turn
-STRIP = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+TOGETHER = 4  # pictures of different people that are painted at once
 IDLE = 600.0  # seconds after which a base that nobody paints with leaves the GPU
-AS_TRAINED = "the adapters' own"  # the base that the first adapter names, or the embedded one
-
-
-@dataclass
-class Order:
-    """What is to be painted, once for each of `factors`: every strength times that number (0: the base alone)."""
-
-    prompt: str
-    base: str  # as `Bases` names it
-    adapters: Sequence[tuple[Path, float]] = ()  # (file, strength)
-    negative_prompt: str = ""
-    num_images: int = 1
-    seed: int = 0
-    num_inference_steps: int = 25
-    guidance_scale: float | None = None  # None: the base's own
-    width: int | None = None  # None: the base's own
-    height: int | None = None
-    factors: Sequence[float] = (1.0,)
-    allow_other_base: bool = False
-
-
-@dataclass
-class Told:
-    """What `paint` tells while it works: "waiting", "opening", "loading", "step" or "picture"."""
-
-    kind: str
-    picture: Any = None  # generation.Picture
-    number: int = 0  # of the picture, from 0
-    pictures: int = 0
-    step: int = 0
-    of: int = 0
-    factor: float = 1.0
 
 
 class Studio:
@@ -67,83 +35,111 @@ class Studio:
         self.bases = bases
         self.dtype = dtype  # in which the base works, by the names of devices.DTYPES; None: see `working_dtype`
         self.line = Line(MAX_ORDERS, MAX_ORDERS_ALL)
+        self._tickets: list[Ticket] = []
+        self._changing = threading.Lock()  # held while the list of tickets changes
         self._room_wanted = threading.Event()  # by a run, while somebody paints
         self._idle = threading.Timer(IDLE, self.make_room)
         self._model: Any = None
         self._opened: tuple[str, str] | None = None  # (name, options)
-        self._loaded: dict[tuple[str, int, int], str] = {}  # (path, time, size) of a file -> its name on the pipeline
-        self._lenient: set[str] = set()  # those names whose base was not to be the adapter's own
+        self._loaded = Loaded()
 
     def paint(self, order: Order, tell: Callable[[Told], None], cancelled: threading.Event, person: str = "") -> None:
         """Paints `order`, telling of every step and picture; `cancelled` stops it within a denoising step.
 
-        While others than `person` wait, they get a turn between two pictures.
+        While others than `person` wait, they get a turn between two pictures; what they ask of the same base in the same
+        way is painted along.
         """
         check(order)
         with self.line.wish(person):
-            each = order.num_images
-            left = [(factor, i) for factor in order.factors for i in range(each)]
-            while left and not cancelled.is_set():
-                with self._turn(person, tell, cancelled) as mine:
-                    if mine:
-                        self._paint(order, left, len(order.factors) * each, tell, cancelled, person)
+            ticket = Ticket(order, tell, cancelled, person)
+            with self._changing:
+                self._tickets.append(ticket)
+            try:
+                while not ticket.is_set():
+                    with self._turn(person, lambda: ticket.tell("waiting"), ticket) as mine:
+                        if mine:
+                            self._paint(ticket)
+            finally:
+                with self._changing:
+                    self._tickets.remove(ticket)
 
-    def _paint(
-        self, order: Order, left: list[tuple[float, int]], total: int, tell: Callable[[Told], None],
-        cancelled: threading.Event, person: str,
-    ) -> None:  # fmt: skip
-        """Paints what is `left`, (factor, number) each, which it takes out, until the turn is over."""
-        from svfit_dreambooth.adapter.file import read_adapter
-        from svfit_dreambooth.painting.generate import generate
-
-        adapters = [(path, read_adapter(path), strength) for path, strength in order.adapters]
-        base, typed = order.base, True
-        if base == AS_TRAINED:
-            base, typed = (adapters[0][1].base_model, False) if adapters else (DEFAULT_BASE, True)
-        model = self._open(base, typed, adapters[0][0].stem if adapters and not typed else None, tell)
-        if cancelled.is_set():
+    def _paint(self, ticket: Ticket) -> None:
+        """Paints what is left of an order, until the turn is over."""
+        order = ticket.order
+        model = self._open(ticket.base, ticket.typed, order.adapters[0][0].stem if order.adapters else None, ticket)
+        if ticket.is_set():
             return
-        tell(Told("loading"))
-        strengths = self._exchange(model, adapters, order.allow_other_base)
+        ticket.tell("loading")
         ends = time.monotonic() + SLICE
-        over = False  # the turn, not the order
+        while not ticket.is_set():
+            companions = self._companions(ticket)
+            if companions:
+                paint_together(model, self._loaded, [ticket, *companions])
+            else:
+                self._paint_alone(model, ticket, ends)
+            if time.monotonic() > ends and self.line.others_wait(ticket.person):
+                return
+
+    def _paint_alone(self, model: Any, ticket: Ticket, ends: float) -> None:
+        """Paints the pictures of the next cell, until others may have a turn or can be painted along."""
+        from svfit_dreambooth.painting.generate import generate
+        from svfit_dreambooth.painting.loading import set_adapters
+
+        order, (cell, first), over = ticket.order, ticket.left[0], False
+        names = self._loaded.exchange(model, ticket.adapters, order.allow_other_base)
+        if names:
+            set_adapters(model.pipeline, dict(zip(names, order.strengths(cell), strict=True)))
 
         def on_step(step: int, of: int) -> bool:
-            tell(Told("step", number=total - len(left), pictures=total, step=step, of=of, factor=left[0][0]))
-            return cancelled.is_set() or over
+            ticket.tell("step", step=step, of=of)
+            return ticket.cancelled.is_set() or over
 
         def on_picture(picture: Any) -> None:
             nonlocal over
-            factor, number = left[0][0], total - len(left)
-            tell(Told("picture", picture=picture, number=number, pictures=total, factor=factor))
-            left.pop(0)
-            over = time.monotonic() > ends and self.line.others_wait(person)
+            ticket.done(picture)
+            over = time.monotonic() > ends and self.line.others_wait(ticket.person) or bool(self._companions(ticket))
 
-        while left and not cancelled.is_set() and not over:
-            factor, first = left[0]
-            self._set(model, {name: strength * factor for name, strength in strengths.items()})
-            generate(
-                model,
-                [order.prompt],
-                num_images=order.num_images - first,
-                seed=order.seed + first,
-                num_inference_steps=order.num_inference_steps,
-                guidance_scale=order.guidance_scale,
-                negative_prompt=order.negative_prompt or None,
-                height=order.height,
-                width=order.width,
-                on_picture=on_picture,
-                on_denoising_step=on_step,
-            )
+        generate(
+            model,
+            [order.prompt],
+            num_images=order.num_images - first,
+            seed=order.seed + first,
+            negative_prompt=order.negative_prompt or None,
+            on_picture=on_picture,
+            on_denoising_step=on_step,
+            **order.settings(cell),
+        )
+
+    def _companions(self, ticket: Ticket) -> list[Ticket]:
+        """Orders that wait, of which a picture each can be painted in one batch with the next one of `ticket`."""
+        if ticket.alone or not ticket.left:
+            return []
+        with self._changing:
+            waiting = [
+                other for other in self._tickets if other is not ticket and not other.alone and not other.is_set()
+            ]
+        return [other for other in waiting if self._alike(ticket, other)][: TOGETHER - 1]
+
+    def _alike(self, one: Ticket, other: Ticket) -> bool:
+        left = other.left[:1]  # which another thread never takes away: only the one whose turn it is paints
+        if not left or one.order.allow_other_base != other.order.allow_other_base:
+            return False
+        if one.order.settings(one.left[0][0]) != other.order.settings(left[0][0]):
+            return False
+        try:
+            place, options = self.bases.resolve(other.base, typed=other.typed)
+        except SVFitError:  # it is told when it has its turn
+            return False
+        return (place, str(options.get("revision"))) == self._opened
 
     @contextmanager
     def bare(self, path: Path, person: str = "") -> Iterator[Any]:
         """The base that an adapter file names, without adapters, for nobody else meanwhile."""
         from svfit_dreambooth.adapter.file import read_adapter
 
-        with self.line.wish(person), self._turn(person, lambda event: None, threading.Event()):
-            model = self._open(read_adapter(path).base_model, False, path.stem, lambda event: None)
-            self._exchange(model, [], False)
+        with self.line.wish(person), self._turn(person, lambda: None, threading.Event()):
+            model = self._open(read_adapter(path).base_model, False, path.stem)
+            self._loaded.exchange(model, [], False)
             yield model
 
     def make_room(self) -> None:
@@ -153,9 +149,9 @@ class Studio:
             self._rest(None)
 
     @contextmanager
-    def _turn(self, person: str, tell: Callable[[Told], None], cancelled: threading.Event) -> Iterator[bool]:
+    def _turn(self, person: str, on_wait: Callable[[], None], cancelled: Any) -> Iterator[bool]:
         """Waits for a turn; False: cancelled meanwhile."""
-        if not self.line.take(person, cancelled, lambda: tell(Told("waiting"))):
+        if not self.line.take(person, cancelled, on_wait):
             yield False
             return
         self._idle.cancel()
@@ -178,7 +174,7 @@ class Studio:
         finally:
             self.line.give_back(person)
 
-    def _open(self, name: str, typed: bool, adapter: str | None, tell: Callable[[Told], None]) -> Any:
+    def _open(self, name: str, typed: bool, adapter: str | None, ticket: Ticket | None = None) -> Any:
         from svfit_dreambooth.bases.devices import DTYPES, default_device
         from svfit_dreambooth.bases.opening import is_cached, open_base_model
 
@@ -195,7 +191,8 @@ class Studio:
         # a model that is open already serves both who typed its name and a file that names it
         key = (place, str(options.get("revision")))
         if self._opened != key:
-            tell(Told("opening"))
+            if ticket is not None:
+                ticket.tell("opening")
             if options and not options["local_files_only"] and not is_cached(place, options["revision"]):
                 check_on_hub(place, options["revision"])  # before the open one gives way
             self._close()
@@ -223,53 +220,8 @@ class Studio:
                     module.to("meta")  # gives its memory back, whoever still knows of it
         self._model, self._opened = None, None
         self._loaded.clear()
-        self._lenient.clear()
         gc.collect()
         torch.cuda.empty_cache()
-
-    def _exchange(self, model: Any, adapters: Sequence[tuple[Path, Any, float]], any_base: bool) -> dict[str, float]:
-        """Puts exactly `adapters` on the base; returns their names on the pipeline, with strengths."""
-        from svfit_dreambooth.painting.loading import load_adapter
-
-        wanted = {}
-        for path, adapter, strength in adapters:
-            stat = path.stat()
-            wanted[(str(path), stat.st_mtime_ns, stat.st_size)] = (path, adapter, strength)
-        for key in [key for key in wanted if self._loaded.get(key) in self._lenient and not any_base]:
-            self._unload(model, key)  # what was let on then is looked at again
-        # newcomers come before others leave, so that the directions stay in the layers
-        strengths = {}
-        leaving = {key: name for key, name in self._loaded.items() if key not in wanted}
-        for key, (path, adapter, strength) in wanted.items():
-            if key not in self._loaded:
-                name, number = path.stem, 1
-                while name in leaving.values() and number == 1:
-                    old = next(old for old, taken in leaving.items() if taken == name)
-                    self._unload(model, old)
-                    del leaving[old]
-                while name in self._loaded.values():
-                    number += 1
-                    name = f"{path.stem}-{number}"
-                load_adapter(model.pipeline, adapter, 0.0, name, allow_other_base=any_base)
-                self._loaded[key] = name
-                if any_base:
-                    self._lenient.add(name)
-            strengths[self._loaded[key]] = strength
-        for key in leaving:
-            self._unload(model, key)
-        return strengths
-
-    def _unload(self, model: Any, key: tuple[str, int, int]) -> None:
-        from svfit_dreambooth.painting.loading import unload_adapter
-
-        unload_adapter(model.pipeline, self._loaded[key])
-        self._lenient.discard(self._loaded.pop(key))
-
-    def _set(self, model: Any, strengths: dict[str, float]) -> None:
-        from svfit_dreambooth.painting.loading import set_adapters
-
-        if strengths:
-            set_adapters(model.pipeline, strengths)
 
 
 def working_dtype(device: str) -> str:
@@ -280,22 +232,3 @@ def working_dtype(device: str) -> str:
 def on_gpu(model: Any) -> bool:
     """Does an open base take memory of a GPU?"""
     return model is not None and model.pipeline.device.type != "cpu"
-
-
-def check(order: Order) -> None:
-    """Raises SVFitError for an order that would never end or fit."""
-    if not order.prompt.strip():
-        raise SVFitError("the prompt is empty: say what to paint, such as “a photo of sks dog on the beach”.")
-    for what, text in (("prompt", order.prompt), ("negative prompt", order.negative_prompt)):
-        if len(text) > MAX_PROMPT:
-            raise SVFitError(f"the {what} has {len(text):,} characters: {MAX_PROMPT:,} are the most.")
-    for name, value, most in (
-        ("number of pictures", order.num_images, MAX_PICTURES),
-        ("number of steps", order.num_inference_steps, MAX_STEPS),
-        ("width", order.width or 1, MAX_PIXELS),
-        ("height", order.height or 1, MAX_PIXELS),
-    ):
-        if not 1 <= value <= most:
-            raise SVFitError(f"the {name} is {value}: it must be between 1 and {most}.")
-    if len({path for path, _ in order.adapters}) < len(order.adapters):
-        raise SVFitError("an adapter is chosen twice: raise its strength instead.")

@@ -18,7 +18,9 @@ def loss_plot(progress: Progress, over: bool) -> gr.LinePlot:
     ]
     kept = f", kept: step {progress.kept_step}" if over and progress.kept_step else ""
     return gr.LinePlot(
-        pd.DataFrame(rows, columns=["step", "loss", "line"]),
+        pd.DataFrame(rows, columns=["step", "loss", "line"]).astype(
+            {"step": float, "loss": float}
+        ),  # also without rows
         x="step",
         y="loss",
         color="line",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from PIL import Image, ImageChops
 
 from svfit_dreambooth.bases.names import DEFAULT_BASE, SUBJECTS_FOLDER, as_asked
 from svfit_dreambooth.errors import SVFitError
@@ -19,11 +20,15 @@ from svfit_dreambooth.web.rooms.laid_out import (
     add_photos,
     bundled,
     bundled_subjects,
+    caption,
+    mask,
     photo_files,
     photo_remarks,
     remove_photo,
     remove_photos,
     rotate_photo,
+    set_caption,
+    set_mask,
     take_bundled,
     thumbnail,
     touched,
@@ -37,6 +42,8 @@ from svfit_dreambooth.web.tabs.mistakes import number, plainly
 REMEMBERED = ("name", "word", "kind", "base", "preset", *ADVANCED)
 RESOLUTION = 512  # pixels at which bases train at least; an SDXL at 1024, which is known when it is open
 EMBEDDED_RESOLUTION = 64
+EDITED = 512  # pixels of the longer side of a photo on which a mask is drawn
+MASK_COLOUR = "#4f46e5"
 NAMES = {field.name for field in dataclasses.fields(TrainConfig)}  # options that a run knows
 
 
@@ -74,11 +81,13 @@ class Draft:
 
     @plainly
     def rotate(self, selected: int | None, base: str, resolution: str, request: gr.Request) -> tuple[Any, ...]:
+        """Thumbnails, remarks, selected, actions; then the mask, closed: it is another now."""
         visitor = self.app.visitor(request)
-        rotate_photo(self._selected(visitor, selected))
+        path = self._selected(visitor, selected)
+        rotate_photo(path)
         touched(visitor.photos)
         thumbs, text, _, buttons = self._shown(visitor, base, resolution)
-        return thumbs, text, selected, buttons
+        return thumbs, text, selected, buttons, gr.Accordion(open=False)
 
     @plainly
     def remove(self, selected: int | None, base: str, resolution: str, request: gr.Request) -> tuple[Any, ...]:
@@ -111,10 +120,49 @@ class Draft:
         """Keeps the values of REMEMBERED for when the page is opened again."""
         remember(self.app.visitor(request).folder, dict(zip(REMEMBERED, values, strict=False)))
 
-    @staticmethod
-    def select(event: gr.SelectData) -> tuple[Any, ...]:
-        """The number of the photo that was clicked, and what can be done with it."""
-        return event.index, gr.Button(interactive=True), gr.Button(interactive=True)
+    @plainly
+    def select(self, event: gr.SelectData, request: gr.Request) -> tuple[Any, ...]:
+        """The number of the photo that was clicked, the buttons that turn and remove it, its caption, and its mask."""
+        path = self._selected(self.app.visitor(request), event.index)
+        name = f"photo {event.index + 1}"
+        said = gr.Textbox(caption(path), label=f"Caption of {name}", visible=True)
+        closed = gr.Accordion(f"Mask of {name}", visible=True, open=False)
+        return event.index, gr.Button(interactive=True), gr.Button(interactive=True), said, closed
+
+    @plainly
+    def edit(self, selected: int | None, request: gr.Request) -> dict[str, Any]:
+        """The selected photo with its mask drawn over it, for an editor that is seen: hidden ones show nothing."""
+        path = self._selected(self.app.visitor(request), selected)
+        with Image.open(path) as photo:
+            scale = EDITED / max(photo.size)
+            size = (round(photo.width * scale), round(photo.height * scale))
+            shown = photo.convert("RGB").resize(
+                size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC
+            )
+        held, layer = mask(path), Image.new("RGBA", size, MASK_COLOUR)
+        drawn = Image.new("L", size) if held is None else held.resize(size).point(lambda value: 160 * (value > 127))
+        layer.putalpha(drawn)
+        return {"background": shown, "layers": [layer], "composite": None}
+
+    @plainly
+    def say(self, text: str, selected: int | None, base: str, resolution: str, request: gr.Request) -> tuple[Any, ...]:
+        """Keeps the caption of the selected photo; thumbnails and remarks then."""
+        visitor = self.app.visitor(request)
+        path = self._selected(visitor, selected)
+        if text != caption(path):
+            set_caption(path, text)
+            touched(visitor.photos)
+        return self._shown(visitor, base, resolution)[:2]
+
+    @plainly
+    def draw(
+        self, drawn: dict[str, Any] | None, selected: int | None, base: str, resolution: str, request: gr.Request
+    ) -> tuple[Any, ...]:
+        """Makes what was drawn over the selected photo its mask; thumbnails and remarks then."""
+        visitor = self.app.visitor(request)
+        set_mask(self._selected(visitor, selected), drawn_over(drawn))
+        touched(visitor.photos)
+        return self._shown(visitor, base, resolution)[:2]
 
     @staticmethod
     def prompt_for(word: str, kind: str) -> str:
@@ -178,23 +226,29 @@ class Draft:
             memory = [f"memory: told when {base} is on this disk; a run downloads it first"]
         else:
             memory = estimate_memory(prepare(config, weightless=True)).lines()
-        return [*map(in_form_words, memory), self._time(visitor, options, config.max_train_steps)]
+        time = self.time_of_runs_like(visitor, options, config.max_train_steps)
+        unknown = "told after the first steps, as no run like it has been made on this computer yet"
+        return [*map(in_form_words, memory), f"time: {time or unknown}"]
 
-    def _time(self, visitor: Visitor, options: dict[str, Any], steps: int) -> str:
+    def time_of_runs_like(self, visitor: Visitor, options: dict[str, Any], steps: int) -> str | None:
+        """How long earlier runs like it took; None where there was none."""
         alike = ("pretrained_model_name_or_path", "preset", "resolution", "train_batch_size", "train_text_encoder")
         for job in self.app.jobs.listed(visitor):
             state = sum_up(self.app.jobs.run_folder(job))
             if not state.seconds_a_step or any(job.options.get(name) != options.get(name) for name in alike):
                 continue
             if state.seconds is not None and state.status == "finished" and state.of == steps:
-                return f"time: about {duration(state.seconds)}, going by {job.name}"
+                return f"about {duration(state.seconds)}, going by {job.name}"
             seconds = steps * state.seconds_a_step
-            return f"time: about {duration(seconds)} for the steps alone, going by {job.name}"
-        return "time: told after the first steps, as no run like it has been made on this computer yet"
+            return f"about {duration(seconds)} for the steps alone, going by {job.name}"
+        return None
 
     def _shown(self, visitor: Visitor, base: str = DEFAULT_BASE, resolution: str = "") -> tuple[Any, ...]:
         paths = photo_files(visitor.photos)
-        thumbs = [(self.app.serve(thumbnail(path)), f"photo {i}") for i, path in enumerate(paths, 1)]
+        thumbs = [
+            (self.app.serve(thumbnail(path)), f"photo {i}" + " ✎" * bool(caption(path)))
+            for i, path in enumerate(paths, 1)
+        ]
         text = self._remarks(visitor, base, resolution)
         return gr.Gallery(thumbs, visible=bool(paths)), text, None, gr.Row(visible=bool(paths))
 
@@ -221,6 +275,15 @@ def _as_written(value: Any, name: str) -> Any:
     if isinstance(value, bool) or name in SWITCHES:
         return bool(value)
     return "\n".join(value) if isinstance(value, list) else "" if value is None else f"{value}"
+
+
+def drawn_over(drawn: dict[str, Any] | None) -> Image.Image | None:
+    """White where something is drawn in the layers of an editor; None where nothing is."""
+    found = None
+    for layer in (drawn or {}).get("layers") or []:
+        alpha = layer.getchannel("A").point(lambda value: 255 if value else 0)
+        found = alpha if found is None else ImageChops.lighter(found, alpha)
+    return found if found is not None and found.getbbox() is not None else None
 
 
 def trained_at(base: str, resolution: str) -> int:

@@ -8,11 +8,13 @@ import gradio as gr
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web.rooms import library
 from svfit_dreambooth.web.rooms.app import App
-from svfit_dreambooth.web.rooms.studio import AS_TRAINED, MAX_STEPS
+from svfit_dreambooth.web.rooms.orders import AS_TRAINED, MAX_STEPS
 from svfit_dreambooth.web.tabs.cards import readable
+from svfit_dreambooth.web.tabs.compare import AXES, GRID, MODES, NOTHING
+from svfit_dreambooth.web.tabs.gallery import UNSELECTED
 from svfit_dreambooth.web.tabs.mistakes import told
-from svfit_dreambooth.web.tabs.painting import FACTORS, IDLE, UNSELECTED, Painter
-from svfit_dreambooth.web.tabs.reuse import ONCE
+from svfit_dreambooth.web.tabs.painting import IDLE, Painter
+from svfit_dreambooth.web.tabs.reuse import ONCE, OWN_SAMPLER, SAMPLERS
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 OPEN: dict[str, Any] = {"interactive": True}  # which Gradio cannot see where only a rendered event reads a field
@@ -30,7 +32,7 @@ def build_generate(app: App, page: gr.Blocks) -> GenerateTab:
     painting = Painter(app)
     offered, value = painting.at_the_start()
     shown = gr.State([])  # names of the visitor's pictures in the gallery
-    selected = gr.State(None)  # name of one of them
+    selected = gr.State([])  # names of those that are chosen among them
     filled = gr.State("")  # what was last written into the prompt for the person
     taken_up = gr.State({})  # strengths of adapters that a picture's settings ask for
     with gr.Row():
@@ -38,6 +40,9 @@ def build_generate(app: App, page: gr.Blocks) -> GenerateTab:
             prompt = gr.Textbox(
                 label="Prompt", lines=3, max_lines=8, placeholder="a photo of sks dog on the beach", elem_id="prompt",
                 info="Say the subject's own words; what else is in the picture is up to you. Ctrl+Enter paints.",
+            )  # fmt: skip
+            before = gr.Dropdown(
+                [], label="Earlier prompts", info="Choose one to write it above again.", elem_id="said-before", **OPEN,
             )  # fmt: skip
             adapters = gr.Dropdown(
                 offered, value=value, multiselect=True, label="Adapters", elem_id="adapters", **OPEN,
@@ -72,18 +77,44 @@ def build_generate(app: App, page: gr.Blocks) -> GenerateTab:
 
             upload = gr.UploadButton("Use an adapter file once", size="sm", file_types=[".safetensors"])
             with gr.Row():
-                count = gr.Slider(1, 12, 4, step=1, label="Pictures", min_width=130, elem_id="count", **OPEN)
-                steps = gr.Slider(1, MAX_STEPS, 25, step=1, label="Steps", min_width=130, elem_id="steps", **OPEN)
+                count = gr.Slider(
+                    1, 12, 4, step=1, label="Pictures", min_width=130, elem_id="count", buttons=[], **OPEN
+                )
+                steps = gr.Slider(
+                    1, MAX_STEPS, 25, step=1, label="Sampling steps", min_width=130, elem_id="steps", **OPEN
+                )
             with gr.Row():
                 seed = gr.Number(0, label="Seed", precision=0, min_width=110, elem_id="seed", **OPEN)
                 new_seed = gr.Checkbox(True, label="A new seed each time", min_width=130, elem_id="new-seed", **OPEN)
-            mode = gr.Radio(list(FACTORS), value=ONCE, label="Compare", elem_id="mode", **OPEN)
+            mode = gr.Radio(list(MODES), value=ONCE, label="Compare", elem_id="mode", **OPEN)
+            axes: list[Any] = []
+            with gr.Group(visible=False) as grid:
+                for side in ("Rows", "Columns"):
+                    with gr.Row():
+                        axis = gr.Dropdown(list(AXES), value=NOTHING, label=side, min_width=110, **OPEN)
+                        values = gr.Textbox(label="Values", placeholder="0.5, 1", max_lines=1, min_width=110, **OPEN)
+                    axis.input(lambda name: AXES[name], axis, values, queue=False, **PRIVATE)
+                    axes += [axis, values]
+            mode.change(lambda mode: gr.Group(visible=mode == GRID), mode, grid, queue=False, **PRIVATE)
+            with gr.Accordion("Begin with a picture", open=False, elem_id="begin"):
+                gr.Markdown(
+                    "Draw over what alone is to be painted anew; nothing drawn: all of it is.", elem_classes="note"
+                )
+                begin = gr.ImageEditor(
+                    label="Picture to begin with", show_label=False, type="pil", layers=False, height=300,
+                    sources=("upload", "clipboard"), transforms=("crop",), buttons=[],
+                    brush=gr.Brush(colors=["#ffffff"], color_mode="fixed"), **OPEN,
+                )  # fmt: skip
+                anew = gr.Slider(0.05, 1, 0.6, step=0.05, label="How much is painted anew", info="Denoising strength: 1 keeps nothing.", **OPEN)  # fmt: skip
             with gr.Accordion("More settings", open=False):
                 base = gr.Dropdown(
                     [AS_TRAINED], value=AS_TRAINED, label="Base model", allow_custom_value=True, elem_id="base", **OPEN,
                     info="The model that paints. Type a hub id such as owner/name for another one: it is downloaded.",
                 )  # fmt: skip
                 negative = gr.Textbox(label="Negative prompt", placeholder="what should not be there", lines=1, **OPEN)
+                sampler = gr.Dropdown(
+                    [OWN_SAMPLER, *SAMPLERS], value=OWN_SAMPLER, label="Sampler", elem_id="sampler", **OPEN
+                )
                 with gr.Row():
                     guidance = gr.Textbox(label="Guidance", placeholder="as suits", max_lines=1, min_width=90, **OPEN)
                     width = gr.Textbox(label="Width", placeholder="as suits", max_lines=1, min_width=90, **OPEN)
@@ -105,9 +136,33 @@ def build_generate(app: App, page: gr.Blocks) -> GenerateTab:
                 cover = gr.Button("Use as the adapter's picture", size="sm", interactive=False)
                 remove = gr.Button("Delete", size="sm", interactive=False)
             with gr.Row(elem_classes="actions"):
-                history = gr.Button("Earlier pictures", size="sm", elem_id="history")
+                several = gr.Checkbox(False, label="Choose several", elem_id="several", min_width=160, **OPEN)
+                words = gr.Textbox(
+                    placeholder="Find earlier pictures: words of the prompt, an adapter, a seed", show_label=False,
+                    label="Find earlier pictures", container=False, max_lines=1, scale=3, elem_id="find", **OPEN,
+                )  # fmt: skip
+                more = gr.Button("Show more", size="sm", elem_id="more")
+            with gr.Row(elem_classes="actions"):
                 from_png = gr.UploadButton("Settings from a PNG file", size="sm", file_types=[".png"])
-    form = [prompt, negative, base, adapters, count, steps, guidance, seed, new_seed, width, height, mode, relatives]
+    form = [
+        prompt,
+        negative,
+        base,
+        adapters,
+        count,
+        steps,
+        guidance,
+        seed,
+        new_seed,
+        width,
+        height,
+        mode,
+        relatives,
+        sampler,
+        begin,
+        anew,
+        *axes,
+    ]
     actions = [reuse, download, cover, remove]
 
     opened = page.load(painting.open_page, None, [base, adapters, gallery, shown, prompt, filled, stop], **PRIVATE)
@@ -118,21 +173,29 @@ def build_generate(app: App, page: gr.Blocks) -> GenerateTab:
         concurrency_limit=None,
         **PRIVATE,
     )
-    kept: list[Any] = [prompt, negative, count, steps, guidance, seed, new_seed, width, height]
+    kept: list[Any] = [prompt, negative, count, steps, guidance, seed, new_seed, width, height, sampler]
     page.load(painting.recall, None, kept[1:], **PRIVATE)
     for field in kept:
-        leave = field.release if field in (count, steps) else getattr(field, "blur", field.input)
+        blurred = field.input if field is sampler else getattr(field, "blur", field.input)
+        leave = field.release if field in (count, steps) else blurred
         leave(painting.remember, kept, None, queue=False, **PRIVATE)
     adapters.change(painting.fill_in, [adapters, prompt, filled], [prompt, filled], **PRIVATE)
     upload.upload(painting.upload, [upload, adapters], adapters, **PRIVATE)
     stop.click(painting.stop, None, [status, stop], queue=False, **PRIVATE)
-    gallery.select(painting.select, shown, [selected, details, *actions], **PRIVATE)
-    fields = [prompt, negative, base, adapters, steps, guidance, seed, new_seed, width, height, mode, count, taken_up]
+    kept_pictures, pictured = painting.pictures, [selected, details, *actions]
+    gallery.select(kept_pictures.select, [shown, selected, several], [gallery, *pictured], **PRIVATE)
+    several.input(kept_pictures.choose_several, [several, shown], [gallery, *pictured], **PRIVATE)
+    fields = [
+        prompt, negative, base, adapters, steps, guidance, seed, new_seed, width, height, mode, count, sampler, taken_up,
+    ]  # fmt: skip
     reuse.click(painting.reuse, selected, fields, **PRIVATE)
     from_png.upload(painting.reuse_file, from_png, fields, **PRIVATE)
-    remove.click(painting.delete, [selected, shown], [gallery, shown, selected, details, *actions], **PRIVATE)
-    cover.click(painting.cover, selected, None, **PRIVATE)
-    history.click(painting.history, None, [gallery, shown], **PRIVATE)
+    remove.click(kept_pictures.delete, [selected, shown], [gallery, shown, *pictured], **PRIVATE)
+    cover.click(kept_pictures.cover, selected, None, **PRIVATE)
+    words.submit(kept_pictures.find, words, [gallery, shown, *pictured], **PRIVATE)
+    more.click(kept_pictures.more, [words, shown], [gallery, shown, *pictured], **PRIVATE)
+    before.focus(painting.said_before, None, before, queue=False, **PRIVATE)
+    before.input(lambda said: said, before, prompt, queue=False, **PRIVATE)
     return GenerateTab(adapters, painting)
 
 

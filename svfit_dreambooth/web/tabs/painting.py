@@ -2,7 +2,7 @@
 
 import html
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +12,22 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web.rooms import library, pictures
 from svfit_dreambooth.web.rooms.app import App
 from svfit_dreambooth.web.rooms.memory import remember, remembered
+from svfit_dreambooth.web.rooms.orders import AS_TRAINED, Cell, Order, Told
 from svfit_dreambooth.web.rooms.paintings import Made, Painting
-from svfit_dreambooth.web.rooms.studio import AS_TRAINED, STRIP, Order, Told
 from svfit_dreambooth.web.rooms.workspace import Visitor, library_of
+from svfit_dreambooth.web.tabs.compare import GRID, STRENGTHS, arranged, cells, label
+from svfit_dreambooth.web.tabs.draft import drawn_over
+from svfit_dreambooth.web.tabs.gallery import UNSELECTED, Pictures
 from svfit_dreambooth.web.tabs.mistakes import number, plainly, whole
-from svfit_dreambooth.web.tabs.reuse import ONCE, take_up
+from svfit_dreambooth.web.tabs.reuse import SAMPLERS, take_up
 
-COMPARED, STRENGTHS = "beside the base model", "strengths 0 to 1.5"
-FACTORS: dict[str, tuple[float, ...]] = {ONCE: (1.0,), COMPARED: (0.0, 1.0), STRENGTHS: STRIP}
 SEEDS = 1_000_000  # a new one is chosen among: few enough digits to be told to a friend
 REMEMBERED = (
     "prompt", "negative_prompt", "num_images", "num_inference_steps_painting", "guidance_scale", "seed_painting",
-    "new_seed", "width", "height",
+    "new_seed", "width", "height", "scheduler",
 )  # fmt: skip
 IDLE = '<div class="status" role="status"></div>'
-UNSELECTED = '<div class="settings">Select a picture to see how it was made.</div>'
+FIELDS = 20  # of the form; what follows are the strengths of the chosen adapters
 
 
 class Painter:
@@ -34,6 +35,7 @@ class Painter:
 
     def __init__(self, app: App):
         self.app = app
+        self.pictures = Pictures(app)
 
     @plainly
     def open_page(self, request: gr.Request) -> tuple[Any, ...]:
@@ -46,7 +48,7 @@ class Painter:
         return (
             gr.Dropdown([AS_TRAINED, *self.app.studio.bases.names()]),
             gr.Dropdown(choices, value=value),
-            self._gallery(visitor, names),
+            self.pictures.shown(visitor, names),
             names,
             form.get("prompt") or words,
             words,
@@ -113,7 +115,7 @@ class Painter:
         keep, off, order = gr.skip(), gr.Button(interactive=False), painting.order
         busy = (gr.Button(interactive=False), gr.Button(interactive=True))
         empty = gr.Gallery([], selected_index=None, preview=False)  # not the large view of an earlier picture
-        yield (_status("Starting"), empty, [], None, UNSELECTED, order.seed, *busy, off, off, off, off)
+        yield (_status("Starting"), empty, [], [], UNSELECTED, order.seed, *busy, off, off, off, off)
         seen, count = 0, 0
         while not painting.over:
             if (number := painting.look(seen)) == seen:
@@ -121,14 +123,14 @@ class Painter:
             seen, gallery, names = number, keep, keep
             if len(painting.made) > count:
                 count = len(painting.made)
-                made = _arranged(painting.made[:count], order.factors)
+                made = arranged(painting.made[:count], order.cells)
                 gallery = [(self.app.serve(one.path), _caption(one, order)) for one in made]
                 names = [one.path.name for one in made]
             yield (_progress(painting.said), gallery, names, *[keep] * 9)
-        made = _arranged(painting.made, order.factors)
+        made = arranged(painting.made, order.cells)
         idle = (gr.Button(interactive=True), gr.Button(interactive=False))
         text = f"{len(made)} picture{'s' * (len(made) != 1)}"
-        text = f"Stopped after {text}." if len(made) < order.num_images * len(order.factors) else f"{text} done."
+        text = f"Stopped after {text}." if len(made) < order.num_images * len(order.cells) else f"{text} done."
         gallery = [(self.app.serve(one.path), _caption(one, order)) for one in made]
         names = [one.path.name for one in made]
         status = _status(text) if painting.failure is None else IDLE
@@ -138,22 +140,20 @@ class Painter:
 
     def _order(self, visitor: Visitor, *values: Any) -> Order:
         """The form as an order."""
-        (prompt, negative, base, adapters, count, steps, guidance, seed, new_seed, width, height, mode, relatives) = (
-            values[:13]
-        )
+        (
+            prompt, negative, base, adapters, count, steps, guidance, seed, new_seed, width, height, mode, relatives,
+            sampler, begin, anew, *axes,
+        ) = values[:FIELDS]  # fmt: skip
         adapters = adapters or []
-        if len(values) - 13 != len(adapters):
+        if len(values) - FIELDS != len(adapters):
             raise SVFitError("the adapters have just changed: press Generate again.")
-        if mode not in FACTORS:
-            raise SVFitError(f"there is no comparison called {mode!r}: choose one of those offered.")
-        if mode != ONCE and not adapters:
-            raise SVFitError("there is nothing to compare without an adapter: choose one.")
+        compared = cells(mode, list(zip(axes[::2], axes[1::2], strict=True)), len(adapters))
         order = Order(
             prompt=(prompt or "").strip(),
             base=base or AS_TRAINED,
             adapters=[
                 (self.app.adapter_file(visitor, choice), float(strength))
-                for choice, strength in zip(adapters, values[13:], strict=True)
+                for choice, strength in zip(adapters, values[FIELDS:], strict=True)
             ],
             negative_prompt=(negative or "").strip(),
             num_images=int(count),
@@ -162,10 +162,12 @@ class Painter:
             guidance_scale=number("Guidance", guidance),
             width=whole("Width", width),
             height=whole("Height", height),
-            factors=FACTORS[mode],
+            scheduler=sampler if sampler in SAMPLERS else None,
+            begin=begin_from(begin, float(anew)),
+            cells=compared,
             allow_other_base=bool(relatives),
         )
-        if mode == STRENGTHS:
+        if mode in (STRENGTHS, GRID):
             order.num_images = 1
         return order
 
@@ -178,54 +180,20 @@ class Painter:
         return _status("Stopping") if working else IDLE, gr.Button(interactive=False)
 
     @plainly
-    def select(self, event: gr.SelectData, names: list[str], request: gr.Request) -> tuple[Any, ...]:
-        """Selected, details, and the four buttons, for the picture that was clicked."""
+    def reuse(self, chosen: list[str], request: gr.Request) -> tuple[Any, ...]:
         visitor = self.app.visitor(request)
-        index = event.index if isinstance(event.index, int) else 0
-        path = pictures.find(visitor.pictures, names[index] if index < len(names) else None)
-        lines = pictures.describe(pictures.read_settings(path))
-        text = " · ".join(f"<b>{html.escape(name)}</b> {html.escape(value)}" for name, value in lines)
-        on = gr.Button(interactive=True)
-        download = gr.DownloadButton(value=self.app.serve(path), interactive=True)
-        return path.name, f'<div class="settings">{text}</div>', on, download, on, on
-
-    @plainly
-    def reuse(self, name: str, request: gr.Request) -> tuple[Any, ...]:
-        visitor = self.app.visitor(request)
-        return take_up(self.app, visitor, pictures.read_settings(pictures.find(visitor.pictures, name)))
+        return take_up(
+            self.app, visitor, pictures.read_settings(pictures.find(visitor.pictures, next(iter(chosen), None)))
+        )
 
     @plainly
     def reuse_file(self, upload: str, request: gr.Request) -> tuple[Any, ...]:
         return take_up(self.app, self.app.visitor(request), pictures.read_settings(Path(upload)))
 
     @plainly
-    def delete(self, name: str, names: list[str], request: gr.Request) -> tuple[Any, ...]:
-        """Gallery, names, selected, details and the four buttons after a picture is gone."""
-        visitor = self.app.visitor(request)
-        pictures.find(visitor.pictures, name).unlink()
-        left = [other for other in names if other != name]
-        off = gr.Button(interactive=False)
-        return self._gallery(visitor, left), left, None, UNSELECTED, off, gr.DownloadButton(interactive=False), off, off
-
-    @plainly
-    def cover(self, name: str, request: gr.Request) -> None:
-        """The selected picture becomes that of the adapter it was made with."""
-        visitor = self.app.visitor(request)
-        path = pictures.find(visitor.pictures, name)
-        adapters = pictures.read_settings(path)["adapters"]
-        if len(adapters) != 1:
-            raise SVFitError("this picture was not made with exactly one adapter: choose another one.")
-        library.set_picture(visitor.library, next(iter(adapters)), path)
-        gr.Info(html.escape(f"{next(iter(adapters))} shows this picture in the library now."))
-
-    @plainly
-    def history(self, request: gr.Request) -> tuple[Any, ...]:
-        """Gallery and names: what was painted before."""
-        visitor = self.app.visitor(request)
-        names = pictures.earlier(visitor.pictures)
-        if not names:
-            gr.Info("There are no pictures yet: press Generate.")
-        return self._gallery(visitor, names), names
+    def said_before(self, request: gr.Request) -> Any:
+        """The dropdown of earlier prompts."""
+        return gr.Dropdown(pictures.prompts(self.app.visitor(request).pictures), value=None)
 
     @plainly
     def upload(self, file: str, values: list[str] | None, request: gr.Request) -> Any:
@@ -234,29 +202,19 @@ class Painter:
         name = library.add(visitor.uploads, Path(file))
         return gr.Dropdown(self.app.adapter_choices(visitor), value=[*(values or []), f"upload/{name}"])
 
-    def _gallery(self, visitor: Visitor, names: list[str]) -> list[tuple[str, str]]:
-        items = []
-        for name in names:
-            path = visitor.pictures / name
-            try:
-                items.append((self.app.serve(path), pictures.caption(pictures.read_settings(path))))
-            except (SVFitError, OSError):
-                if path.is_file():
-                    items.append((self.app.serve(path), ""))
-        return items
 
+def begin_from(drawn: dict[str, Any] | None, anew: float) -> Any:
+    """What painting begins with, as the editor gives it: a picture, and what was drawn over it as the mask; None: noise."""
+    from svfit_dreambooth.painting.from_picture import Begin
 
-def _arranged(made: list[Made], factors: Sequence[float]) -> list[Made]:
-    """Beside the base: each base picture before the adapter's of the same seed."""
-    if tuple(factors) != FACTORS[COMPARED]:
-        return made
-    base, adapted = ([one for one in made if one.factor == factor] for factor in factors)
-    pairs = [one for pair in zip(base, adapted, strict=False) for one in pair]
-    return pairs + base[len(adapted) :]
+    if not drawn or drawn.get("background") is None:
+        return None
+    return Begin(drawn["background"].convert("RGB"), anew, drawn_over(drawn))
 
 
 def _caption(made: Made, order: Order) -> str:
-    text = pictures.caption(made.settings, made.factor if len(order.factors) > 1 else 1.0)
+    different = label(made.cell, Cell(), order.adapters) if len(order.cells) > 1 else ""
+    text = pictures.caption(made.settings, different)
     return "blacked out by the content filter · " + text if made.filtered else text
 
 

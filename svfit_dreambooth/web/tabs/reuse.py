@@ -9,9 +9,12 @@ import gradio as gr
 from svfit_dreambooth.bases.names import DEFAULT_BASE, spoken
 from svfit_dreambooth.web.rooms import library
 from svfit_dreambooth.web.rooms.app import App
-from svfit_dreambooth.web.rooms.studio import AS_TRAINED
+from svfit_dreambooth.web.rooms.orders import AS_TRAINED
 from svfit_dreambooth.web.rooms.workspace import Visitor
 
+# of samplers.SAMPLERS, which would bring torch before the page is open; a test holds them together
+SAMPLERS = ("ddim", "euler", "euler_a", "heun", "dpm++_2m", "dpm++_2m_karras", "unipc", "pndm")
+OWN_SAMPLER = "the base's own"
 ONCE = "just paint"  # what the form says where nothing is to be compared
 
 
@@ -30,6 +33,8 @@ def take_up(app: App, visitor: Visitor, settings: dict[str, Any]) -> tuple[Any, 
         shown = base
     elif base != own:
         missing.append(f"the base {spoken(base)}")
+    if "strength" in settings:
+        missing.append("the picture that it began with, which no file keeps")
     if missing:
         gr.Warning(html.escape(f"not here any more: {', '.join(missing)}. The rest was filled in."))
     return (
@@ -45,6 +50,7 @@ def take_up(app: App, visitor: Visitor, settings: dict[str, Any]) -> tuple[Any, 
         str(settings["height"]),
         ONCE,
         1,  # one picture: the seed is this one's
+        settings["scheduler"] if settings.get("scheduler") in SAMPLERS else OWN_SAMPLER,
         found,
     )
 

@@ -8,6 +8,7 @@ import gradio as gr
 
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.evaluation.measures import in_words, table
+from svfit_dreambooth.training.config import TrainConfig
 from svfit_dreambooth.training.journal import RunFolder
 from svfit_dreambooth.web.rooms.app import App
 from svfit_dreambooth.web.rooms.jobs import Job
@@ -61,7 +62,10 @@ class Runs:
     @plainly
     def tick(self, id: str | None, seen: Any, looked: float | None, request: gr.Request) -> tuple[Any, ...]:
         """The panel, but for which run is chosen, while time passes; nothing where nothing has changed."""
-        return self._panel(self.app.visitor(request), id, seen, looked)
+        visitor = self.app.visitor(request)
+        if id is None and self.app.jobs.listed(visitor):  # the page is only just opening
+            return (gr.skip(),) * LIVE
+        return self._panel(visitor, id, seen, looked)
 
     @plainly
     def act(self, event: gr.EventData, request: gr.Request) -> tuple[Any, ...]:
@@ -169,7 +173,7 @@ class Runs:
         return (
             shown,
             now,
-            keep if same[1] and same[4] else self._status(job, state, progress, ahead),
+            keep if same[1] and same[4] else self._status(visitor, job, state, progress, ahead),
             keep if same[1] else loss_plot(progress, over),
             keep if same[2] and same[1] else _slider(progress, step),
             keep if same[2] and same[1] else self._look(progress, step),
@@ -201,7 +205,7 @@ class Runs:
         said = f"Make step {nearest} the adapter" if nearest and nearest != held else "This step is the adapter"
         return gr.Button(said, visible=state in OVER and there, interactive=possible)
 
-    def _status(self, job: Job, state: str, progress: Progress, ahead: int) -> str:
+    def _status(self, visitor: Visitor, job: Job, state: str, progress: Progress, ahead: int) -> str:
         share = progress.step / progress.of if progress.of else 0.0
         left = f"<b>{html.escape(job.name)}</b> · {WORDS.get(state, html.escape(state))} · {when(job)}"
         right = ""
@@ -223,6 +227,10 @@ class Runs:
             last = [line for line in self.app.jobs.log(job).splitlines() if line.strip()][-1:]
             right = html.escape(progress.doing or "preparing photos and base model")
             right += f" · {html.escape(last[0][:100])}" if last and not last[0].startswith("started ") else ""
+        if state in ("queued", "running") and progress.seconds_left is None:  # what is known before the first step
+            steps = TrainConfig(**job.options).max_train_steps
+            if told := self.draft.time_of_runs_like(visitor, job.options, steps):
+                right += f" · {html.escape(told)}"
         notes = []
         if state in ("failed", "cut off", "stopped"):
             why = in_form_words(progress.message or self.app.jobs.complaint(job))

@@ -10,7 +10,7 @@ from svfit_dreambooth.web.rooms.app import App
 from svfit_dreambooth.web.rooms.laid_out import bundled_subjects
 from svfit_dreambooth.web.rooms.progress import Progress
 from svfit_dreambooth.web.tabs.curve import loss_plot
-from svfit_dreambooth.web.tabs.draft import Draft
+from svfit_dreambooth.web.tabs.draft import MASK_COLOUR, Draft
 from svfit_dreambooth.web.tabs.form import ADVANCED
 from svfit_dreambooth.web.tabs.generate import PRIVATE, GenerateTab
 from svfit_dreambooth.web.tabs.run_list import ON_LOAD
@@ -45,6 +45,17 @@ def build_train(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: Generate
                 rotate = gr.Button("Rotate", size="sm", interactive=False)
                 remove = gr.Button("Remove", size="sm", interactive=False)
                 clear = gr.Button("Remove all", size="sm")
+            said_of = gr.Textbox(
+                label="Caption", visible=False, max_lines=3, elem_id="caption", interactive=True,
+                placeholder="as below", info="What this photo shows, with its word, in place of the prompt below.",
+            )  # fmt: skip
+            with gr.Accordion("Mask", open=False, visible=False, elem_id="mask") as masking:
+                gr.Markdown("Draw over the subject; what is not drawn over is not learnt. Nothing: all of it is.", elem_classes="note")  # fmt: skip
+                editor = gr.ImageEditor(
+                    show_label=False, type="pil", layers=False, height=420, canvas_size=(512, 512), sources=(), transforms=(), buttons=[],
+                    brush=gr.Brush(colors=[f"{MASK_COLOUR}a0"], color_mode="fixed"), interactive=True,
+                )  # fmt: skip
+                draw = gr.Button("Keep this mask", size="sm", elem_id="keep-mask")
             gr.HTML("<div class='note'>No photos at hand? Take those of a toy:</div>")
             with gr.Row(elem_classes="toys"):
                 toy = gr.Dropdown(
@@ -58,7 +69,7 @@ def build_train(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: Generate
                 with gr.Row():
                     word = gr.Textbox(
                         "sks", label="Its word", min_width=120, elem_id="word",
-                        info="A rare word to call it by.",
+                        info="A rare word to call it by: its trigger word.",
                     )  # fmt: skip
                     kind = gr.Textbox(
                         label="What it is", placeholder="dog", min_width=120, elem_id="kind",
@@ -87,7 +98,7 @@ def build_train(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: Generate
                 try_it = gr.Button("Try it", size="sm", interactive=False, elem_id="try-run")
                 download = gr.DownloadButton("Download", size="sm", interactive=False, elem_id="download-run")
                 again = gr.Button("Same settings again", size="sm", interactive=False, elem_id="again")
-            listed = gr.HTML(elem_id="runs", js_on_load=ON_LOAD)
+            listed = gr.HTML(elem_id="runs", js_on_load=ON_LOAD, apply_default_css=False)
             with gr.Row(visible=False, elem_classes="undo") as undo_row:
                 said = gr.Markdown(elem_classes="note")
                 undo = gr.Button("Undo", size="sm", elem_id="undo-remove-run", min_width=80, scale=0)
@@ -111,8 +122,15 @@ def build_train(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: Generate
     page.load(lambda: gr.Dropdown(app.studio.bases.for_training()), None, base, **PRIVATE)
     page.load(runs.open_page, chosen, panel, **PRIVATE)
     drop.upload(draft.add, [drop, *trained_at], [drop, *shown], **PRIVATE)
-    thumbs.select(draft.select, None, [selected, rotate, remove], **PRIVATE)
-    rotate.click(draft.rotate, [selected, *trained_at], shown, **PRIVATE)
+    thumbs.select(draft.select, None, [selected, rotate, remove, said_of, masking], **PRIVATE)
+    masking.expand(draft.edit, selected, editor, **PRIVATE)
+    said_of.blur(draft.say, [said_of, selected, *trained_at], [thumbs, remarks], **PRIVATE)
+    draw.click(draft.draw, [editor, selected, *trained_at], [thumbs, remarks], **PRIVATE)
+    selected.change(
+        lambda one: (gr.skip(),) * 2 if one is not None else (gr.Textbox(visible=False), gr.Accordion(visible=False)),
+        selected, [said_of, masking], **LIVE,
+    )  # fmt: skip
+    rotate.click(draft.rotate, [selected, *trained_at], [*shown, masking], **PRIVATE)
     remove.click(draft.remove, [selected, *trained_at], shown, **PRIVATE)
     clear.click(draft.clear, None, shown, **PRIVATE)
     take.click(draft.take_bundled, [toy, trained_at[1]], [*shown, name, word, kind, base], **PRIVATE)

@@ -1,0 +1,88 @@
+"""What a painting compares: one picture beside the base, a strip of strengths, or a grid over two axes."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.web.rooms.orders import STRIP, Cell
+from svfit_dreambooth.web.rooms.paintings import Made
+from svfit_dreambooth.web.tabs.mistakes import number
+from svfit_dreambooth.web.tabs.reuse import ONCE
+
+COMPARED, STRENGTHS, GRID = "beside the base model", "strengths 0 to 1.5", "grid"
+MODES = (ONCE, COMPARED, STRENGTHS, GRID)
+NOTHING = "nothing"
+# axis of a grid -> values that stand there at first; an adapter's are the chosen adapters, one at a time
+AXES = {
+    NOTHING: "",
+    "strength": "0.5, 0.75, 1, 1.25",
+    "sampling steps": "10, 25, 50",
+    "guidance": "3, 5, 7.5",
+    "adapter": "",
+}
+MOST = 12  # values of an axis
+
+
+def cells(mode: str, axes: Sequence[tuple[str, str]], adapters: int) -> list[Cell]:
+    """The cells of a comparison; `axes`: (name, values as written) each, the rows first.  Raises SVFitError in form words."""
+    if mode not in MODES:
+        raise SVFitError(f"there is no comparison called {mode!r}: choose one of those offered.")
+    if mode in (COMPARED, STRENGTHS) and not adapters:
+        raise SVFitError("there is nothing to compare without an adapter: choose one.")
+    if mode != GRID:
+        factors = {ONCE: (1.0,), COMPARED: (0.0, 1.0), STRENGTHS: STRIP}[mode]
+        return [Cell(factor) for factor in factors]
+    used = [(name, values) for name, values in axes if name != NOTHING]
+    if not used or len({name for name, _ in used}) < len(used):
+        raise SVFitError("a grid needs one axis or two that differ: choose what its rows and columns are.")
+    found = [Cell()]
+    for name, values in used:
+        changes = _changes(name, values, adapters)
+        found = [replace(cell, **change) for cell, change in itertools.product(found, changes)]
+    return found
+
+
+def _changes(name: str, values: str, adapters: int) -> list[dict[str, Any]]:
+    """What each value of an axis changes in a cell."""
+    if name == "adapter":
+        if not adapters:
+            raise SVFitError("a grid over adapters needs some: choose them above.")
+        return [{"only": i} for i in range(adapters)]
+    if name in ("strength",) and not adapters:
+        raise SVFitError("a grid over strengths needs an adapter: choose one.")
+    key = {"strength": "factor", "sampling steps": "num_inference_steps", "guidance": "guidance_scale"}.get(name)
+    words = values.replace(",", " ").replace(";", " ").split()
+    if key is None or not 1 <= len(words) <= MOST:
+        raise SVFitError(
+            f"the values of “{name}” are {values[:40]!r}: write 1 to {MOST} numbers, such as {AXES.get(name)}."
+        )
+    numbers = [number(name, word) or 0 for word in words]
+    if key == "num_inference_steps" and any(value != int(value) for value in numbers):
+        raise SVFitError(f"“{name}” are {values[:40]!r}: write whole numbers.")
+    return [{key: float(value) if key != "num_inference_steps" else int(value)} for value in numbers]
+
+
+def label(cell: Cell, base: Cell, adapters: Sequence[tuple[Path, float]]) -> str:
+    """What is different in `cell`, for under a picture."""
+    parts = []
+    if cell.only is not None and cell.only < len(adapters):
+        parts.append(adapters[cell.only][0].stem)
+    if cell.factor != base.factor:
+        parts.append("base" if cell.factor == 0 else f"strength {cell.factor:g}")
+    if cell.num_inference_steps is not None:
+        parts.append(f"{cell.num_inference_steps} steps")
+    if cell.guidance_scale is not None:
+        parts.append(f"guidance {cell.guidance_scale:g}")
+    return " · ".join(parts)
+
+
+def arranged(made: list[Made], cells: Sequence[Cell]) -> list[Made]:
+    """Beside the base: each base picture before the adapter's of the same seed."""
+    if list(cells) != [Cell(0.0), Cell(1.0)]:
+        return made
+    base, adapted = ([one for one in made if one.cell == cell] for cell in cells)
+    pairs = [one for pair in zip(base, adapted, strict=False) for one in pair]
+    return pairs + base[len(adapted) :]
