@@ -182,7 +182,7 @@ def test_train_reload_kill_stop_resume_paint_download(server, visit, tmp_path):
     reaches(page, 2)
     says(page, "#look", "Painted at step 0")
     page.locator("#look .enlarge img").click()
-    page.locator("#look .large img").click()  # large now, and then not
+    page.locator("#look .enlarged img").click()  # large now, and then not
 
     server.kill()
     server.start()

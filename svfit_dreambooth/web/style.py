@@ -95,12 +95,12 @@ footer .divider { display: none !important; }
 .actions button, .actions a { min-width: 0 !important; flex: 1 1 auto !important; }
 
 .sheet img { width: 100%; max-width: 720px; border-radius: 8px; display: block; }
-.enlarge, .large { padding: 0; border: 0; background: none; cursor: zoom-in; display: block; width: 100%; }
-.large { cursor: zoom-out; position: fixed; inset: 0; margin: auto !important; width: fit-content; height: fit-content;
+.enlarge, .enlarged { padding: 0; border: 0; background: none; cursor: zoom-in; display: block; width: 100%; }
+.enlarged { cursor: zoom-out; position: fixed; inset: 0; margin: auto !important; width: fit-content; height: fit-content;
         background: var(--block-background-fill); padding: 8px; border-radius: 10px; }
-.large:not(:popover-open) { display: none; }
-.sheet .large img { width: auto; max-width: 92vw; max-height: 88vh; min-width: min(88vw, 88vh); object-fit: contain; }
-.large::backdrop { background: rgb(0 0 0 / .7); }
+.enlarged:not(:popover-open) { display: none; }
+.sheet .enlarged img { width: auto; max-width: 92vw; max-height: 88vh; min-width: min(88vw, 88vh); object-fit: contain; }
+.enlarged::backdrop { background: rgb(0 0 0 / .7); }
 
 /* the list of runs */
 .runs { display: flex; flex-direction: column; gap: 4px; max-height: 330px; overflow-y: auto; padding: 2px; }

@@ -275,7 +275,7 @@ def _image(url: str, what: str, id: str) -> str:
     image = f'<img src="{html.escape(url)}" alt="{html.escape(what)}">'
     return (
         f'<button class="enlarge" popovertarget="large-{id}" aria-label="enlarge {html.escape(what)}">{image}</button>'
-        f'<button class="large" popover id="large-{id}" popovertarget="large-{id}" aria-label="close">{image}</button>'
+        f'<button class="enlarged" popover id="large-{id}" popovertarget="large-{id}" aria-label="close">{image}</button>'
     )
 
 
