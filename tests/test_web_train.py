@@ -145,8 +145,8 @@ def test_a_look_becomes_the_adapter_and_the_end_comes_back(home, photo_folder, d
     library.rename(visitor.library, "dog", "bello")
     shown = runs.tick(id, None, None, request)
     assert (shown[4].minimum, shown[4].maximum, shown[4].step, shown[4].value) == (0, 6, 2, 4)
-    assert "Painted at step 4" in shown[5] and not shown[6].interactive and held() == ("bello", 6)
-    look, use = runs.look(id, 2.9, request)
+    assert shown[5] == 4 and "Painted at step 4" in shown[6] and not shown[7].interactive and held() == ("bello", 6)
+    look, use, _ = runs.look(id, 2.9, request)
     assert "Painted at step 2" in look and use.interactive and not runs.look(id, 0, request)[1].visible
     assert "in the library: step 2" in runs.use_step(id, 2.9, request)[2] and held() == ("bello", 2)
     assert runs.try_it(id, request)[1].value == ["library/bello"]
@@ -165,7 +165,10 @@ def test_captions_and_masks_are_kept_beside_the_photos_and_go_with_the_run(publi
     shown = draft.select(gr.SelectData(None, {"index": 1, "value": None}), request)
     assert (shown[0], shown[3].value, shown[3].label) == (1, "", "Caption of photo 2")
     thumbs, _ = draft.say("  a sks dog\nasleep ", 1, "toybox", "", request)
-    assert caption(second) == "a sks dog asleep" and [one["caption"] for one in thumbs.value] == ["photo 1", "photo 2 ✎"]
+    assert caption(second) == "a sks dog asleep" and [one["caption"] for one in thumbs.value] == [
+        "photo 1",
+        "photo 2 ✎",
+    ]
     with pytest.raises(gr.Error, match="the caption has 2,000 characters"):
         draft.say("a" * 2000, 1, "toybox", "", request)
     with Image.open(first) as photo:

@@ -25,7 +25,7 @@ NONE = (
     "You may close the page meanwhile: the run goes on.</div>"
 )
 CHOOSE = '<div class="empty">Choose a run in the list.</div>'
-LIVE = 12  # things that a tick may show anew: all of the panel but which run is chosen
+LIVE = 13  # things that a tick may show anew: all of the panel but which run is chosen
 
 
 class Runs:
@@ -93,17 +93,17 @@ class Runs:
 
     @plainly
     def look(self, id: str | None, step: float, request: gr.Request) -> tuple[Any, ...]:
-        """The pictures of the look nearest to `step`, and the button that makes it the adapter."""
+        """The pictures of the look nearest to `step`, the button that makes it the adapter, and `step`, to be remembered."""
         job = self.app.jobs.find(self.app.visitor(request), id or "")
         progress = sum_up(self.app.jobs.run_folder(job))
-        return self._look(progress, step), self._use(job, progress, step, self.app.jobs.state(job))
+        return self._look(progress, step), self._use(job, progress, step, self.app.jobs.state(job)), step
 
     @plainly
-    def use_step(self, id: str | None, step: float, request: gr.Request) -> tuple[Any, ...]:
+    def use_step(self, id: str | None, step: float | None, request: gr.Request) -> tuple[Any, ...]:
         """The panel after the look nearest to `step` became the adapter."""
         visitor = self.app.visitor(request)
         job = self.app.jobs.find(visitor, id or "")
-        nearest = _nearest(sum_up(self.app.jobs.run_folder(job)), step)
+        nearest = _nearest(sum_up(self.app.jobs.run_folder(job)), step or 0.0)
         if nearest is None:
             raise SVFitError(f"{job.name} was not looked at on the way: there is no step to choose.")
         self.app.jobs.take_step(job, nearest)
@@ -136,10 +136,11 @@ class Runs:
         return id, *self._panel(visitor, id, None, None)
 
     def _panel(self, visitor: Visitor, id: str | None, seen: Any, looked: float | None) -> tuple[Any, ...]:
-        """List, what was seen, status, curve, slider over looks, a look, the button that uses it, sheet, log; then the
-        buttons try it, download, again.
+        """List, what was seen, status, curve, slider over looks and where it stands, a look, the button that uses it,
+        sheet, log; then the buttons try it, download, again.
 
-        `seen` is what the page showed last; where nothing is new, nothing is sent.  `looked`: where the slider stands.
+        `seen` is what the page showed last; where nothing is new, nothing is sent.  `looked`: where the slider stands: not
+        asked of itself, which the server would refuse while a tick still has the bounds of another run.
         """
         jobs = self.app.jobs
         listed = jobs.listed(visitor)
@@ -162,7 +163,7 @@ class Runs:
         shown = keep if same[0] else rows(listed, states, id, self._picture) if listed else ""
         if job is None:
             off, nothing = gr.Button(interactive=False), gr.DownloadButton(value=None, interactive=False)
-            hidden = (gr.Slider(visible=False), "", gr.Button(visible=False), "", "")
+            hidden = (gr.Slider(visible=False), None, "", gr.Button(visible=False), "", "")
             return (shown, now, CHOOSE if listed else NONE, loss_plot(Progress(), False), *hidden, off, nothing, off)
         over = state in OVER
         result = jobs.result(job) if over else None
@@ -176,6 +177,7 @@ class Runs:
             keep if same[1] and same[4] else self._status(visitor, job, state, progress, ahead),
             keep if same[1] else loss_plot(progress, over),
             keep if same[2] and same[1] else _slider(progress, step),
+            keep if same[2] and same[1] else step,
             keep if same[2] and same[1] else self._look(progress, step),
             self._use(job, progress, step, state),
             keep if same[1] and same[3] else self._sheet(progress, over),
@@ -265,9 +267,7 @@ def _nearest(progress: Progress, step: float) -> int | None:
 def _slider(progress: Progress, step: float) -> gr.Slider:
     """Over the looks that there were."""
     looks = [look for look, _ in progress.pictures]
-    return gr.Slider(
-        min(looks, default=0), max(looks, default=1), step, step=math.gcd(*looks) or 1, visible=len(looks) > 1
-    )
+    return gr.Slider(0, max(looks, default=1), step, step=math.gcd(*looks) or 1, visible=len(looks) > 1)
 
 
 def _image(url: str, what: str, id: str) -> str:

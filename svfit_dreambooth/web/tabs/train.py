@@ -29,7 +29,7 @@ LIVE: dict[str, Any] = {**PRIVATE, "queue": False}
 def build_train(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: GenerateTab) -> None:
     draft = Draft(app)
     runs = Runs(app, draft)
-    selected, seen, removed, chosen = gr.State(None), gr.State(None), gr.State(None), gr.State(None)
+    selected, seen, removed, chosen, looked = (gr.State(None) for _ in range(5))
     with gr.Row():
         with gr.Column(scale=5, min_width=300):
             drop = gr.File(
@@ -112,7 +112,7 @@ def build_train(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: Generate
             sheet = gr.HTML(elem_id="sheet")
             with gr.Accordion("Log", open=False):
                 log = gr.HTML()
-    live = [listed, seen, status, curve, slider, look, use_step, sheet, log, try_it, download, again]
+    live = [listed, seen, status, curve, slider, looked, look, use_step, sheet, log, try_it, download, again]
     panel = [chosen, *live]
     shown = [thumbs, remarks, selected, photo_actions]
     words = [word, kind, base, preset, *advanced]
@@ -147,9 +147,9 @@ def build_train(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: Generate
     undo.click(runs.undo, removed, [*panel, removed, undo_row], **PRIVATE)
     try_it.click(runs.try_it, chosen, [tabs, generate_tab.adapters], **PRIVATE)
     again.click(runs.again, chosen, [*shown, *remembered], **PRIVATE)
-    slider.input(runs.look, [chosen, slider], [look, use_step], **LIVE)
-    use_step.click(runs.use_step, [chosen, slider], live, **PRIVATE)
-    gr.Timer(EVERY).tick(runs.tick, [chosen, seen, slider], live, **LIVE)
+    slider.input(runs.look, [chosen, slider], [look, use_step, looked], **LIVE)
+    use_step.click(runs.use_step, [chosen, looked], live, **PRIVATE)
+    gr.Timer(EVERY).tick(runs.tick, [chosen, seen, looked], live, **LIVE)
 
 
 def _advanced() -> list[Any]:
