@@ -354,3 +354,20 @@ def test_bf16_pictures_are_close_to_those_of_float32(folder):
 def test_a_plan_without_weights_knows_the_same_layers(config):
     whole, outline = prepare(replace(config, dry_run=True)), prepare(replace(config, dry_run=True), weightless=True)
     assert outline.shapes == whole.shapes and outline.report() == whole.report()
+
+
+def test_the_estimate_is_of_the_largest_phase(config):
+    run = prepare(replace(config, dry_run=True))
+    family = run.base.family
+    found = estimate_memory(run)
+    prompts = 4 * sum(p.numel() for encoder in family.text_encoders.values() for p in encoder.parameters())
+    assert found.before["prompts"] == prompts and list(found.phases) == ["prompts", "photos", "steps"]
+    assert found.networks == 4 * sum(p.numel() for p in family.denoiser.parameters())  # and no text encoder
+    assert (
+        found.total == max(found.phases.values()) and f"prompts {found.phases['prompts'] / 1e9:.1f}" in found.lines()[0]
+    )
+    half = estimate_memory(prepare(replace(config, dry_run=True, mixed_precision="bf16")))
+    assert half.before["prompts"] == prompts // 2
+    larger = estimate_memory(prepare(replace(config, dry_run=True, resolution=32)))
+    weights = 4 * sum(p.numel() for p in family.pipeline.vae.parameters())
+    assert 3.5 < (larger.before["photos"] - weights) / (found.before["photos"] - weights) <= 4.5

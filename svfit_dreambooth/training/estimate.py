@@ -4,17 +4,22 @@ Activations are counted, not guessed: the denoiser runs once on PyTorch's fake t
 and every tensor that it keeps for the backward pass is added up.
 """
 
+import copy
 import dataclasses
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from svfit_dreambooth.bases.devices import MIXED_PRECISION, default_device
+from svfit_dreambooth.bases.family import Family
 from svfit_dreambooth.method.one_sided import basis_numbers
 from svfit_dreambooth.method.targets import apply_svfit
 from svfit_dreambooth.training.config import TrainConfig
@@ -35,10 +40,17 @@ class Estimate:
     activations: int  # kept for the backward pass
     available: int | None  # free on the device before the base was opened, which the rest counts; None: unknown
     suggestion: str | None = None  # what would make it fit
+    before: dict[str, int] = field(default_factory=dict)  # what is opened and let go before the steps: bytes of each
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """The peaks of what comes one after the other."""
+        peaks = {**self.before, "steps": self.networks + self.bases + self.activations}
+        return {name: round(WORKSPACE * size) + RUNTIME for name, size in peaks.items()}
 
     @property
     def total(self) -> int:
-        return round(WORKSPACE * (self.networks + self.bases + self.activations)) + RUNTIME
+        return max(self.phases.values())
 
     @property
     def fits(self) -> bool:
@@ -48,6 +60,8 @@ class Estimate:
         """The estimate in plain words."""
         parts = {"networks": self.networks, "bases": self.bases, "activations": self.activations}
         text = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+        if self.before:
+            text = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in self.phases.items()) + f": {text}"
         line = f"memory: about {self.total / 1e9:.1f} GB ({text})"
         if self.available is not None:
             line += f", {self.available / 1e9:.1f} GB are free"
@@ -84,8 +98,11 @@ def estimate_memory(plan: Plan) -> Estimate:
 def _estimate(plan: Plan, config: TrainConfig) -> Estimate:
     size = MIXED_PRECISION[config.mixed_precision].itemsize
     aside = config.validation_steps == 0 and default_device().type != "cpu"  # on the CPU, as `run.step_aside` has it
+    before = _before(plan, config)
     networks = 0
     for component, module in {"vae": plan.base.pipeline.vae, **plan.base.family.networks}.items():
+        if before and component not in plan.trained and not (component == "vae" and config.validation_steps):
+            continue
         parameters = sum(parameter.numel() for parameter in module.parameters())
         if component in plan.trained:
             networks += parameters * size
@@ -94,7 +111,54 @@ def _estimate(plan: Plan, config: TrainConfig) -> Estimate:
     bases = 0
     for shape in plan.shapes.values():
         bases += basis_numbers(*_sizes(shape, config)) * size
-    return Estimate(networks, bases, _activations(plan, config), plan.free_memory)
+    return Estimate(networks, bases, _activations(plan, config), plan.free_memory, before=before)
+
+
+def _before(plan: Plan, config: TrainConfig) -> dict[str, int]:
+    """What a base that is opened one network at a time needs before the steps; nothing of others, whose networks stay."""
+    family = plan.base.family
+    if family.adaptable_text_encoders:
+        return {}
+    encoders, vae = family.text_encoders.values(), family.pipeline.vae
+    size = 4 if config.mixed_precision == "no" else 2  # as `answers.ask_prompts` opens them
+    return {
+        "prompts": size * sum(parameter.numel() for encoder in encoders for parameter in encoder.parameters()),
+        "photos": 4 * sum(parameter.numel() for parameter in vae.parameters()) + _most_living(family, config),
+    }
+
+
+def _most_living(family: Family, config: TrainConfig) -> int:
+    """Bytes of the tensors that are there at once, at most, while the autoencoder encodes a square picture."""
+    pipeline, resolution = copy.copy(family.pipeline), int(config.resolution or family.resolution)
+    with FakeTensorMode():
+        pipeline.vae = type(pipeline.vae).from_config(pipeline.vae.config)
+        pictures = torch.empty(1, 3, resolution, resolution)
+        with _Living() as living:
+            type(family)(pipeline).encode_images(pictures)
+    return living.most
+
+
+class _Living(TorchDispatchMode):
+    """Adds up the storages that operations make, until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        self.most = max(self.most, self.now)
+        return result
+
+    def _free(self, storage: int, size: int) -> None:
+        self.known.discard(storage)
+        self.now -= size
 
 
 def _sizes(shape: tuple[int, int], config: TrainConfig) -> tuple[int, int, int]:
