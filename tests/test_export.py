@@ -23,6 +23,7 @@ from svfit_dreambooth.method.targets import matrix_layers
 from svfit_dreambooth.sharing import export as export_room
 from svfit_dreambooth.sharing.export import export_lora
 from svfit_dreambooth.sharing.lora_file import describe_lora, is_lora, lora_changes
+from svfit_dreambooth.sharing.lora_names import Place
 from svfit_dreambooth.sharing.lora_plan import plan_lora
 
 PIXEL = 1 / 255
@@ -260,10 +261,11 @@ def test_a_file_that_came_out_wrong_is_not_kept(base, path, tmp_path, monkeypatc
 def test_reading_back_minds_shapes(tmp_path):
     file = tmp_path / "lora.safetensors"
     save_file({"unet.a.lora_A.weight": torch.ones(2, 3), "unet.a.lora_B.weight": torch.ones(4, 2)}, file)
-    ((name, change),) = lora_changes(file, {"unet.a": (4, 3)}, "diffusers")
+    places = {"unet.a": Place("unet.a")}
+    ((name, change),) = lora_changes(file, {"unet.a": (4, 3)}, "diffusers", places)
     assert name == "unet.a" and torch.equal(change, torch.full((4, 3), 2.0))
     with pytest.raises(SVFitError, match="with the shapes"):
-        list(lora_changes(file, {"unet.a": (4, 4)}, "diffusers"))
+        list(lora_changes(file, {"unet.a": (4, 4)}, "diffusers", places))
 
 
 # ---------------------------------------------------------------- beside a LoRA of somebody else

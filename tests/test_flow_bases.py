@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from flow_bases import tiny_flux1, tiny_klein, tiny_qwen_image, tiny_sd3, tiny_z_image
+from safetensors.torch import load_file
 
-from svfit_dreambooth import load_adapter, train, unload_adapter
+from svfit_dreambooth import load_adapter, save_adapter, train, unload_adapter
 from svfit_dreambooth.adapter.file import read_adapter
 from svfit_dreambooth.bases.families import family_of
 from svfit_dreambooth.bases.flow import FlowTransformer
@@ -323,9 +324,90 @@ def test_a_lora_in_the_layout_of_diffusers_is_the_adapter(config, folder, tmp_pa
             assert torch.equal(layer.weight, before[name])
 
 
-def test_kohya_files_have_no_names_for_these_bases(config, folder, tmp_path):
-    adapter = train(replace(config, max_train_steps=1)).adapter_path
-    with pytest.raises(SVFitError, match="export in the diffusers layout"):
+# of the original code of each family: name of a layer in a block -> ours in it, row under row, "" for one not adapted
+IMG, TXT = ("attn.to_q", "attn.to_k", "attn.to_v"), ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+DOUBLE = {
+    "img_attn_qkv": IMG,
+    "img_attn_proj": ("attn.to_out.0",),
+    "txt_attn_qkv": TXT,
+    "txt_attn_proj": ("attn.to_add_out",),
+}
+QWEN = {f"attn_{name.replace('.', '_')}": (f"attn.{name}",) for name in ("to_q", "to_k", "to_v", "to_out.0")}
+QWEN |= {f"attn_{name}": (f"attn.{name}",) for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")}
+SD3 = {"x_block_attn_qkv": IMG, "x_block_attn_proj": ("attn.to_out.0",), "context_block_attn_qkv": TXT}
+ZIMAGE = {
+    f"attention_{name}": tuple(f"attention.{part}" for part in parts)
+    for name, parts in {"qkv": ("to_q", "to_k", "to_v"), "out": ("to_out.0",)}.items()
+}
+SINGLE = "single_blocks_{}", "single_transformer_blocks.{}"
+ORIGINAL = {  # blocks there, blocks here, how many, layers
+    "tiny-klein": [
+        ("double_blocks_{}", "transformer_blocks.{}", 1, DOUBLE),
+        (*SINGLE, 2, {"linear1": ("attn.to_qkv_mlp_proj",), "linear2": ("attn.to_out",)}),
+    ],
+    "tiny-flux-1": [
+        ("double_blocks_{}", "transformer_blocks.{}", 1, DOUBLE),
+        (*SINGLE, 2, {"linear1": (*IMG, "proj_mlp"), "linear2": ("proj_out",)}),
+    ],
+    "tiny-z-image": [
+        ("layers_{}", "layers.{}", 2, ZIMAGE),
+        ("noise_refiner_{}", "noise_refiner.{}", 1, ZIMAGE),
+        ("context_refiner_{}", "context_refiner.{}", 1, ZIMAGE),
+    ],
+    "tiny-qwen-image": [("transformer_blocks_{}", "transformer_blocks.{}", 2, QWEN)],
+    "tiny-sd3": [
+        ("joint_blocks_{}", "transformer_blocks.{}", 2, SD3),
+        ("joint_blocks_{}", "transformer_blocks.{}", 1, {"context_block_attn_proj": ("attn.to_add_out",)}),
+    ],
+}
+
+
+def test_a_lora_in_the_layout_of_kohya_is_the_adapter(config, folder, tmp_path):
+    """By the names of the original code, whose layers hold several of ours; also of an adapter that leaves some out."""
+    adapter = read_adapter(train(config).adapter_path)
+    left_out = next(name for name in adapter.shifts if name.endswith(("to_k", "to_out")))
+    adapter.shifts[left_out].zero_()
+    path = save_adapter(adapter, tmp_path / "adapter.safetensors", torch.float32)
+    base = open_base_model(str(folder))
+    load_adapter(base.pipeline, path)
+    layers = svfit_layers(base.pipeline.transformer)
+    deltas = {
+        name: exact_delta(*layer.factors()[:1], layer.shift.detach(), layer.factors()[1])
+        for name, layer in layers.items()
+    }
+    unload_adapter(base.pipeline)
+    file = load_file(export_lora(path, base, tmp_path / "lora.safetensors", "kohya").path)
+
+    stems = set()
+    for there, here, count, names in ORIGINAL[folder.name]:
+        for block in range(count):
+            for name, parts in names.items():
+                stem, ours = (
+                    f"lora_unet_{there.format(block)}_{name}",
+                    [f"{here.format(block)}.{part}" for part in parts],
+                )
+                if ours == [left_out.partition(".")[2]]:
+                    continue
+                stems.add(stem)
+                sizes = [base.pipeline.transformer.get_submodule(part).out_features for part in ours]
+                down = file[f"{stem}.lora_down.weight"].float()
+                scale = file[f"{stem}.alpha"].item() / len(down)
+                change = scale * file[f"{stem}.lora_up.weight"].float() @ down
+                expected = torch.cat(
+                    [
+                        deltas[part] if part in deltas else torch.zeros(size, change.shape[1])
+                        for part, size in zip(ours, sizes, strict=True)
+                    ]
+                )
+                assert change.shape == expected.shape and (change - expected).norm() <= 1e-3 * expected.norm()
+    assert {key.partition(".")[0] for key in file} == stems
+
+
+def test_layers_without_a_name_in_the_original_code_are_said(config, folder, tmp_path):
+    embedder = {"tiny-qwen-image": "img_in", "tiny-z-image": "cap_embedder.1", "tiny-sd3": "context_embedder"}
+    target = embedder.get(folder.name, "x_embedder")
+    adapter = train(replace(config, max_train_steps=1, target_modules=[target])).adapter_path
+    with pytest.raises(SVFitError, match=f"no name for transformer.{target}: export in the diffusers layout"):
         export_lora(adapter, open_base_model(str(folder)), tmp_path / "lora.safetensors", "kohya")
 
 

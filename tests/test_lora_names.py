@@ -88,10 +88,10 @@ def test_the_public_loader_finds_every_layer_of_sdxl():
             U, S, Vh = torch.linalg.svd(torch.randn(as_matrix(layer.weight).shape), full_matrices=False)
             rank = 1 + len(changes) % 3
             changes[component, name] = (U[:, :rank] * S[:rank]) @ Vh[:rank]
-            full = f"{component}.{name}"
+            stem = lora_name(f"{component}.{name}", "kohya", LAYERS_PER_BLOCK)
             factors = (U[:, :rank], S[:rank], Vh[:rank])
             kernel = layer.weight.shape[1:] if layer.weight.ndim == 4 else ()
-            tensors |= pack_layer(full, *factors, "kohya", 3.0, torch.float32, LAYERS_PER_BLOCK, kernel)
+            tensors |= pack_layer(stem, *factors, "kohya", 3.0, torch.float32, kernel)
     assert len(changes) > 80
     state, alphas = StableDiffusionXLPipeline.lora_state_dict(tensors, unet_config=unet.config)[:2]
     StableDiffusionXLPipeline.load_lora_into_unet(state, alphas, unet)

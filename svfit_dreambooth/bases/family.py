@@ -63,6 +63,8 @@ class Family(ABC):
     adaptable_text_encoders: ClassVar[bool] = True  # whether adapters may change them
     layer_names: ClassVar[Mapping[Role, LayerNames]]
     values_per_layer: ClassVar[int | None] = None  # what a run trains unasked, on the average; None: all of them
+    # layers of the denoiser in the base's original code -> what they are here, row under row; {} stands for a number
+    original_names: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     checkpointed: ClassVar[tuple[type[nn.Module], ...]]  # the blocks that gradient checkpointing runs again
     guidance_scale: ClassVar[float]  # that suits
     no_prompt: ClassVar[str] = ""  # what stands for no negative prompt

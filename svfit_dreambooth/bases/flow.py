@@ -121,6 +121,11 @@ class FlowTransformer(Family):
         return float(low + (high - low) * (tokens - first) / (last - first))
 
 
+def side_by_side(original: str, here: str, *names: str) -> dict[str, tuple[str, ...]]:
+    """An entry of `Family.original_names`: the layers `names` of the block `here` are one in the block of `original`."""
+    return {original: tuple(f"{here}.{name}" for name in names)}
+
+
 def chat_tokens(tokenizer: Any, prompts: Sequence[str], length: int, thinking: bool) -> Tokens:
     """Prompts as the chat messages that such encoders read: ids and mask (prompts, `length`), padded at the end."""
     texts = [

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from svfit_dreambooth.bases.family import Conditions, Role, Tokens, warn_of_cut
-from svfit_dreambooth.bases.flow import FlowTransformer
+from svfit_dreambooth.bases.flow import FlowTransformer, side_by_side
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.targets import LayerNames
 
@@ -23,6 +23,19 @@ FLUX1 = LayerNames(
     ),
     feed_forward=("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp"),
 )
+DOUBLE, SINGLE = "transformer_blocks.{}", "single_transformer_blocks.{}"
+ORIGINAL = {
+    **side_by_side("double_blocks.{}.img_attn.qkv", DOUBLE, "attn.to_q", "attn.to_k", "attn.to_v"),
+    **side_by_side("double_blocks.{}.img_attn.proj", DOUBLE, "attn.to_out.0"),
+    **side_by_side("double_blocks.{}.txt_attn.qkv", DOUBLE, "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    **side_by_side("double_blocks.{}.txt_attn.proj", DOUBLE, "attn.to_add_out"),
+    **side_by_side("double_blocks.{}.img_mlp.0", DOUBLE, "ff.net.0.proj"),
+    **side_by_side("double_blocks.{}.img_mlp.2", DOUBLE, "ff.net.2"),
+    **side_by_side("double_blocks.{}.txt_mlp.0", DOUBLE, "ff_context.net.0.proj"),
+    **side_by_side("double_blocks.{}.txt_mlp.2", DOUBLE, "ff_context.net.2"),
+    **side_by_side("single_blocks.{}.linear1", SINGLE, "attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    **side_by_side("single_blocks.{}.linear2", SINGLE, "proj_out"),
+}
 PROMPT_TOKENS = 512
 UNGUIDED = 1.0  # the guidance at which the distilled base answers as it was taught before, without any
 
@@ -34,6 +47,7 @@ class Flux1(FlowTransformer):
     denoiser_class = FluxTransformer2DModel
     text_encoder_names = ("text_encoder", "text_encoder_2")
     layer_names: ClassVar[Mapping[Role, LayerNames]] = {"denoiser": FLUX1}
+    original_names = ORIGINAL
     checkpointed = (FluxTransformerBlock, FluxSingleTransformerBlock)
     guidance_scale = 3.5
     tokens_per_latent = 0.25

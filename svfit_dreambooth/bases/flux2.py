@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from svfit_dreambooth.bases.family import Conditions, Role, Tokens, posterior
-from svfit_dreambooth.bases.flow import FlowTransformer, chat_tokens, hidden_states
+from svfit_dreambooth.bases.flow import FlowTransformer, chat_tokens, hidden_states, side_by_side
 from svfit_dreambooth.method.targets import LayerNames
 
 FLUX2 = LayerNames(
@@ -23,6 +23,19 @@ FLUX2 = LayerNames(
     ),
     feed_forward=("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out"),
 )
+DOUBLE, SINGLE = "transformer_blocks.{}", "single_transformer_blocks.{}"
+ORIGINAL = {
+    **side_by_side("double_blocks.{}.img_attn.qkv", DOUBLE, "attn.to_q", "attn.to_k", "attn.to_v"),
+    **side_by_side("double_blocks.{}.img_attn.proj", DOUBLE, "attn.to_out.0"),
+    **side_by_side("double_blocks.{}.txt_attn.qkv", DOUBLE, "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    **side_by_side("double_blocks.{}.txt_attn.proj", DOUBLE, "attn.to_add_out"),
+    **side_by_side("double_blocks.{}.img_mlp.0", DOUBLE, "ff.linear_in"),
+    **side_by_side("double_blocks.{}.img_mlp.2", DOUBLE, "ff.linear_out"),
+    **side_by_side("double_blocks.{}.txt_mlp.0", DOUBLE, "ff_context.linear_in"),
+    **side_by_side("double_blocks.{}.txt_mlp.2", DOUBLE, "ff_context.linear_out"),
+    **side_by_side("single_blocks.{}.linear1", SINGLE, "attn.to_qkv_mlp_proj"),
+    **side_by_side("single_blocks.{}.linear2", SINGLE, "attn.to_out"),
+}
 ENCODER_LAYERS = (9, 18, 27)  # whose hidden states are read
 PROMPT_TOKENS = 512
 SAMPLING_STEPS = 50  # the sampler's shift depends on their number; training takes the pipeline's own
@@ -35,6 +48,7 @@ class Flux2Klein(FlowTransformer):
     pipeline_class = Flux2KleinPipeline
     denoiser_class = Flux2Transformer2DModel
     layer_names: ClassVar[Mapping[Role, LayerNames]] = {"denoiser": FLUX2}
+    original_names = ORIGINAL
     checkpointed = (Flux2TransformerBlock, Flux2SingleTransformerBlock)
     guidance_scale = 4.0
     no_negative_prompt = "FLUX.2-klein, which knows none"

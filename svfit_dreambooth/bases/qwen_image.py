@@ -20,6 +20,10 @@ QWEN_IMAGE = LayerNames(
     ),
     feed_forward=tuple(f"{stream}_mlp.net.{layer}" for stream in ("img", "txt") for layer in ("0.proj", "2")),
 )
+ORIGINAL = {  # the same names
+    f"transformer_blocks.{{}}.{name}": (f"transformer_blocks.{{}}.{name}",)
+    for name in [*(f"attn.{name}" for group in QWEN_IMAGE.attention for name in group), *QWEN_IMAGE.feed_forward]
+}
 PROMPT_TOKENS = 1024
 
 
@@ -29,6 +33,7 @@ class QwenImage(FlowTransformer):
     pipeline_class = QwenImagePipeline
     denoiser_class = QwenImageTransformer2DModel
     layer_names: ClassVar[Mapping[Role, LayerNames]] = {"denoiser": QWEN_IMAGE}
+    original_names = ORIGINAL
     checkpointed = (QwenImageTransformerBlock,)
     guidance_scale = 4.0
     tokens_per_latent = 0.25

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from svfit_dreambooth.bases.family import Conditions, Role, Tokens, warn_of_cut
-from svfit_dreambooth.bases.flow import FlowTransformer
+from svfit_dreambooth.bases.flow import FlowTransformer, side_by_side
 from svfit_dreambooth.method.targets import LayerNames
 
 SD3 = LayerNames(
@@ -20,6 +20,21 @@ SD3 = LayerNames(
     ),
     feed_forward=("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
 )
+BLOCK = "transformer_blocks.{}"
+ORIGINAL = {
+    **side_by_side("joint_blocks.{}.x_block.attn.qkv", BLOCK, "attn.to_q", "attn.to_k", "attn.to_v"),
+    **side_by_side("joint_blocks.{}.x_block.attn.proj", BLOCK, "attn.to_out.0"),
+    **side_by_side("joint_blocks.{}.x_block.attn2.qkv", BLOCK, "attn2.to_q", "attn2.to_k", "attn2.to_v"),
+    **side_by_side("joint_blocks.{}.x_block.attn2.proj", BLOCK, "attn2.to_out.0"),
+    **side_by_side("joint_blocks.{}.x_block.mlp.fc1", BLOCK, "ff.net.0.proj"),
+    **side_by_side("joint_blocks.{}.x_block.mlp.fc2", BLOCK, "ff.net.2"),
+    **side_by_side(
+        "joint_blocks.{}.context_block.attn.qkv", BLOCK, "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"
+    ),
+    **side_by_side("joint_blocks.{}.context_block.attn.proj", BLOCK, "attn.to_add_out"),
+    **side_by_side("joint_blocks.{}.context_block.mlp.fc1", BLOCK, "ff_context.net.0.proj"),
+    **side_by_side("joint_blocks.{}.context_block.mlp.fc2", BLOCK, "ff_context.net.2"),
+}
 CLIPS = ("text_encoder", "text_encoder_2")
 PROMPT_TOKENS = 256  # of T5
 
@@ -32,6 +47,7 @@ class StableDiffusion3(FlowTransformer):
     text_encoder_names = (*CLIPS, "text_encoder_3")
     optional_text_encoders = ("text_encoder_3",)
     layer_names: ClassVar[Mapping[Role, LayerNames]] = {"denoiser": SD3}
+    original_names = ORIGINAL
     checkpointed = (JointTransformerBlock,)
     guidance_scale = 4.5
     tokens_per_latent = 0.25

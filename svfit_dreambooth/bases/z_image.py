@@ -10,13 +10,22 @@ from PIL import Image
 from torch import Tensor, nn
 
 from svfit_dreambooth.bases.family import Conditions, Role, Tokens
-from svfit_dreambooth.bases.flow import FlowTransformer, chat_tokens, hidden_states
+from svfit_dreambooth.bases.flow import FlowTransformer, chat_tokens, hidden_states, side_by_side
 from svfit_dreambooth.method.targets import LayerNames
 
 Z_IMAGE = LayerNames(
     attention=(("to_q", "to_k", "to_v", "to_out.0"),),
     feed_forward=("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
 )
+ORIGINAL = {
+    original: parts
+    for block in ("layers.{}", "noise_refiner.{}", "context_refiner.{}")
+    for original, parts in {
+        **side_by_side(f"{block}.attention.qkv", block, "attention.to_q", "attention.to_k", "attention.to_v"),
+        **side_by_side(f"{block}.attention.out", block, "attention.to_out.0"),
+        **{f"{block}.{name}": (f"{block}.{name}",) for name in Z_IMAGE.feed_forward},
+    }.items()
+}
 PROMPT_TOKENS = 512
 
 
@@ -26,6 +35,7 @@ class ZImage(FlowTransformer):
     pipeline_class = ZImagePipeline
     denoiser_class = ZImageTransformer2DModel
     layer_names: ClassVar[Mapping[Role, LayerNames]] = {"denoiser": Z_IMAGE}
+    original_names = ORIGINAL
     checkpointed = (ZImageTransformerBlock,)
     guidance_scale = 5.0
     tokens_per_latent = 0.25

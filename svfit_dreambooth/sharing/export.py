@@ -7,7 +7,7 @@ opened again, and compared with the adapter, before it gets its name.
 import hashlib
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from svfit_dreambooth.adapter.file import Adapter, read_adapter
 from svfit_dreambooth.bases.opening import BaseModel
-from svfit_dreambooth.bases.sdxl import SDXL
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import check_output, share, size_text
 from svfit_dreambooth.method.layer import SVFitLayer
@@ -29,7 +28,7 @@ from svfit_dreambooth.painting.matching import adapted_weights
 from svfit_dreambooth.painting.registry import loaded_adapters
 from svfit_dreambooth.sharing.lora_file import lora_changes, pack_layer, peft_metadata
 from svfit_dreambooth.sharing.lora_metadata import hashes, lora_metadata
-from svfit_dreambooth.sharing.lora_names import Layout
+from svfit_dreambooth.sharing.lora_names import Layout, Place, lora_places
 from svfit_dreambooth.sharing.lora_plan import LoraPlan, plan_lora
 
 FILE_NAME = {"diffusers": "pytorch_lora_weights.safetensors"}  # the name that its loader looks for in a folder
@@ -92,14 +91,16 @@ def export_lora(
     path = check_output(lora_path(output, adapter_path, layout), ".safetensors", [adapter_path], overwrite)
     shifts = {name: scale * shift for name, shift in adapter.shifts.items()}
     shapes = layer_shapes(base, adapter)
-    plan = plan_lora(shifts, shapes, layout, rank=rank, error=error, dtype=dtype)
+    places = lora_places(shifts, layout, base.family)
+    rows = {name: place.rows for name, place in places.items() if place.rows is not None}
+    plan = plan_lora(shifts, shapes, layout, rank=rank, error=error, dtype=dtype, rows=rows)
     if on_plan is not None:
         on_plan(plan)
     name = load_adapter(
         pipeline, adapter, scale, "export", allow_other_base=allow_other_base, basis_cache_dir=basis_cache_dir
     )
     try:
-        return _write(path, plan, base, adapter, scale)
+        return _write(path, plan, places, base, adapter, scale)
     finally:
         unload_adapter(pipeline, name)
 
@@ -111,13 +112,6 @@ def layer_shapes(base: BaseModel, adapter: Adapter) -> dict[str, tuple[int, int]
     """
     weights = adapted_weights(base.pipeline, adapter, adapter.title)
     return {name: (weights[name].shape[0], weights[name].shape[1]) for name in adapter.shifts}
-
-
-def sdxl_layers_per_block(base: BaseModel) -> int | None:
-    """`layers_per_block` of an SDXL's UNet, whose layers kohya files call by Stability's names; None for others."""
-    if not isinstance(base.family, SDXL):
-        return None
-    return int(base.pipeline.unet.config.layers_per_block)
 
 
 def lora_path(output: str | Path, adapter_path: str | Path, layout: Layout) -> Path:
@@ -137,18 +131,21 @@ def _adapted_layers(base: BaseModel) -> dict[str, SVFitLayer]:
     }
 
 
-def _write(path: Path, plan: LoraPlan, base: BaseModel, adapter: Adapter, scale: float) -> LoraExport:
-    sdxl = sdxl_layers_per_block(base)
+def _write(
+    path: Path, plan: LoraPlan, places: Mapping[str, Place], base: BaseModel, adapter: Adapter, scale: float
+) -> LoraExport:
     layers = _adapted_layers(base)
-    alpha = float(max(plan.ranks.values()))
+    together: dict[str, list[str]] = {}  # layer of the file -> ours in it
+    for name in plan.kept:
+        together.setdefault(places[name].stem, []).append(name)
+    alpha = float(max(sum(plan.ranks[name] for name in names) for names in together.values()))
     tensors: dict[str, Tensor] = {}
-    for name, kept in plan.kept.items():
-        layer = layers[name]
-        kept = kept.to(layer.shift.device)
-        U, Vh = layer.factors()
-        U, shift, Vh = U[:, kept], layer.shift.detach()[kept], Vh[kept]
-        kernel = tuple(layer.weight.shape[1:]) if layer.weight.ndim == 4 else ()
-        tensors |= pack_layer(name, U, shift, Vh, plan.layout, alpha, plan.dtype, sdxl, kernel)
+    for stem, names in together.items():
+        parts = [_part(layers[name], plan.kept[name], places[name]) for name in names]
+        U, shift, Vh = (torch.cat(side, dim) for side, dim in zip(zip(*parts, strict=True), (1, 0, 0), strict=True))
+        weight = layers[names[0]].weight
+        kernel = tuple(weight.shape[1:]) if weight.ndim == 4 else ()
+        tensors |= pack_layer(stem, U, shift, Vh, plan.layout, alpha, plan.dtype, kernel)
     metadata = lora_metadata(
         adapter,
         title=adapter.title or path.stem,
@@ -166,7 +163,7 @@ def _write(path: Path, plan: LoraPlan, base: BaseModel, adapter: Adapter, scale:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, temporary, metadata=metadata)
         del tensors
-        total, worst = _compare(temporary, plan, layers, sdxl)
+        total, worst = _compare(temporary, plan, layers, places)
         share(temporary)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
@@ -177,6 +174,16 @@ def _write(path: Path, plan: LoraPlan, base: BaseModel, adapter: Adapter, scale:
     return LoraExport(path, plan, path.stat().st_size, total, worst)
 
 
+def _part(layer: SVFitLayer, kept: Tensor, place: Place) -> tuple[Tensor, Tensor, Tensor]:
+    """U (rows, rank), shift (rank,), Vh (rank, in) of a layer's part of the file's one, whose other rows are zero."""
+    kept = kept.to(layer.shift.device)
+    U, Vh = layer.factors()
+    U, shift, Vh = U[:, kept], layer.shift.detach()[kept], Vh[kept]
+    if place.rows is not None:
+        U = torch.nn.functional.pad(U, (0, 0, place.first, place.rows - place.first - len(U)))
+    return U, shift, Vh
+
+
 def _payload_sha256(tensors: dict[str, Tensor]) -> str:
     """SHA-256 of the bytes that safetensors writes after the header: larger types first, then by name."""
     digest = hashlib.sha256()
@@ -185,13 +192,15 @@ def _payload_sha256(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _compare(path: Path, plan: LoraPlan, layers: dict[str, SVFitLayer], sdxl: int | None) -> tuple[float, float]:
+def _compare(
+    path: Path, plan: LoraPlan, layers: dict[str, SVFitLayer], places: Mapping[str, Place]
+) -> tuple[float, float]:
     """Relative error of the file's changes against the adapter's: of all layers together, and the worst layer's.
 
     Raises SVFitError where it is more than was left out and what rounding accounts for.
     """
     squares = total = worst = 0.0
-    for name, change in lora_changes(path, plan.shapes, plan.layout, sdxl):
+    for name, change in lora_changes(path, plan.shapes, plan.layout, places):
         layer = layers[name]
         exact = layer.exact_delta().cpu()  # (out, in)
         norm, off = exact.double().norm().item(), (change - exact).double().norm().item()

@@ -16,21 +16,20 @@ from torch import Tensor
 
 from svfit_dreambooth.adapter.checks import check_container
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.sharing.lora_names import DOWN, UP, Layout, lora_name
+from svfit_dreambooth.sharing.lora_names import DOWN, UP, Layout, Place
 
 
 def pack_layer(
-    name: str,
+    stem: str,
     U: Tensor,
     shift: Tensor,
     Vh: Tensor,
     layout: Layout,
     alpha: float,
     dtype: torch.dtype,
-    sdxl_layers_per_block: int | None = None,
     kernel: tuple[int, ...] = (),
 ) -> dict[str, Tensor]:
-    """The tensors of one layer whose change is U (out, rank) diag(shift (rank,)) Vh (rank, in).
+    """The tensors of the layer `stem` whose change is U (out, rank) diag(shift (rank,)) Vh (rank, in).
 
     On the CPU.  `kernel`: (in, h, w) of a convolution, whose Vh is (rank, in * h * w); empty for a linear layer.
 
@@ -44,7 +43,6 @@ def pack_layer(
     down = root[:, None] * Vh  # (rank, in)
     if kernel:
         up, down = up[:, :, None, None], down.view(rank, *kernel)  # two convolutions, the second of single places
-    stem = lora_name(name, layout, sdxl_layers_per_block)
     tensors = {f"{stem}.{DOWN[layout]}": down, f"{stem}.{UP[layout]}": up}
     tensors = {key: value.to(dtype).contiguous() for key, value in tensors.items()}
     for key, value in tensors.items():
@@ -80,29 +78,30 @@ def peft_metadata(ranks: Mapping[str, int]) -> str:
 
 
 def lora_changes(
-    path: Path, names: Mapping[str, tuple[int, int]], layout: Layout, sdxl_layers_per_block: int | None = None
+    path: Path, names: Mapping[str, tuple[int, int]], layout: Layout, places: Mapping[str, Place]
 ) -> Iterator[tuple[str, Tensor]]:
     """Layer by layer what the file at `path` adds to the weight, (out, in) float32, as loaders compute it.
 
-    `names`: the layers expected, with their shapes (out, in), where in is in * h * w for convolutions.  Raises
+    `names`: the layers expected, with their shapes (out, in), where in is in * h * w for convolutions.  `places`: where
+    they are, see `lora_places`.  Raises
     SVFitError if the file holds others, or misses or misshapes one.
     """
     try:
         with safe_open(path, framework="pt") as file:
             keys = set(file.keys())
             suffixes = [DOWN[layout], UP[layout], *(["alpha"] if layout == "kohya" else [])]
-            stems = {name: lora_name(name, layout, sdxl_layers_per_block) for name in names}
-            expected = {f"{stem}.{suffix}" for stem in stems.values() for suffix in suffixes}
+            expected = {f"{places[name].stem}.{suffix}" for name in names for suffix in suffixes}
             if keys != expected:
                 raise SVFitError(f"{path} holds other tensors than were exported: {min(keys ^ expected)}.")
-            for name, stem in stems.items():
+            for name, (out, into) in names.items():
+                stem, first = places[name].stem, places[name].first
                 down = file.get_tensor(f"{stem}.{DOWN[layout]}").float().flatten(1)  # (rank, in)
                 up = file.get_tensor(f"{stem}.{UP[layout]}").float().flatten(1)  # (out, rank)
                 rank = down.shape[0]
-                if up.shape != (names[name][0], rank) or down.shape != (rank, names[name][1]):
+                if up.shape != (places[name].rows or out, rank) or down.shape != (rank, into):
                     raise SVFitError(f"{path} holds {stem} with the shapes {tuple(up.shape)} and {tuple(down.shape)}.")
                 scale = file.get_tensor(f"{stem}.alpha").item() / rank if layout == "kohya" else 1.0
-                yield name, scale * (up @ down)
+                yield name, scale * (up[first : first + out] @ down)
     except (SafetensorError, OSError) as error:
         raise SVFitError(f"{path} cannot be read back ({error}): is the disk full?") from error
 

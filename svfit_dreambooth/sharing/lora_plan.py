@@ -33,6 +33,7 @@ class LoraPlan:
     errors: dict[str, float]  # layer -> relative error of its change, 0 where nothing is dropped
     total_error: float  # relative error of the change of all layers together
     full_bytes: int  # weights of the exact LoRA
+    rows: Mapping[str, int]  # of the file's layer, where several of ours are one in it
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -42,7 +43,11 @@ class LoraPlan:
     @property
     def bytes(self) -> int:
         """Size of the weights; the file's header adds some ten kilobytes."""
-        return sum(len(kept) * sum(self.shapes[name]) for name, kept in self.kept.items()) * BYTES[self.dtype]
+        sizes = (
+            len(kept) * (self.rows.get(name, self.shapes[name][0]) + self.shapes[name][1])
+            for name, kept in self.kept.items()
+        )
+        return sum(sizes) * BYTES[self.dtype]
 
     def lines(self) -> list[str]:
         """The plan in plain words, the size first."""
@@ -85,11 +90,12 @@ def plan_lora(
     rank: int | None = None,
     error: float | None = None,
     dtype: torch.dtype = torch.float16,
+    rows: Mapping[str, int] | None = None,
 ) -> LoraPlan:
     """Chooses what to keep of `shifts`, layer -> (r,), of weights of `shapes`, layer -> (out, in).
 
     `rank`: at most so many directions a layer, the strongest; None: all.  `error`, in its place: as few as leave no
-    layer's change off by more than this share (0.01: one per cent).  Directions with a shift of zero, and layers with
+    layer's change off by more than this share (0.01: one per cent).  `rows`: see `LoraPlan`.  Directions with a shift of zero, and layers with
     no other, are never stored.  Raises SVFitError for values that make no sense and for shifts that are all zero.
     """
     if rank is not None and error is not None:
@@ -120,7 +126,7 @@ def plan_lora(
         kept[name] = order[:count]
         errors[name] = (lost / float(energies.sum())) ** 0.5
         dropped_energy, total_energy = dropped_energy + lost, total_energy + float(energies.sum())
-        full_values += nonzero * sum(shapes[name])
+        full_values += nonzero * ((rows or {}).get(name, shapes[name][0]) + shapes[name][1])
     if not kept:
         raise SVFitError("every shift of the adapter is zero, it changes nothing: there is nothing to export.")
     return LoraPlan(
@@ -131,4 +137,5 @@ def plan_lora(
         errors=errors,
         total_error=(dropped_energy / total_energy) ** 0.5,
         full_bytes=full_values * BYTES[dtype],
+        rows=dict(rows or {}),
     )
