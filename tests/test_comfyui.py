@@ -9,15 +9,17 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from conftest import tiny_pipeline
+from flow_bases import tiny_flux1, tiny_klein, tiny_qwen_image, tiny_sd3, tiny_z_image
 from safetensors.torch import save_file
 
 from svfit_dreambooth import load_adapter, save_adapter
 from svfit_dreambooth.adapter.file import Adapter, read_adapter
 from svfit_dreambooth.adapter.words import LearnedWord
-from svfit_dreambooth.bases.families import find_projections
+from svfit_dreambooth.bases.families import family_of, find_projections
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import fingerprint
 from svfit_dreambooth.method.targets import svfit_layers
+from svfit_dreambooth.sharing.lora_names import lora_places
 
 NODE = Path(__file__).resolve().parent.parent / "comfyui" / "svfit_loader.py"
 
@@ -47,14 +49,19 @@ class Patcher:
 
     def add_patches(self, patches, strength_patch=1.0):
         for key, patch in patches.items():
-            assert key in self.weights
+            assert (key if isinstance(key, str) else key[0]) in self.weights
             self.patches.setdefault(key, []).append((strength_patch, patch))
 
     def patched(self, key):
         weight = self.weights[key].float().clone()
-        for strength, (kind, (difference,)) in self.patches.get(key, []):
-            assert kind == "diff" and difference.shape == weight.shape
-            weight += strength * difference.float()
+        for target, patches in self.patches.items():
+            if target != key and target[0] != key:
+                continue
+            rows = weight if target == key else weight.narrow(*target[1])
+            for strength, (kind, content) in patches:
+                change = content[0].float() if kind == "diff" else content[0].float() @ content[1].float()
+                assert kind in ("diff", "lora") and change.shape == rows.shape
+                rows += strength * change
         return weight
 
 
@@ -64,8 +71,13 @@ OLD = "svfit_dreambooth.adapter import read_adapter\nfrom svfit_dreambooth.adapt
 @pytest.fixture
 def node(monkeypatch, tmp_path):
     comfy, lora, folder_paths = ModuleType("comfy"), ModuleType("comfy.lora"), ModuleType("folder_paths")
+    lora.load_lora = lambda lora, to_load: {
+        key: ("lora", (lora[f"{x}.lora_up.weight"], lora[f"{x}.lora_down.weight"], None, None))
+        for x, key in to_load.items()
+    }
     lora.model_lora_keys_unet = lambda model, found: (
         found
+        | getattr(model, "by_diffusers_names", {})
         | {
             "lora_unet_" + key.removeprefix("diffusion_model.").removesuffix(".weight").replace(".", "_"): key
             for key in model.keys
@@ -225,3 +237,40 @@ def test_a_learned_word_is_not_lost_silently(node, tmp_path):
     for allow_other_base in (False, True):
         with pytest.raises(SVFitError, match="dog.safetensors has learned the word sks, which this node cannot load"):
             node.SVFitLoader().load(*loaded(layers, True), "dog.safetensors", 1.0, 1.0, allow_other_base)
+
+
+@pytest.mark.parametrize("tiny", [tiny_klein, tiny_z_image, tiny_flux1, tiny_sd3, tiny_qwen_image])
+@pytest.mark.parametrize("values", ["all", "few"])
+def test_transformers_whose_layers_are_rows_of_one(node, tmp_path, tiny, values):
+    """ComfyUI holds query, key and value of most families as one layer, and its map names their rows."""
+    family = family_of(tiny())
+    layers = {name: found[2] for name, found in family.find_projections("transformer").items()}
+    layers = {f"transformer.{name}": layer for name, layer in layers.items()}
+    weights, names = {}, {}
+    for name, place in lora_places(layers, "kohya", family).items():
+        weight, key = layers[name].weight.detach().bfloat16(), f"diffusion_model.{place.stem}.weight"
+        if place.rows is None:
+            weights[key], names[name] = weight, key
+        else:
+            weights.setdefault(key, torch.zeros(place.rows, weight.shape[1], dtype=weight.dtype))
+            names[name] = (key, (0, place.first, len(weight)))
+            weights[key].narrow(*names[name][1]).copy_(weight)
+    model = Patcher(weights, decoded=True)
+    model.model.by_diffusers_names = names
+    family.cast(torch.bfloat16)
+    adapter = read_adapter(write_adapter(layers, tmp_path))
+    if values == "few":
+        for number, shift in enumerate(adapter.shifts.values()):
+            shift.copy_(torch.where(torch.arange(len(shift)) == number % len(shift), 1.0 + number, 0.0))
+    path = save_adapter(adapter, tmp_path / "dog.safetensors", torch.float32)
+
+    patched, _ = node.SVFitLoader().load(model=model, adapter="dog.safetensors", strength_model=0.5)
+    thin = {kind for patches in patched.patches.values() for _, (kind, _) in patches}
+    assert "lora" in thin if values == "few" else "diff" in thin
+    load_adapter(family.pipeline, path)
+    for name, layer in svfit_layers(family.denoiser).items():
+        key, rows = names[f"transformer.{name}"], slice(None)
+        if isinstance(key, tuple):
+            key, rows = key[0], slice(key[1][1], key[1][1] + key[1][2])
+        expected = layer.weight.float() + 0.5 * layer.exact_delta()
+        assert (patched.patched(key)[rows] - expected).abs().max() < 1e-2 * expected.abs().max()
