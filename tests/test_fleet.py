@@ -133,6 +133,7 @@ class Here:
         return SimpleNamespace(train=SimpleNamespace(remote=lambda configs: partial(worker.train, configs)))
 
     def wait(self, answers, timeout):
+        print("(raylet) what happens to workers")  # as Ray's own threads do
         return answers, []
 
     def get(self, answer):

@@ -5,6 +5,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from svfit_dreambooth.commands.wording import printable, with_dashes
@@ -56,12 +57,14 @@ def fleet(arguments: Sequence[str], names: set[str]) -> None:
         raise SVFitError("dry_run is for the training command: give it subjects in place of a fleet.", "subjects")
     configs, refused = subject_configs(subject_folders(given["subjects"]), config)
     reports: list[Report] = []
-    with tqdm(total=len(configs) + len(refused), desc="subjects", unit="subject") as bar:
+    lines, count = sys.stdout, len(configs) + len(refused)
+    # Ray's threads print what happens to workers, which would stand between the lines
+    with redirect_stdout(sys.stderr), tqdm(total=count, desc="subjects", unit="subject") as bar:
 
         def hear(report: Report) -> None:
             reports.append(report)
             with bar.external_write_mode():
-                print(printable(json.dumps(report.line())), flush=True)
+                print(printable(json.dumps(report.line())), file=lines, flush=True)
             bar.update()
 
         for each in refused:

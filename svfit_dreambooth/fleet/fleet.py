@@ -17,13 +17,14 @@ from typing import Any
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.fleet.worker import Report, Worker
 from svfit_dreambooth.training.config import TrainConfig
-from svfit_dreambooth.training.events import Stepped
+from svfit_dreambooth.training.events import from_line
 from svfit_dreambooth.training.journal import RunFolder
 
 logger = logging.getLogger(__name__)
 
 MOST_LOSSES = 5  # of workers in a row that died at the same subjects without a step beyond those made before
 LOOK_SECONDS = 0.5  # between two looks at how far the subjects are
+TAIL_BYTES = 4096  # of a diary: some lines
 OBJECT_STORE_BYTES = 80_000_000  # Ray's least, as next to nothing goes through it
 START_ATTEMPTS = 3
 QUIETLY: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -59,9 +60,14 @@ class Turn:
 
 
 def steps_made(config: TrainConfig) -> int:
-    """How far a subject has come, by its diary."""
-    events = RunFolder(config.output_dir, config.adapter_name).events()
-    return max((event.step for event in events if isinstance(event, Stepped)), default=0)
+    """How far a subject has come, by the end of its diary."""
+    try:
+        with open(RunFolder(config.output_dir, config.adapter_name).progress, "rb") as diary:
+            diary.seek(max(0, diary.seek(0, os.SEEK_END) - TAIL_BYTES))
+            lines = diary.read().decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        return 0
+    return next((event.step for event in map(from_line, reversed(lines)) if event is not None), 0)
 
 
 def run_fleet(
