@@ -42,6 +42,7 @@ from svfit_dreambooth.files import save_png
 from svfit_dreambooth.method.targets import svfit_layers
 from svfit_dreambooth.photos.reading import find_photos, open_photo
 from svfit_dreambooth.training.examples import encode_examples
+from svfit_dreambooth.training.keep_base import KeptBase
 from svfit_dreambooth.training.loop import Loop, Step
 from svfit_dreambooth.training.objective import Objective
 from svfit_dreambooth.training.plan import Plan, prepare
@@ -183,7 +184,8 @@ def make(
         pipeline = run.base.pipeline
         model = Objective(run, examples, run.base.family.components, device, torch.float32)
         accelerator = Accelerator(cpu=device.type == "cpu")
-        loop = Loop(config, accelerator, model, [pipeline.unet], values, rates, run.folder)
+        kept_base = KeptBase(model) if config.keep_base else None  # every method begins at the base
+        loop = Loop(config, accelerator, model, [pipeline.unet], values, rates, run.folder, kept_base=kept_base)
         started = time.perf_counter()
         _, _, failure = loop.run(on_step)
         if failure is not None:

@@ -164,6 +164,7 @@ USUAL = (1e-2, 2e-2, 5e-2, 1e-1)  # around the best of most kinds of SVFit
 METHODS = {
     "none": Method(nothing, ()),
     "svfit": Method(svfit(), (2e-2, 5e-2, 1e-1, 2e-1)),
+    "svfit-kept": Method(svfit(), (2e-2, 5e-2, 1e-1, 2e-1), {"keep_base": True}),
     "svfit-half": Method(svfit(share=1 / 2), (2e-2, 5e-2, 1e-1, 2e-1)),
     "svfit-eighth": Method(svfit(share=1 / 8), (5e-2, 1e-1, 2e-1, 5e-1)),
     "svfit-wider": Method(svfit(WIDER), (2e-2, 5e-2, 1e-1, 2e-1)),
@@ -172,6 +173,7 @@ METHODS = {
     "lora-1": Method(lora(1), (2e-3, 5e-3, 1e-2, 2e-2)),
     "lora-4": Method(lora(4), (1e-3, 2e-3, 5e-3, 1e-2)),
     "lora-8": Method(lora(8), (1e-3, 2e-3, 5e-3, 1e-2)),
+    "lora-8-kept": Method(lora(8), (1e-3, 2e-3, 5e-3, 1e-2), {"keep_base": True}),
     "pissa-8": Method(lora(8, "pissa"), (1e-4, 2e-4, 5e-4, 1e-3)),
     "tinylora": Method(tinylora(64), (1e-2, 2e-2, 5e-2, 1e-1)),
     "full": Method(full, (5e-5, 1e-4, 2e-4, 5e-4)),

@@ -9,6 +9,7 @@ and memory do not depend on their values.  The contestants:
     lora     PEFT LoRA r=4 on the attention projections
     svfit    SVFit at full rank on the same, as the training command sets the network up
     slimlora lora, on the network that keeps only what is needed, as svfit's does; only where --methods names it
+    kept     svfit with keep_base: a second pass, of half the batch, against the base's answers; only where named
 
 Time: all in one process, on the same weights, taking turns; the fastest of the rounds is what the machine can do
 undisturbed, and ratios are of those; all rounds are in the JSON.  On a machine that others use too, --clock cpu with
@@ -35,9 +36,10 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from svfit_dreambooth.bases.families import apply_svfit, find_projections
+from svfit_dreambooth.training.keep_base import kept_batch_size
 from svfit_dreambooth.training.slim import slim
 
-METHODS = ("frozen", "lora", "svfit", "slimlora")
+METHODS = ("frozen", "lora", "svfit", "slimlora", "kept")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -82,21 +84,31 @@ def adapt(unet: nn.Module, method: str, rank: int | None) -> list[nn.Parameter]:
 
 
 def stepper(
-    unet: nn.Module, trained: list[nn.Parameter], batch: int, options: argparse.Namespace, dtype: torch.dtype
+    unet: nn.Module,
+    trained: list[nn.Parameter],
+    batch: int,
+    options: argparse.Namespace,
+    dtype: torch.dtype,
+    kept: bool,
 ) -> Callable:
-    """A function that makes one step and returns its seconds."""
+    """A function that makes one step and returns its seconds; `kept`: with a pass to keep the base."""
     optimizer = torch.optim.AdamW(trained, lr=1e-3) if trained else None
     side = options.resolution // 8
     clock = time.process_time if options.clock == "cpu" else time.perf_counter
-    noise = torch.randn(batch, 4, side, side, device=DEVICE)
+    noise = torch.randn(batch, unet.config.in_channels, side, side, device=DEVICE)  # type: ignore[union-attr]
     timesteps = torch.full((batch,), 500, device=DEVICE)
     hidden = torch.randn(batch, 77, unet.config.cross_attention_dim, device=DEVICE)  # type: ignore[union-attr]
 
+    def differentiate(count: int) -> None:
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype != torch.float32):
+            predicted = unet(noise[:count].to(dtype), timesteps[:count], hidden[:count].to(dtype), return_dict=False)[0]
+        (predicted.float() - noise[:count]).square().mean().backward()
+
     def step() -> float:
         started = clock()
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype != torch.float32):
-            predicted = unet(noise.to(dtype), timesteps, hidden.to(dtype), return_dict=False)[0]
-        (predicted.float() - noise).square().mean().backward()
+        differentiate(batch)
+        if kept:
+            differentiate(kept_batch_size(batch))
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()
@@ -114,7 +126,7 @@ def measure_time(options: argparse.Namespace, precision: str, batch: int) -> dic
     for method in options.methods:
         own = copy.deepcopy(unet, {id(parameter): parameter for parameter in unet.parameters()})
         trained = adapt(own, method, options.rank)
-        steps[method] = stepper(own, trained, batch, options, DTYPES[precision])
+        steps[method] = stepper(own, trained, batch, options, DTYPES[precision], method == "kept")
     for step in steps.values():
         step()  # warms caches up
     seconds: dict[str, list[float]] = {method: [] for method in options.methods}
@@ -130,7 +142,7 @@ def measure_memory(options: argparse.Namespace, precision: str, batch: int, meth
     """Bytes at the peak of a step, the network's own among them; for a process of its own."""
     before = 0 if DEVICE.type == "cuda" else resident("VmRSS")
     unet = random_unet(options.config_dir, DTYPES[precision])
-    step = stepper(unet, adapt(unet, method, options.rank), batch, options, DTYPES[precision])
+    step = stepper(unet, adapt(unet, method, options.rank), batch, options, DTYPES[precision], method == "kept")
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         step()
@@ -212,11 +224,17 @@ def main() -> None:
                 row["svfit of frozen"] = min(seconds["svfit"]) / min(seconds["frozen"])  # type: ignore[index]
                 fastest = [f"{method} {min(seconds[method]):.2f}" for method in options.methods]  # type: ignore[index]
                 text += f"{'  '.join(fastest):>31}   {row['svfit of lora']:7.2f} {row['svfit of frozen']:9.2f}"
+                if "kept" in seconds:  # type: ignore[operator]
+                    row["kept of svfit"] = min(seconds["kept"]) / min(seconds["svfit"])  # type: ignore[index]
+                    text += f"   kept of svfit {row['kept of svfit']:.2f}"
             if options.only != "time":
                 row["peak"] = peak = {m: in_own_process(options, precision, batch, m) for m in options.methods}
                 row["peak, svfit of lora"] = peak["svfit"] / peak["lora"]  # type: ignore[operator]
                 sizes = [f"{method} {peak[method] / 1e9:.2f}" for method in options.methods]  # type: ignore[operator]
                 text += f"{'  '.join(sizes):>36}   {row['peak, svfit of lora']:7.2f}"
+                if "kept" in peak:
+                    row["peak, kept of svfit"] = peak["kept"] / peak["svfit"]  # type: ignore[operator]
+                    text += f"   kept of svfit {row['peak, kept of svfit']:.2f}"
             print(text, flush=True)
             results.append(row)
     if options.output:

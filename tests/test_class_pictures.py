@@ -171,7 +171,7 @@ def test_the_prior_loss_is_split_off_and_weighs_as_asked():
     model.examples.prior = denoiser(sizes=((8, 8),) * 5).examples
     parts = model.loss(2, 0, 1)
     errors = {
-        purpose: torch.stack([(0.5 - model._draw(n, purpose).noise).square().mean() for n in range(8, 12)]).mean()
+        purpose: torch.stack([(0.5 - model.draw(n, purpose).noise).square().mean() for n in range(8, 12)]).mean()
         for purpose in ("train", "class")
     }
     assert torch.allclose(parts.instance, errors["train"]) and torch.allclose(parts.prior, errors["class"])

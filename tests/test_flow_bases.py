@@ -288,7 +288,7 @@ def test_the_loss_is_that_of_flow_matching(config):
     examples = encode_examples(run, Accelerator(cpu=True).device)
     run.base.open("transformer")
     model = Objective(run, examples, family.networks, torch.device("cpu"), torch.float32)
-    draw = model._draw(0)
+    draw = model.draw(0)
     s = draw.timestep
     assert 0 < s < 1
     conditions = {name: rows[:1] for name, rows in examples.conditions.items()}

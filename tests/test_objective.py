@@ -52,7 +52,7 @@ def denoiser(unet=None, prediction_type="epsilon", sizes=((8, 8),) * 3, weight=N
 
 def test_epsilon_is_the_distance_from_the_noise():
     model = denoiser(Constant(0.5))
-    noise = torch.stack([model._draw(number).noise for number in range(4, 8)])
+    noise = torch.stack([model.draw(number).noise for number in range(4, 8)])
     assert torch.allclose(model.loss(1, 0, 1).total, (0.5 - noise).square().mean())
 
 
@@ -60,7 +60,7 @@ def test_v_prediction_is_the_distance_from_the_velocity():
     """v = sqrt(alpha) noise - sqrt(1 - alpha) latents (Salimans and Ho, 2022)."""
     model = denoiser(Constant(0.5), "v_prediction")
     expected = []
-    for draw in [model._draw(number) for number in range(4)]:
+    for draw in [model.draw(number) for number in range(4)]:
         alpha = model.noising.scheduler.alphas_cumprod[draw.timestep]
         velocity = alpha.sqrt() * draw.noise - (1 - alpha).sqrt() * draw.latents
         expected.append((0.5 - velocity).square().mean())
@@ -105,7 +105,7 @@ def test_min_snr_weights_need_no_float64_of_the_device():
 
 def test_min_snr_weighs_every_example_by_its_timestep():
     plain, weighted = denoiser(), denoiser(snr_gamma=5.0)
-    draws = [plain._draw(number) for number in range(4)]
+    draws = [plain.draw(number) for number in range(4)]
     alphas = plain.noising.scheduler.alphas_cumprod[[draw.timestep for draw in draws]]
     errors = torch.stack([draw.noise.square().mean() for draw in draws])
     expected = (min_snr_weights(alphas, 5.0, "epsilon") * errors).mean()
@@ -118,7 +118,7 @@ def test_offset_noise_adds_one_number_a_channel_and_moves_nothing_else():
     plain, offset = denoiser(), denoiser(noise_offset=0.1)
     shifts = []
     for number in range(60):
-        before, after = plain._draw(number), offset._draw(number)
+        before, after = plain.draw(number), offset.draw(number)
         assert torch.equal(before.latents, after.latents) and before.timestep == after.timestep
         difference = after.noise - before.noise  # (4, 8, 8)
         assert torch.allclose(difference, difference[:, :1, :1].expand_as(difference), atol=1e-6)
@@ -140,15 +140,15 @@ def test_masks_weigh_the_error_at_latent_resolution():
     weight[:, :, :4] = 1.0
     model = denoiser(weight=[weight, None, torch.zeros(2, 1, 8, 8)])
     for number in range(6):
-        draw = model._draw(number)
+        draw = model.draw(number)
         expected = {
             0: (draw.noise[:, :4].square().sum() + 0.1 * draw.noise[:, 4:].square().sum()) / (4 * 8 * 4 * 1.1),
             1: draw.noise.square().mean(),
             2: torch.zeros(()),
         }[draw.index]
         assert torch.allclose(model._errors([draw])[0], expected)
-    together = model._errors([model._draw(number) for number in range(3)])
-    assert torch.allclose(together, torch.cat([model._errors([model._draw(number)]) for number in range(3)]))
+    together = model._errors([model.draw(number) for number in range(3)])
+    assert torch.allclose(together, torch.cat([model._errors([model.draw(number)]) for number in range(3)]))
 
 
 def test_shapes_may_differ_within_a_batch():
@@ -160,9 +160,9 @@ def test_shapes_may_differ_within_a_batch():
             return super().forward(sample, *args, **kwargs)
 
     model = denoiser(Counting(), sizes=((8, 8), (10, 6), (8, 8)), train_batch_size=6)
-    errors = model._errors([model._draw(number) for number in range(6)])
+    errors = model._errors([model.draw(number) for number in range(6)])
     assert sorted(calls) == [(2, 4, 10, 6), (4, 4, 8, 8)]
-    assert torch.allclose(errors, torch.stack([model._draw(number).noise.square().mean() for number in range(6)]))
+    assert torch.allclose(errors, torch.stack([model.draw(number).noise.square().mean() for number in range(6)]))
 
 
 @pytest.mark.parametrize(("option", "value"), [("snr_gamma", 0), ("noise_offset", -0.1), ("unmasked_weight", 2)])
@@ -225,19 +225,19 @@ def test_a_run_on_masked_portraits_beside_a_square(tiny_base, tmp_path):
 
 def test_photos_are_shown_as_often_as_they_count():
     model = denoiser()
-    plain = [model._draw(number).index for number in range(30)]
+    plain = [model.draw(number).index for number in range(30)]
     model.examples.repeats = [1, 1, 1]
-    assert [model._draw(number).index for number in range(30)] == plain
+    assert [model.draw(number).index for number in range(30)] == plain
     model.examples.repeats = [3, 1, 2]
     for first in range(0, 60, 6):  # in every round
-        shown = [model._draw(number).index for number in range(first, first + 6)]
+        shown = [model.draw(number).index for number in range(first, first + 6)]
         assert [shown.count(photo) for photo in range(3)] == [3, 1, 2]
 
 
 def test_captions_of_a_photo_take_turns_and_change_nothing_else():
     model, plain = denoiser(), denoiser()
     model.examples.prompts = [[0, 1], [1], [2, 0, 1]]
-    draws = [(model._draw(number), plain._draw(number)) for number in range(300)]
+    draws = [(model.draw(number), plain.draw(number)) for number in range(300)]
     assert all(ours.timestep == other.timestep and torch.equal(ours.noise, other.noise) for ours, other in draws)
     for photo, rows in enumerate(model.examples.prompts):
         drawn = [ours.prompt for ours, _ in draws if ours.index == photo]
@@ -248,6 +248,6 @@ def test_captions_are_dropped_for_a_share_of_the_examples():
     model = denoiser(caption_dropout_rate=0.25)
     model.examples.dropped = 2
     model.examples.prompts = [[0], [0], [1]]
-    dropped = sum(model._draw(number).prompt == 2 for number in range(800))
+    dropped = sum(model.draw(number).prompt == 2 for number in range(800))
     assert 150 < dropped < 250
-    assert not any(model._draw(number, "fixed").prompt == 2 for number in range(100))
+    assert not any(model.draw(number, "fixed").prompt == 2 for number in range(100))

@@ -44,6 +44,7 @@ def test_two_processes_train_what_one_trains_with_twice_the_batch(tiny_base, pho
         "output_dir": str(tmp_path / "two"),
         "max_train_steps": 5,
         "train_batch_size": 2,
+        "keep_base": True,
         "resolution": 16,
         "aspect_ratio": "square",
         "learning_rate": 5e-2,

@@ -313,8 +313,8 @@ def test_sequence_of_examples_covers_the_photos(config):
 
     examples = encode_examples(run, torch.device("cpu"))
     model = Objective(run, examples, run.base.family.components, torch.device("cpu"), torch.float32)
-    photos = [model._draw(number).index for number in range(9)]
+    photos = [model.draw(number).index for number in range(9)]
     assert all(sorted(photos[i : i + 3]) == [0, 1, 2] for i in (0, 3, 6))
-    again, other = model._draw(4), model._draw(5)
-    assert torch.equal(model._draw(4).latents, again.latents) and torch.equal(model._draw(4).noise, again.noise)
+    again, other = model.draw(4), model.draw(5)
+    assert torch.equal(model.draw(4).latents, again.latents) and torch.equal(model.draw(4).noise, again.noise)
     assert not torch.equal(again.noise, other.noise)

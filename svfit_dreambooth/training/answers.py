@@ -22,6 +22,7 @@ from svfit_dreambooth.evaluation.protocol import UNRELATED_PROMPTS
 from svfit_dreambooth.files import write_atomically
 from svfit_dreambooth.photos.captions import shuffled
 from svfit_dreambooth.photos.reading import Photo
+from svfit_dreambooth.training.base_pictures import kept_prompts
 from svfit_dreambooth.training.class_pictures import usable_class_pictures
 from svfit_dreambooth.training.plan import Plan
 from svfit_dreambooth.training.watch import validation_prompts
@@ -93,6 +94,8 @@ def run_prompts(plan: Plan) -> list[str]:
     if config.with_prior_preservation:
         present = usable_class_pictures(Path(str(config.class_data_dir)))
         texts += [str(config.class_prompt), *(text for photo in present for text in photo.captions)]
+    if config.keep_base:
+        texts += kept_prompts(plan.base.name, config.class_prompt)
     if config.validation_steps or config.final_pictures:
         texts += validation_prompts(plan)
     if config.validation_steps:

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 CACHE_VERSION = 1
 SEED = 70_000  # of the first picture; away from the seeds of looks and measures
 STEPS = 10  # denoising steps of each
+CLASS_PICTURES = 8
 PLAIN_PROMPTS = (
     "a photo of an old man with a grey beard",
     "a photo of a woman laughing",
@@ -69,6 +70,11 @@ PLAIN_PROMPTS = (
 def plain_prompts(base: str) -> tuple[str, ...]:
     """What `base` is asked to paint: a bit of everything it knows."""
     return world_prompts(base) or PLAIN_PROMPTS
+
+
+def kept_prompts(base: str, class_prompt: str | None) -> list[str]:
+    """What a run that keeps the base lets it paint: a bit of everything, and the subject's class without its rare word."""
+    return [*plain_prompts(base), *([class_prompt] * CLASS_PICTURES if class_prompt else [])]
 
 
 def base_latents(
@@ -127,6 +133,24 @@ def picture_files(
     how += [base.family.clip_skip] * (base.family.clip_skip > 0)
     keys = [json.dumps([*how, SEED + number, prompt]) for number, prompt in enumerate(prompts)]
     return [folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors" for key in keys]
+
+
+def base_picture_report(
+    base: BaseModel,
+    class_prompt: str | None,
+    resolution: int,
+    dtype: torch.dtype,
+    cache_dir: str | Path | None = None,
+) -> str:
+    """By what a run keeps the base, in a plain line."""
+    prompts = kept_prompts(base.name, class_prompt)
+    line = f"keep_base: by {len(prompts)} pictures of the base's own"
+    if class_prompt is None:
+        line += ", none of the subject's class, as class_prompt is not given"
+    if next(base.family.denoiser.parameters()).is_meta:  # its weights, which would tell, are not open
+        return line
+    missing = sum(not path.exists() for path in picture_files(base, prompts, resolution, dtype, cache_dir))
+    return f"{line}, {missing} of them still to be painted" if missing else line
 
 
 def _read(path: Path) -> Tensor | None:

@@ -23,6 +23,7 @@ from svfit_dreambooth.bases.family import Family
 from svfit_dreambooth.method.one_sided import basis_numbers
 from svfit_dreambooth.method.targets import apply_svfit
 from svfit_dreambooth.training.config import TrainConfig
+from svfit_dreambooth.training.keep_base import EXAMPLES
 from svfit_dreambooth.training.plan import Plan
 from svfit_dreambooth.training.slim import slim
 
@@ -38,6 +39,7 @@ class Estimate:
     networks: int  # denoiser, text encoders and autoencoder, those that stay on the device, in the precision of each
     bases: int  # directions of every adapted layer
     activations: int  # kept for the backward pass
+    answers: int  # of the base, that `keep_base` keeps, where they lie on the same device
     available: int | None  # free on the device before the base was opened, which the rest counts; None: unknown
     suggestion: str | None = None  # what would make it fit
     before: dict[str, int] = field(default_factory=dict)  # what is opened and let go before the steps: bytes of each
@@ -45,7 +47,7 @@ class Estimate:
     @property
     def phases(self) -> dict[str, int]:
         """The peaks of what comes one after the other."""
-        peaks = {**self.before, "steps": self.networks + self.bases + self.activations}
+        peaks = {**self.before, "steps": self.networks + self.bases + self.activations + self.answers}
         return {name: round(WORKSPACE * size) + RUNTIME for name, size in peaks.items()}
 
     @property
@@ -59,6 +61,7 @@ class Estimate:
     def lines(self) -> list[str]:
         """The estimate in plain words."""
         parts = {"networks": self.networks, "bases": self.bases, "activations": self.activations}
+        parts |= {"the base's answers": self.answers} if self.answers else {}
         text = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
         if self.before:
             text = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in self.phases.items()) + f": {text}"
@@ -111,7 +114,9 @@ def _estimate(plan: Plan, config: TrainConfig) -> Estimate:
     bases = 0
     for shape in plan.shapes.values():
         bases += basis_numbers(*_sizes(shape, config)) * size
-    return Estimate(networks, bases, _activations(plan, config), plan.free_memory, before=before)
+    return Estimate(
+        networks, bases, _activations(plan, config), _answers(plan, config), plan.free_memory, before=before
+    )
 
 
 def _before(plan: Plan, config: TrainConfig) -> dict[str, int]:
@@ -159,6 +164,15 @@ class _Living(TorchDispatchMode):
     def _free(self, storage: int, size: int) -> None:
         self.known.discard(storage)
         self.now -= size
+
+
+def _answers(plan: Plan, config: TrainConfig) -> int:
+    """Bytes of what `KeptBase` keeps, which is on the CPU."""
+    if not config.keep_base or default_device().type != "cpu":
+        return 0
+    with FakeTensorMode():
+        latents = plan.base.family.stand_in(1, int(config.resolution or plan.base.resolution))[0]
+    return EXAMPLES * latents.numel() * MIXED_PRECISION[config.mixed_precision].itemsize
 
 
 def _sizes(shape: tuple[int, int], config: TrainConfig) -> tuple[int, int, int]:

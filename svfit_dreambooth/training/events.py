@@ -43,6 +43,7 @@ class Stepped:
     learning_rate: float = 0.0
     prior_loss: float | None = None  # the part of the class pictures; None without prior preservation
     seconds: float | None = None  # since the run was started or went on
+    base_loss: float | None = None  # squared distance from the base's answers; None without keep_base
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from svfit_dreambooth.bases.family import Conditions, Family, Tokens
 from svfit_dreambooth.photos.crops import Crops, crop_photo
 from svfit_dreambooth.photos.reading import Photo, open_mask, open_photo
 from svfit_dreambooth.training.answers import ask_prompts, asking, photo_captions, run_prompts
+from svfit_dreambooth.training.base_pictures import base_latents, kept_prompts
 from svfit_dreambooth.training.class_pictures import paint_class_pictures
 from svfit_dreambooth.training.plan import Plan
 
@@ -35,6 +36,7 @@ class Examples:
     repeats: list[int] | None = None  # how often each photo is shown in a round; None: each once
     dropped: int | None = None  # the row of the empty prompt; None: captions are never dropped
     prior: Examples | None = None  # the class pictures; None: without prior preservation
+    base: Examples | None = None  # what the base painted itself; None: without keep_base
 
 
 def make_class_pictures(plan: Plan, device: torch.device) -> list[Photo]:
@@ -59,7 +61,7 @@ def make_class_pictures(plan: Plan, device: torch.device) -> list[Photo]:
 
 
 def encode_examples(plan: Plan, device: torch.device) -> Examples:
-    """Encodes every window of every photo, and every caption, once; with prior preservation the class pictures too.
+    """Encodes every window of every photo, and every caption, once; and what the run asks for beside them.
 
     Prompts first, then photos: a base that is opened one network at a time holds neither text encoder nor autoencoder
     when its denoiser is opened.
@@ -70,7 +72,31 @@ def encode_examples(plan: Plan, device: torch.device) -> Examples:
     if config.with_prior_preservation:
         pictures = make_class_pictures(plan, device)
         examples.prior = _encode(plan, pictures, str(config.class_prompt), device, of_class=True)
+    if config.keep_base:
+        examples.base = encode_base_pictures(plan, device)
     return examples
+
+
+@torch.no_grad()
+def encode_base_pictures(plan: Plan, device: torch.device) -> Examples:
+    """Pictures that the base painted itself, each with its prompt, of its class too where the run names one."""
+    config = plan.config
+    prompts, side = kept_prompts(plan.base.name, config.class_prompt), int(config.resolution or plan.base.resolution)
+    dtype = MIXED_PRECISION[config.mixed_precision]
+    latents = base_latents(plan.base, prompts, side, device, dtype, config.basis_cache_dir)  # (pictures, c, h, w)
+    different = list(dict.fromkeys([*prompts, ""]))
+    tokens, conditions = _read(plan, different, device)
+    count = len(prompts)
+    return Examples(
+        list(latents[:, None]),
+        [torch.zeros_like(latents[:1])] * count,
+        [None] * count,
+        [torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32)] * count,
+        [[different.index(prompt)] for prompt in prompts],
+        tokens,
+        conditions,
+        dropped=different.index(""),
+    )
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from accelerate import Accelerator
@@ -18,6 +18,7 @@ from svfit_dreambooth.training.config import TrainConfig
 from svfit_dreambooth.training.ending import Ending
 from svfit_dreambooth.training.events import Event, Painted, Phase, Saved, Stepped, WentBack
 from svfit_dreambooth.training.journal import RunFolder
+from svfit_dreambooth.training.keep_base import KeptBase
 from svfit_dreambooth.training.objective import Loss, Objective
 from svfit_dreambooth.training.optimizer import Optimizer
 from svfit_dreambooth.training.signals import stop_signals
@@ -31,6 +32,14 @@ MAX_SKIPPED = 30  # steps in a row; fp16 begins with a loss scale of 2^16, and e
 
 Step = Stepped  # what `on_step` is told after every optimizer step
 OnStep: TypeAlias = Callable[[Stepped], bool | None]
+
+
+class Losses(NamedTuple):
+    """What a micro-batch is told by, means over all processes; before their weights."""
+
+    instance: float  # of the photos
+    prior: float | None  # of the class pictures; None: without prior preservation
+    base: float | None = None  # squared distance from the base's answers; None: without keep_base
 
 
 class NotFinite(Exception):
@@ -52,14 +61,16 @@ class Loop:
         checkpoints: Checkpoints | None = None,
         watch: Watch | None = None,
         positions: Mapping[str, Tensor] | None = None,
+        kept_base: KeptBase | None = None,
     ) -> None:
         """`values`: what is trained, by name; `rates`: peak learning rate of each; `modules`: what they belong to.
 
         `folder`: where the main process notes what happens.  `checkpoints`: None writes none.  `watch`: None paints and
-        measures nothing on the way.  `positions`: of the values, for the checkpoints.
+        measures nothing on the way.  `positions`: of the values, for the checkpoints.  `kept_base`: None lets the rest go where it goes.
         """
         self.config, self.accelerator, self.objective, self.modules = config, accelerator, objective, modules
         self.values, self.folder, self.checkpoints, self.watch = values, folder, checkpoints, watch
+        self.kept_base = kept_base
         self.positions = None if positions is None else dict(positions)
         self.optimizer = Optimizer(values, rates, config)
         self.stepper = accelerator.prepare_optimizer(self.optimizer.inner)
@@ -185,7 +196,7 @@ class Loop:
         self.between_steps = False
         return share
 
-    def end_step(self, share: float, losses: Sequence[tuple[float, float | None]]) -> Stepped:
+    def end_step(self, share: float, losses: Sequence[Losses]) -> Stepped:
         """Counts the step that was made at `share` of the peak rates; `losses`: of its micro-batches, see `accumulate`.
 
         Raises SVFitError where fp16's loss scaling has skipped `MAX_SKIPPED` steps in a row.
@@ -198,40 +209,49 @@ class Loop:
             )
         self.step += 1
         self.between_steps = True
-        priors = [prior for _, prior in losses if prior is not None]
         return Stepped(
             self.step,
             self.config.max_train_steps,
-            sum(instance for instance, _ in losses) / len(losses),
+            sum(each.instance for each in losses) / len(losses),
             self.config.learning_rate * share,
-            sum(priors) / len(priors) if priors else None,
+            _mean([each.prior for each in losses]),
+            base_loss=_mean([each.base for each in losses]),
         )
 
-    def accumulate(self, number: int) -> tuple[float, float | None]:
-        """Adds up the gradient of micro-batch `number`, and steps after the last one of a step.
-
-        Returns its loss on the photos and on the class pictures, means over all processes.
-        """
+    def accumulate(self, number: int) -> Losses:
+        """Adds up the gradient of micro-batch `number`, and steps after the last one of a step."""
         accelerator = self.accelerator
         with accelerator.accumulate(*self.modules):
             loss = self.objective.loss(number, accelerator.process_index, accelerator.num_processes)
             told = self.checked(loss)  # before it reaches the values
             accelerator.backward(loss.total)
+            told = self.held_to_base(number, told)
             self.descend()
         return told
 
-    def checked(self, loss: Loss) -> tuple[float, float | None]:
-        """The losses on the photos and on the class pictures, means over all processes.
-
-        Raises NotFinite for one that is none.
-        """
+    def checked(self, loss: Loss) -> Losses:
+        """The losses on the photos and on the class pictures.  Raises NotFinite for one that is none."""
         instance, prior, total = (
             None if part is None else float(self.accelerator.reduce(part.detach(), "mean").item())
             for part in (loss.instance, loss.prior, loss.total)
         )
         assert instance is not None and total is not None
         self.check(math.isfinite(total), f"the loss is {total}")
-        return instance, prior
+        return Losses(instance, prior)
+
+    def held_to_base(self, number: int, told: Losses) -> Losses:
+        """Where the run keeps its base, adds the gradient of the distance from it, and names that in `told`.
+
+        In a pass of its own, after that of the photos has left the memory.  Raises NotFinite as `checked` does.
+        """
+        if self.kept_base is None:
+            return told
+        accelerator = self.accelerator
+        distance = self.kept_base.loss(number, accelerator.process_index, accelerator.num_processes)
+        base = float(accelerator.reduce(distance.detach(), "mean").item())
+        self.check(math.isfinite(base), f"the distance from the base is {base}")
+        accelerator.backward(self.config.keep_base_weight * distance)
+        return told._replace(base=base)
 
     def gradient_scale(self) -> float:
         """What a micro-batch's loss is multiplied by before its backward pass, as `Accelerator.backward` does."""
@@ -304,3 +324,9 @@ class Loop:
         """A line of progress.jsonl, by the main process."""
         if self.accelerator.is_main_process:
             self.folder.note(event)
+
+
+def _mean(numbers: Sequence[float | None]) -> float | None:
+    """Of what micro-batches have; None where they have nothing."""
+    known = [number for number in numbers if number is not None]
+    return sum(known) / len(known) if known else None

@@ -5,7 +5,7 @@ else, so that a run repeats to the bit and does not depend on how many processes
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +16,8 @@ from svfit_dreambooth.bases.devices import MIXED_PRECISION
 from svfit_dreambooth.bases.family import Conditions
 from svfit_dreambooth.training.examples import Examples
 from svfit_dreambooth.training.plan import Plan
+
+EMPTY_SHARE = 0.3  # of the examples of the base's own pictures: guidance asks without a prompt as often as with one
 
 
 class Loss(NamedTuple):
@@ -70,9 +72,9 @@ class Objective:
         """The examples of one process's share of micro-batch `number`: photos, then as many class pictures, if any."""
         size = self.config.train_batch_size
         first = number * size * num_processes + process_index * size
-        draws = [self._draw(first + i) for i in range(size)]
+        draws = [self.draw(first + i) for i in range(size)]
         if self.examples.prior is not None:
-            draws += [self._draw(first + i, "class") for i in range(size)]
+            draws += [self.draw(first + i, "class") for i in range(size)]
         return draws
 
     def loss_of(self, draws: list[Draw], errors: Tensor) -> Loss:
@@ -100,36 +102,40 @@ class Objective:
             return None
         total = 0.0
         for i, timestep in enumerate(self.noising.even_timesteps(count)):
-            draw = self._draw(i, "fixed")
+            draw = self.draw(i, "fixed")
             draw.timestep = timestep
             total += self._errors([draw]).item()
         return total / count
 
-    def _draw(self, number: int, purpose: str = "train") -> Draw:
-        """Example `number` of the run; `purpose` is "train", "class" (of the class pictures) or "fixed"."""
-        source = self.examples.prior if purpose == "class" and self.examples.prior is not None else self.examples
+    def draw(self, number: int, purpose: str = "train") -> Draw:
+        """Example `number` of the run; `purpose` is "train", "fixed", "class" (of the class pictures) or "base" (of the base's own)."""
+        source = {"class": self.examples.prior, "base": self.examples.base}.get(purpose) or self.examples
         photos = [i for i, times in enumerate(source.repeats or [1] * len(source.mean)) for _ in range(times)]
         epoch, place = divmod(number, len(photos))
-        order = torch.randperm(len(photos), generator=_generator(self.config.seed, purpose, "order", epoch))
+        order = torch.randperm(len(photos), generator=seeded(self.config.seed, purpose, "order", epoch))
         index = photos[int(order[place])]
-        generator = _generator(self.config.seed, purpose, "example", number)
+        generator = seeded(self.config.seed, purpose, "example", number)
         mean, spread = source.mean[index], source.spread[index]  # (variants, channels, h, w)
         weight = source.weight[index]  # (variants, 1, h, w)
         variant = int(torch.randint(len(mean), (), generator=generator))
         latents = mean[variant] + spread[variant] * torch.randn(mean[variant].shape, generator=generator)
         noise = torch.randn(latents.shape, generator=generator)
         timestep = self.noising.draw_timestep(generator, latents.shape)
-        if self.config.noise_offset and purpose != "fixed":  # drawn last: the other numbers are as without it
+        if self.config.noise_offset and purpose not in (
+            "fixed",
+            "base",
+        ):  # drawn last: the other numbers are as without it
             noise = noise + self.config.noise_offset * torch.randn((len(noise), 1, 1), generator=generator)
         own_weight = None if weight is None else weight[variant]
-        prompt = self._draw_prompt(source, index, purpose, _generator(self.config.seed, purpose, "prompt", number))
+        prompt = self._draw_prompt(source, index, purpose, seeded(self.config.seed, purpose, "prompt", number))
         return Draw(source, index, latents, own_weight, source.time_ids[index][variant], noise, timestep, prompt)
 
     def _draw_prompt(self, source: Examples, index: int, purpose: str, generator: torch.Generator) -> int:
         """One of the captions of photo `index`, or the empty one where it is dropped; from numbers of its own."""
         rows = source.prompts[index]
         row = rows[int(torch.randint(len(rows), (), generator=generator))]
-        dropped = float(torch.rand((), generator=generator)) < self.config.caption_dropout_rate
+        rate = EMPTY_SHARE if purpose == "base" else self.config.caption_dropout_rate
+        dropped = float(torch.rand((), generator=generator)) < rate
         return source.dropped if dropped and source.dropped is not None and purpose != "fixed" else row
 
     def _errors(self, draws: list[Draw]) -> Tensor:
@@ -141,15 +147,7 @@ class Objective:
 
     def equal_errors(self, draws: list[Draw]) -> Tensor:
         """Mean squared error of every example, (batch,), of latents of one shape."""
-        latents = torch.stack([draw.latents for draw in draws]).to(self.device)  # (batch, channels, h, w)
-        noise = torch.stack([draw.noise for draw in draws]).to(self.device)  # (batch, channels, h, w)
-        timesteps = torch.tensor([draw.timestep for draw in draws], device=self.device)  # (batch,)
-        noisy_latents = self.noising.noisy_latents(latents, noise, timesteps)  # (batch, channels, h, w)
-        time_ids = torch.stack([draw.time_ids for draw in draws]).to(self.device)  # (batch, 6)
-        model_pred = self.family.predict(
-            self.denoiser, noisy_latents.to(self.dtype), timesteps, self._conditions(draws), time_ids
-        )  # (batch, channels, h, w)
-        target = self.noising.target(latents, noise, timesteps)  # (batch, channels, h, w)
+        model_pred, target = self.predict(draws)
         exact = torch.promote_types(model_pred.dtype, torch.float32)
         squares = (model_pred.to(exact) - target.to(exact)).square()  # (batch, channels, h, w)
         if all(draw.weight is None for draw in draws):
@@ -158,7 +156,19 @@ class Objective:
         weight = torch.stack([everywhere if draw.weight is None else draw.weight for draw in draws])  # (batch, 1, h, w)
         return weighted_mean(squares, weight.to(squares))
 
-    def _conditions(self, draws: list[Draw]) -> Conditions:
+    def predict(self, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
+        """The denoiser's answers to examples of one shape, and what they should be, (batch, channels, h, w) each."""
+        latents = torch.stack([draw.latents for draw in draws]).to(self.device)  # (batch, channels, h, w)
+        noise = torch.stack([draw.noise for draw in draws]).to(self.device)  # (batch, channels, h, w)
+        timesteps = torch.tensor([draw.timestep for draw in draws], device=self.device)  # (batch,)
+        noisy_latents = self.noising.noisy_latents(latents, noise, timesteps)  # (batch, channels, h, w)
+        time_ids = torch.stack([draw.time_ids for draw in draws]).to(self.device)  # (batch, 6)
+        model_pred = self.family.predict(
+            self.denoiser, noisy_latents.to(self.dtype), timesteps, self._conditions(draws), time_ids
+        )  # (batch, channels, h, w)
+        return model_pred, self.noising.target(latents, noise, timesteps)
+
+    def _conditions(self, draws: Sequence[Draw]) -> Conditions:
         """What the denoiser is told of the captions, (batch, ...) each; encoded anew where encoders are trained."""
         anew = bool(self.config.train_text_encoder or self.config.learned_word)
         rows = [(draw.source.tokens if anew else draw.source.conditions, draw.prompt) for draw in draws]
@@ -199,6 +209,7 @@ def min_snr_weights(alphas_cumprod: Tensor, gamma: float, prediction_type: str) 
     return (gamma / snr).clamp(max=1)
 
 
-def _generator(*key: object) -> torch.Generator:
+def seeded(*key: object) -> torch.Generator:
+    """A generator that follows from `key` alone."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

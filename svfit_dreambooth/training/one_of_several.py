@@ -34,6 +34,7 @@ from svfit_dreambooth.training.result import (
     save_result,
 )
 from svfit_dreambooth.training.run import (
+    asked,
     begin,
     encoded,
     look_adapters,
@@ -166,10 +167,11 @@ def share_out_budget(subject: Subject, known: Known) -> None:
 def make_loop(subject: Subject, own: Own, shared: Shared, features: Features, known: Known) -> Loop:
     plan, networks = subject.plan, shared.trainable.networks
     identity = run_identity(plan, known.fingerprint)  # class pictures are there now
+    objective = Objective(plan, subject.examples, networks, subject.accelerator.device)
     return Loop(
         plan.config,
         subject.accelerator,
-        Objective(plan, subject.examples, networks, subject.accelerator.device),
+        objective,
         shared.trainable.modules,
         own.values,
         peak_rates(own.roles, plan.config),
@@ -177,6 +179,7 @@ def make_loop(subject: Subject, own: Own, shared: Shared, features: Features, kn
         Checkpoints(plan.folder.checkpoints, identity, plan.config.checkpoints_total_limit),
         Watch(plan, features, look_adapters(plan, own, subject.accelerator)) if plan.config.validation_steps else None,
         subject.positions,
+        asked(plan, objective, subject.accelerator),
     )
 
 

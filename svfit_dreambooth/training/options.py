@@ -82,7 +82,7 @@ class PhotoOptions:
 
 @dataclass(frozen=True)
 class PriorOptions:
-    title: ClassVar[str] = "prior preservation"
+    title: ClassVar[str] = "keeping the rest"
 
     with_prior_preservation: bool = option(
         False, "Train on pictures of the subject's class too, so that not every dog becomes the subject."
@@ -95,6 +95,12 @@ class PriorOptions:
     )
     num_class_images: int = option(100, "Class pictures to train on.", least=1)
     prior_loss_weight: float = option(1.0, "Weight of their loss beside that of the photos.", above=0)
+    keep_base: bool = option(
+        False,
+        "Ask at every step that pictures which the base painted itself are still seen as the base sees them, so that "
+        "the rest stays as it is; with class_prompt, its class too.",
+    )
+    keep_base_weight: float = option(1.0, "Weight of that beside the loss of the photos.", above=0, most=1000)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from svfit_dreambooth.adapter.file import Adapter
-from svfit_dreambooth.bases.devices import available_memory, default_device
+from svfit_dreambooth.bases.devices import MIXED_PRECISION, available_memory, default_device
 from svfit_dreambooth.bases.names import DEFAULT_BASE, DEFAULT_SUBJECT, SUBJECTS_FOLDER, as_asked, subject_kind
 from svfit_dreambooth.bases.opening import BaseModel, check_base_model, open_base_model
 from svfit_dreambooth.bases.outline import outline_base_model
@@ -25,6 +25,7 @@ from svfit_dreambooth.method.word import word_pieces
 from svfit_dreambooth.photos.captions import folder_words
 from svfit_dreambooth.photos.crops import Size, training_size
 from svfit_dreambooth.photos.reading import Photo, find_photos, photo_report
+from svfit_dreambooth.training.base_pictures import base_picture_report
 from svfit_dreambooth.training.class_pictures import (
     check_class_pictures,
     class_picture_report,
@@ -113,6 +114,13 @@ class Plan:
         if self.config.with_prior_preservation:
             folder = Path(str(self.config.class_data_dir))
             lines.append(class_picture_report(usable_class_pictures(folder), self.config.num_class_images, folder))
+        if self.config.keep_base:
+            dtype, cache = MIXED_PRECISION[self.config.mixed_precision], self.config.basis_cache_dir
+            lines.append(
+                base_picture_report(
+                    self.base, self.config.class_prompt, int(self.config.resolution or side), dtype, cache
+                )
+            )
         lines.append(f"adapter: {self.adapter_path}")
         return lines
 
@@ -154,6 +162,8 @@ def prepare(
     free = available_memory()
     if base is None:
         base = outline_run_base(config) if weightless else open_run_base(config, local_files_only=local_files_only)
+    if not weightless:
+        _ = base.digest  # while its weights are as they are stored
     _check_objective(config, base)
     config = _with_base(config, base)
     if config.learned_word is not None:
@@ -280,7 +290,7 @@ def _with_subject(config: TrainConfig) -> TrainConfig:
     if config.pretrained_model_name_or_path != DEFAULT_BASE:
         raise SVFitError("instance_data_dir is missing: name the folder that holds the photos of your subject.")
     kind = subject_kind(DEFAULT_SUBJECT)
-    class_prompt = f"a photo of a {kind}" if config.with_prior_preservation else None
+    class_prompt = f"a photo of a {kind}" if config.with_prior_preservation or config.keep_base else None
     return dataclasses.replace(
         config,
         instance_data_dir=str(SUBJECTS_FOLDER / DEFAULT_SUBJECT),

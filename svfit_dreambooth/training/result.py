@@ -119,6 +119,8 @@ def training_record(plan: Plan, ending: Ending, num_processes: int) -> dict[str,
         record["clip_skip"] = config.clip_skip
     if config.train_text_encoder:
         record["text_encoder_lr"] = config.text_encoder_lr
+    if config.keep_base:
+        record["keep_base_weight"] = config.keep_base_weight
     if ending.loss_before is not None and ending.loss_after is not None:
         record["fixed_loss"] = [round(ending.loss_before, 5), round(ending.loss_after, 5)]
     return record

@@ -30,6 +30,7 @@ from svfit_dreambooth.training.ending import Ending
 from svfit_dreambooth.training.estimate import estimate_memory
 from svfit_dreambooth.training.events import End, Phase, Start
 from svfit_dreambooth.training.examples import Examples, encode_examples
+from svfit_dreambooth.training.keep_base import KeptBase
 from svfit_dreambooth.training.loop import Loop, OnStep
 from svfit_dreambooth.training.objective import Objective
 from svfit_dreambooth.training.optimizer import peak_rates
@@ -87,6 +88,7 @@ def train(config: TrainConfig, on_step: OnStep | None = None, base: BaseModel | 
                 Checkpoints(plan.folder.checkpoints, identity, plan.config.checkpoints_total_limit),
                 Watch(plan, features, look_adapters(plan, trainable, accelerator)) if plan.config.validation_steps else None,
                 positions,
+                asked(plan, objective, accelerator),
             )  # fmt: skip
             note_start(plan, trainable, accelerator)
             ending = loop.complete(on_step, resumed)
@@ -177,8 +179,12 @@ def begin(plan: Plan, resumed: TrainState | None, accelerator: Accelerator) -> N
 
 def encoded(plan: Plan, accelerator: Accelerator) -> Examples:
     """The run's photos and class pictures as the denoiser sees them; the main process paints what is missing."""
-    prior = plan.config.with_prior_preservation
-    phase(plan, "painting class pictures and encoding the photos" if prior else "encoding the photos", accelerator)
+    painting = plan.config.with_prior_preservation or plan.config.keep_base
+    phase(
+        plan,
+        "painting pictures of the base and encoding the photos" if painting else "encoding the photos",
+        accelerator,
+    )
     with accelerator.main_process_first():  # the others then find the class pictures
         return encode_examples(plan, accelerator.device)
 
@@ -220,6 +226,14 @@ def shared_out(
         chosen = choose_positions(plan, examples, accelerator.device, weights, hashes)
     (positions,) = broadcast_object_list([chosen])
     return positions
+
+
+def asked(plan: Plan, objective: Objective, accelerator: Accelerator) -> KeptBase | None:
+    """The base's answers that the run keeps to; None without keep_base.  Every process asks, and gets the same."""
+    if not plan.config.keep_base:
+        return None
+    phase(plan, "asking the base what it sees", accelerator)
+    return KeptBase(objective)
 
 
 def note_start(plan: Plan, trainable: Trained, accelerator: Accelerator) -> None:

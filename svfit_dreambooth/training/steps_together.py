@@ -13,7 +13,7 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.training.checkpoints import TrainState
 from svfit_dreambooth.training.ending import Ending
 from svfit_dreambooth.training.events import Stepped
-from svfit_dreambooth.training.loop import Loop, NotFinite
+from svfit_dreambooth.training.loop import Loop, Losses, NotFinite
 from svfit_dreambooth.training.objective import Draw, Loss, by_shape
 from svfit_dreambooth.training.shared import Own, Shared
 from svfit_dreambooth.training.signals import stop_signals
@@ -95,7 +95,7 @@ def step_together(members: Sequence[Member], shared: Shared) -> dict[Member, Ste
     """One optimizer step of every run; None: it went back, from numbers that were bad; SVFitError: it failed."""
     count = members[0].loop.config.gradient_accumulation_steps
     shares = {member: member.loop.start_step() for member in members}
-    losses: dict[Member, list[tuple[float, float | None]]] = {member: [] for member in members}
+    losses: dict[Member, list[Losses]] = {member: [] for member in members}
     bad: dict[Member, NotFinite] = {}
     for micro in range(count):
         going = [member for member in members if member not in bad]
@@ -105,16 +105,16 @@ def step_together(members: Sequence[Member], shared: Shared) -> dict[Member, Ste
             batch = {member: member.loop.objective.draws(member.loop.step * count + micro) for member in going}
             for member, loss in add_gradients(batch, shared).items():
                 try:
-                    losses[member].append(member.loop.checked(loss))
+                    told = member.loop.checked(loss)
+                    with shared.worn(member.own):
+                        losses[member].append(member.loop.held_to_base(member.loop.step * count + micro, told))
                     member.loop.descend()
                 except NotFinite as error:
                     bad[member] = error
     return {member: _ended(member.loop, shares[member], losses[member], bad.get(member)) for member in members}
 
 
-def _ended(
-    loop: Loop, share: float, losses: list[tuple[float, float | None]], bad: NotFinite | None
-) -> Stepped | SVFitError | None:
+def _ended(loop: Loop, share: float, losses: list[Losses], bad: NotFinite | None) -> Stepped | SVFitError | None:
     try:
         if bad is None:
             return loop.end_step(share, losses)

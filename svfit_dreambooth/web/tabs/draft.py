@@ -188,7 +188,7 @@ class Draft:
             options[name] = number(LABELS[name], value) if name in NUMBERS else value
         if prompts := [line.strip() for line in (options["validation_prompts"] or "").splitlines() if line.strip()]:
             options["validation_prompts"] = prompts
-        if not options["with_prior_preservation"]:
+        if not (options["with_prior_preservation"] or options["keep_base"]):
             del options["class_prompt"]
         subject = bundled(photos)
         if subject is not None and place == DEFAULT_BASE:

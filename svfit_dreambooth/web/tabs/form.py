@@ -22,6 +22,7 @@ LABELS = {
     "random_flip": "Mirror photos at random",
     "gradient_checkpointing": "Less memory, slower",
     "with_prior_preservation": "Keep others of its kind apart",
+    "keep_base": "Leave the rest as it is",
 }
 ADVANCED = tuple(LABELS)
 NUMBERS = ADVANCED[:2] + ADVANCED[3:8]

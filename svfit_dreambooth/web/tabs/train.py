@@ -177,8 +177,12 @@ def _advanced() -> list[Any]:
         prior = gr.Checkbox(
             False, label="Keep others of its kind apart (prior preservation): about twice as long",
         )  # fmt: skip
+        keep = gr.Checkbox(
+            False, label="Leave the rest as it is: the model is held to what it paints now, about half as long again",
+        )  # fmt: skip
     return [
         steps, rate, rank, resolution, batch, every, painting, seed, prompts, precision, text, flip, checkpointing, prior,
+        keep,
     ]  # fmt: skip
 
 
