@@ -18,6 +18,7 @@ from svfit_dreambooth.training.events import Stepped
 from svfit_dreambooth.training.examples import encode_examples
 from svfit_dreambooth.training.keep_base import KeptBase, kept_batch_size
 from svfit_dreambooth.training.objective import Objective
+from svfit_dreambooth.training.together import train_together
 from svfit_dreambooth.training.trainable import Trainable
 
 CPU = torch.device("cpu")
@@ -214,3 +215,15 @@ def test_a_plan_says_by_what_and_what_it_takes(tiny_run, tmp_path):
     assert estimate_memory(plan).answers == 256 * 4 * 8 * 8 * 4  # examples, channels, h, w, bytes
     with pytest.raises(SVFitError, match="keep_base_weight is 0.0: it must be above 0"):
         tiny_run(keep_base=True, keep_base_weight=0.0)
+
+
+def test_of_several_subjects_at_once_each_is_held_as_in_its_own_run(tiny_run, tmp_path):
+    plans = [
+        tiny_run(**OPTIONS, keep_base_weight=30.0, adam_epsilon=1e-3, seed=seed, output_dir=str(tmp_path / str(seed)))
+        for seed in (0, 1)
+    ]
+    together = [each.result for each in train_together([plan.config for plan in plans])]
+    for plan, result in zip(plans, together, strict=True):
+        alone = dataclasses.replace(plan.config, output_dir=plan.config.output_dir + "-alone")
+        assert losses(result.plan) == pytest.approx(losses(train(alone).plan), rel=1e-3, abs=1e-10)
+        assert losses(result.plan)[-1] > 1e-9
