@@ -25,27 +25,26 @@ def earlier(folder: Path, most: int = EARLIER, words: str = "") -> list[str]:
 
 
 def _said_of(path: Path) -> str:
-    stat = path.stat()
-    return _said(path, stat.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=20_000)
-def _said(path: Path, changed: int) -> str:
-    try:
-        return " ".join(value for _, value in describe(read_settings(path))).casefold()
-    except (SVFitError, OSError):
-        return ""
+    return " ".join(value for _, value in describe(found)).casefold() if (found := _known(path)) else ""
 
 
 def prompts(folder: Path, most: int = 40) -> list[str]:
     """What was painted lately, each prompt once, newest first."""
-    found: dict[str, None] = {}
-    for name in earlier(folder, 5 * EARLIER):
-        try:
-            found[read_settings(folder / name)["prompt"]] = None
-        except (SVFitError, OSError):
-            continue
-    return list(found)[:most]
+    known = (_known(folder / name) for name in earlier(folder, 5 * EARLIER))
+    return list(dict.fromkeys(settings["prompt"] for settings in known if settings))[:most]
+
+
+def _known(path: Path) -> dict[str, Any] | None:
+    """The settings in a picture, read once; None for one that holds none."""
+    try:
+        return _read(path, path.stat().st_mtime_ns)
+    except (SVFitError, OSError):
+        return None
+
+
+@functools.lru_cache(maxsize=20_000)
+def _read(path: Path, changed: int) -> dict[str, Any]:
+    return read_settings(path)
 
 
 def find(folder: Path, name: Any) -> Path:

@@ -73,7 +73,7 @@ def build_generate(app: App, page: gr.Blocks) -> GenerateTab:
                         [status, gallery, shown, selected, details, seed, paint, stop, *actions],
                         concurrency_limit=None,
                         **PRIVATE,
-                    )
+                    ).then(painting.said_before, None, before, **PRIVATE)
 
             upload = gr.UploadButton("Use an adapter file once", size="sm", file_types=[".safetensors"])
             with gr.Row():
@@ -81,7 +81,7 @@ def build_generate(app: App, page: gr.Blocks) -> GenerateTab:
                     1, 12, 4, step=1, label="Pictures", min_width=130, elem_id="count", buttons=[], **OPEN
                 )
                 steps = gr.Slider(
-                    1, MAX_STEPS, 25, step=1, label="Sampling steps", min_width=130, elem_id="steps", **OPEN
+                    1, MAX_STEPS, 25, step=1, label="Sampling steps", min_width=130, elem_id="steps", buttons=[], **OPEN
                 )
             with gr.Row():
                 seed = gr.Number(0, label="Seed", precision=0, min_width=110, elem_id="seed", **OPEN)
@@ -103,7 +103,7 @@ def build_generate(app: App, page: gr.Blocks) -> GenerateTab:
                 begin = gr.ImageEditor(
                     label="Picture to begin with", show_label=False, type="pil", layers=False, height=300,
                     sources=("upload", "clipboard"), transforms=("crop",), buttons=[],
-                    brush=gr.Brush(colors=["#ffffff"], color_mode="fixed"), **OPEN,
+                    brush=gr.Brush(default_size=24, colors=[("#ffffff", 0.7)], color_mode="fixed"), **OPEN,
                 )  # fmt: skip
                 anew = gr.Slider(0.05, 1, 0.6, step=0.05, label="How much is painted anew", info="Denoising strength: 1 keeps nothing.", **OPEN)  # fmt: skip
             with gr.Accordion("More settings", open=False):
@@ -194,7 +194,7 @@ def build_generate(app: App, page: gr.Blocks) -> GenerateTab:
     cover.click(kept_pictures.cover, selected, None, **PRIVATE)
     words.submit(kept_pictures.find, words, [gallery, shown, *pictured], **PRIVATE)
     more.click(kept_pictures.more, [words, shown], [gallery, shown, *pictured], **PRIVATE)
-    before.focus(painting.said_before, None, before, queue=False, **PRIVATE)
+    page.load(painting.said_before, None, before, **PRIVATE)
     before.input(lambda said: said, before, prompt, queue=False, **PRIVATE)
     return GenerateTab(adapters, painting)
 

@@ -53,7 +53,7 @@ def build_train(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: Generate
                 gr.Markdown("Draw over the subject; what is not drawn over is not learnt. Nothing: all of it is.", elem_classes="note")  # fmt: skip
                 editor = gr.ImageEditor(
                     show_label=False, type="pil", layers=False, height=420, canvas_size=(512, 512), sources=(), transforms=(), buttons=[],
-                    brush=gr.Brush(colors=[f"{MASK_COLOUR}a0"], color_mode="fixed"), interactive=True,
+                    brush=gr.Brush(default_size=24, colors=[(MASK_COLOUR, 0.6)], color_mode="fixed"), interactive=True,
                 )  # fmt: skip
                 draw = gr.Button("Keep this mask", size="sm", elem_id="keep-mask")
             gr.HTML("<div class='note'>No photos at hand? Take those of a toy:</div>")
