@@ -27,10 +27,10 @@ def add_file_commands(commands: Any) -> None:
     add_base(export)
     export.set_defaults(run=_export)
 
-    importing = commands.add_parser("import", help="turn an SVDiff file (spectral_shifts.safetensors) into an adapter")
+    importing = commands.add_parser("import", help="turn a LoRA, or an SVDiff file, into the nearest adapter")
     importing.add_argument("file", type=Path, help="the file, or the folder with it")
     importing.add_argument("--output", type=Path, required=True, help="adapter file to write")
-    importing.add_argument("--partial", action="store_true", help="leave what does not fit, such as norms")
+    importing.add_argument("--partial", action="store_true", help="although tensors, or most of the change, get lost")
     importing.add_argument("--instance_prompt", help='to remember, such as "a photo of sks dog"')
     importing.add_argument("--overwrite", action="store_true", help="replace the output if it is there already")
     add_base(importing)
@@ -102,14 +102,17 @@ def _export(options: argparse.Namespace) -> None:
 def _import(options: argparse.Namespace) -> None:
     from svfit_dreambooth.adapter.file import save_adapter
     from svfit_dreambooth.files import check_output
+    from svfit_dreambooth.sharing.lora_import import import_lora, kin_of_lora
     from svfit_dreambooth.sharing.svdiff import import_svdiff
 
     if options.pretrained_model_name_or_path is None:
-        raise SVFitError("an SVDiff file does not say what it was trained on: add --pretrained_model_name_or_path.")
+        raise SVFitError("such files do not say what they were trained on: add --pretrained_model_name_or_path.")
     check_output(options.output, ".safetensors", _inputs(options, options.file), options.overwrite)
     base = open_base(options, "", options.file)
-    result = import_svdiff(options.file, base, partial=options.partial, basis_cache_dir=options.basis_cache_dir)
-    result.adapter.instance_prompt = options.instance_prompt
+    read = import_lora if options.file.is_file() and kin_of_lora(options.file) else import_svdiff
+    result = read(options.file, base, partial=options.partial, basis_cache_dir=options.basis_cache_dir)
+    if options.instance_prompt is not None:
+        result.adapter.instance_prompt = options.instance_prompt
     path = save_adapter(result.adapter, options.output)
     print("\n".join(result.lines()))
     print(f"{path}: {path.stat().st_size:,} bytes")

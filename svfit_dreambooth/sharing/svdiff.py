@@ -11,7 +11,6 @@ projected onto the adapter's directions: shift_i = u_i^T D v_i, which is the clo
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,23 +25,10 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import fingerprint, model_basis
 from svfit_dreambooth.method.decomposition import as_matrix, decompose
 from svfit_dreambooth.method.targets import canonical_name, check_plain, matrix_layers
+from svfit_dreambooth.sharing.imports import Import, kinds
 
 SUFFIX = ".delta"
 FILES = {"unet": "spectral_shifts.safetensors", "text_encoder": "spectral_shifts_te.safetensors"}
-
-
-@dataclass
-class Import:
-    """What became of an SVDiff file."""
-
-    adapter: Adapter
-    unfit: dict[str, str] = field(default_factory=dict)  # tensor -> why it has no place in an adapter
-    lost: float = 0.0  # relative part of the change of the layers taken over that lies off the adapter's directions
-
-    def lines(self) -> list[str]:
-        """In plain words."""
-        lines = [f"{len(self.adapter.shifts)} layers taken over, {self.lost:.2%} of their change is lost"]
-        return lines + ([f"not taken over: {_kinds(self.unfit)}"] if self.unfit else [])
 
 
 def import_svdiff(
@@ -85,7 +71,7 @@ def import_svdiff(
                 raise SVFitError(f"{file} changes {name}, which the {component} of {base.name} lacks: name its base.")
     if unfit and not partial:
         raise SVFitError(
-            f"{len(unfit)} of {len(unfit) + len(shifts)} tensors in {path} do not fit an adapter ({_kinds(unfit)}), "
+            f"{len(unfit)} of {len(unfit) + len(shifts)} tensors in {path} do not fit an adapter ({kinds(unfit)}), "
             "and without them its pictures would differ: add partial to take over the other layers alone.",
             "partial",
         )
@@ -106,13 +92,6 @@ def _real(components: Mapping[str, torch.nn.Module], component: str, name: str) 
     """The path of the module that `name` stands for in this version of the library."""
     model = components[component]
     return next(path for path, _ in model.named_modules() if canonical_name(model, path) == name)
-
-
-def _kinds(unfit: Mapping[str, str]) -> str:
-    counts: dict[str, int] = {}
-    for kind in unfit.values():
-        counts[kind] = counts.get(kind, 0) + 1
-    return ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
 
 
 def _files(path: Path) -> list[Path]:
