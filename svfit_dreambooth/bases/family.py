@@ -66,7 +66,7 @@ class Family(ABC):
     # layers of the denoiser in the base's original code -> what they are here, row under row; {} stands for a number
     original_names: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     checkpointed: ClassVar[tuple[type[nn.Module], ...]]  # the blocks that gradient checkpointing runs again
-    guidance_scale: ClassVar[float]  # that suits
+    guidance_scale: float  # that suits
     no_prompt: ClassVar[str] = ""  # what stands for no negative prompt
 
     def __init__(self, pipeline: Any) -> None:

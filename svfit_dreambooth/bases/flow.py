@@ -30,6 +30,11 @@ class FlowTransformer(Family):
     unguided: ClassVar[float] = 1.0  # up to this guidance the negative prompt has no say
     no_negative_prompt: ClassVar[str | None] = None  # the family's name, and why it takes no negative prompt
 
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__(pipeline)
+        if self.undistilled is not None:  # guidance was distilled too
+            self.guidance_scale = self.unguided
+
     @classmethod
     def fits(cls, pipeline: DiffusionPipeline) -> bool:
         network = getattr(pipeline, "transformer", None)
@@ -41,6 +46,11 @@ class FlowTransformer(Family):
 
     def check(self, name: str) -> None:
         """Every variety that opens can be adapted."""
+
+    @property
+    def is_turbo(self) -> bool:
+        """Whether the base calls itself one that was distilled: configs of some families do not say."""
+        return "turbo" in str(self.pipeline.config.get("_name_or_path")).rstrip("/").rpartition("/")[2].lower()
 
     # prompts
 

@@ -61,6 +61,10 @@ class StableDiffusion3(FlowTransformer):
     def resolution(self) -> int:
         return int(self.denoiser.config.sample_size) * self.pixels_per_latent
 
+    @property
+    def undistilled(self) -> str | None:
+        return "stabilityai/stable-diffusion-3.5-large" if self.is_turbo else None
+
     # prompts
 
     def tokenize(self, prompts: list[str]) -> Tokens:

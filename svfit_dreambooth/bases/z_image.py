@@ -50,6 +50,10 @@ class ZImage(FlowTransformer):
     def resolution(self) -> int:
         return int(self.pipeline.vae.config.sample_size)
 
+    @property
+    def undistilled(self) -> str | None:
+        return "Tongyi-MAI/Z-Image" if self.is_turbo else None
+
     # prompts
 
     def tokenize(self, prompts: list[str]) -> Tokens:

@@ -149,6 +149,11 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--mask_image", type=Path, metavar="FILE", help="with image: paint where this one is white")
     generate.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     generate.add_argument("--allow_other_base", action="store_true", help="use adapters on a relative of their base")
+    generate.add_argument(
+        "--trained_on",
+        metavar="BASE",
+        help="base that the adapters were trained on, to use them exactly on one that was distilled from it",
+    )
     add_jobs(generate)
     generate.set_defaults(run=_generate)
 
@@ -184,6 +189,7 @@ def _generate(options: argparse.Namespace) -> None:
         adapters,
         options.pretrained_model_name_or_path,
         allow_other_base=options.allow_other_base,
+        trained_on=options.trained_on,
         basis_cache_dir=options.basis_cache_dir,
         dtype=DTYPES[options.dtype],
         **base_options(options),

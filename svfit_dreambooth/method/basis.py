@@ -114,6 +114,20 @@ def same_base(
     return "similar"
 
 
+def distance(recorded: Mapping, weights: Mapping[str, Tensor], hashes: Mapping[str, str] | None = None) -> float:
+    """||A - B|| / ||A|| of the weights A that the fingerprint `recorded` was taken from and `weights`, by the samples.
+
+    1.4 for weights that have nothing to do with each other; infinite for other components.
+    """
+    mine = fingerprint(weights, hashes)
+    if set(recorded) != set(mine):
+        return float("inf")
+    first, second = (
+        torch.tensor([value for name in sorted(mine) for value in taken[name]["sample"]]) for taken in (recorded, mine)
+    )
+    return float((first - second).norm() / first.norm())
+
+
 def samples_agree(first: Sequence[float], second: Sequence[float]) -> bool:
     """Whether the samples of two fingerprints are the same within bfloat16's rounding."""
     return len(first) == len(second) and all(

@@ -31,6 +31,7 @@ def open_for_adapters(
     base: str | None = None,
     *,
     allow_other_base: bool = False,
+    trained_on: str | None = None,
     basis_cache_dir: str | Path | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
@@ -39,7 +40,7 @@ def open_for_adapters(
     """Opens `base` (None: the one that the first adapter names) and loads `adapters`, (file, strength) each.
 
     A base that an adapter merely names is opened only if it is the embedded one or already on this disk: what a stranger's
-    file says never starts a download.  `device`: None takes a GPU if there is one.  `base_options`: see
+    file says never starts a download.  `trained_on`: the base that all the adapters were trained on, see `load_adapter`.  `device`: None takes a GPU if there is one.  `base_options`: see
     `open_base_model`.  Raises SVFitError as `open_base_model` and `load_adapter` do.
     """
     for path, strength in adapters:
@@ -53,6 +54,7 @@ def open_for_adapters(
         model = open_base_model(DEFAULT_BASE, **base_options)
     else:
         model = open_named_base(read[0][0].base_model, Path(read[0][1]), **base_options)
+    sibling = None if trained_on is None else open_base_model(trained_on, one_at_a_time=True)
     names = distinct_names(Path(path).stem for _, path, _ in read)
     for (adapter, _, strength), name in zip(read, names, strict=True):
         load_adapter(
@@ -61,6 +63,7 @@ def open_for_adapters(
             strength,
             name,
             allow_other_base=allow_other_base,
+            trained_on=sibling,
             basis_cache_dir=basis_cache_dir,
         )
     model.family.cast(dtype)

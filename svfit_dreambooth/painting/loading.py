@@ -5,7 +5,7 @@ adapters.  All adapters of a base lie along the same directions: what a layer co
 shifts, each times its strength.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -15,11 +15,21 @@ from torch import Tensor, nn
 from svfit_dreambooth.adapter.file import Adapter, read_adapter
 from svfit_dreambooth.adapter.source import check_finite, find_adapter
 from svfit_dreambooth.bases.families import family_of, pipeline_components
+from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import model_triplets
 from svfit_dreambooth.method.targets import merged, patch_layers, remove_svfit, svfit_layers
+from svfit_dreambooth.method.weights import Lazy
 from svfit_dreambooth.method.word import install_words, remove_word_embedding, word_embedding
-from svfit_dreambooth.painting.matching import adapted_weights, base_hashes, check_base, check_meanings, meanings_of
+from svfit_dreambooth.painting.matching import (
+    adapted_weights,
+    base_hashes,
+    check_base,
+    check_directions,
+    check_meanings,
+    meanings_of,
+    trained_weights,
+)
 from svfit_dreambooth.painting.offloading import layers_exchanged, offloading_lifted, weights_at_hand
 from svfit_dreambooth.painting.registry import (
     Loaded,
@@ -39,6 +49,7 @@ def load_adapter(
     name: str | None = None,
     *,
     allow_other_base: bool = False,
+    trained_on: BaseModel | None = None,
     basis_cache_dir: str | Path | None = None,
     known_hashes: dict[str, str] | None = None,
 ) -> str:
@@ -50,6 +61,8 @@ def load_adapter(
     file's name without suffix; it is returned.  Offloaded pipelines stay offloaded.  `known_hashes`: who loads many
     adapters onto a base that nothing changes in between gives an empty dictionary and the same again each time, and
     its weights are read only once.
+    `trained_on`: the base that the adapter was trained on, where `pipeline` holds another one of the same shapes, such
+    as what was distilled from it: the adapter then adds exactly what it adds there.
     Raises SVFitError for a bad file, a name in use, a word that another adapter in force learned, and a pipeline that holds another base than the adapter was
     trained on, unless `allow_other_base` (for fine-tunes of the same family).
     """
@@ -69,18 +82,24 @@ def load_adapter(
         words = meanings_of(family, name, adapter)
         in_force = [other for other, strength in loaded_adapters(pipeline).items() if strength and scale]
         check_meanings(pipeline, in_force, {name: words})
-        hashes = base_hashes(weights, adapter, known_hashes)
-        check_base(pipeline, adapter, name, weights, hashes, allow_other_base)
+        if trained_on is None:
+            hashes = base_hashes(weights, adapter, known_hashes)
+            check_base(pipeline, adapter, name, weights, hashes, allow_other_base)
+            source: Mapping[str, Tensor] = weights
+        else:
+            source, hashes = trained_weights(trained_on, adapter, name)
+        directions = None if trained_on is None else trained_on.name
+        check_directions(components, shifts, name, directions)
         for component in shifts:
             model = components[component]
             if (svfit_layers(model) or word_embedding(model)) and not adapters_on(model):
                 raise SVFitError(f"the {component} is being trained: finish with remove_svfit before loading adapters.")
         try:
             for component, own in shifts.items():
-                _widen(component, components[component], own, weights, hashes, basis_cache_dir)
+                _widen(component, components[component], own, source, hashes, basis_cache_dir, directions)
             for component, own in shifts.items():
                 adapters_on(components[component])[name] = Loaded(
-                    own, float(scale), words.get(component, {}), adapter.clip_skip
+                    own, float(scale), words.get(component, {}), adapter.clip_skip, directions
                 )
                 if component in words:
                     install_words(components[component], family.tokenizers[component])
@@ -159,19 +178,25 @@ def _widen(
     weights: Mapping[str, Tensor],
     hashes: Mapping[str, str],
     basis_cache_dir: str | Path | None,
+    directions: str | None,
 ) -> None:
-    """Gives every layer named in `shifts` a basis of at least the rank that its shift needs."""
+    """Gives every layer named in `shifts` a basis of at least the rank that its shift needs.
+
+    That of another base, named by `directions`, keeps both sides: one alone would change what this base's weight makes of it.
+    """
     present = svfit_layers(model)
     narrow = {path: len(s) for path, s in shifts.items() if path not in present or present[path].rank < len(s)}
     if not narrow:
         return
-    bases = model_triplets(
-        {path: weights[f"{component}.{path}"] for path in narrow},
+    bases: Mapping[str, Sequence[Tensor]] = model_triplets(
+        Lazy({path: lambda path=path: weights[f"{component}.{path}"] for path in narrow}),  # type: ignore[misc]
         narrow,
         cache_dir=basis_cache_dir,
         description=f"decomposing the {component}",
         hashes={path: hashes[f"{component}.{path}"] for path in narrow},
     )
+    if directions is not None:
+        bases = {path: (U, Vh) for path, (U, _, Vh) in bases.items()}
     try:
         patch_layers(model, bases)
     finally:  # also those that were patched before something went wrong

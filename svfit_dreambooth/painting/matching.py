@@ -1,28 +1,36 @@
 """Whether an adapter is one for the base that a pipeline holds, and whether it gets on with those already there."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from svfit_dreambooth.adapter.file import Adapter
 from svfit_dreambooth.adapter.words import word_key
 from svfit_dreambooth.bases.families import family_of
 from svfit_dreambooth.bases.family import Family
-from svfit_dreambooth.bases.names import check_held
+from svfit_dreambooth.bases.names import check_held, split_revision
+from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.method.basis import same_base, weight_hashes
+from svfit_dreambooth.method.basis import distance, same_base, weight_hashes
 from svfit_dreambooth.method.decomposition import as_matrix
 from svfit_dreambooth.method.layer import SVFitLayer
 from svfit_dreambooth.method.targets import check_plain, matrix_layers
+from svfit_dreambooth.method.weights import Lazy, chosen
 from svfit_dreambooth.method.word import WORD_END, Pieces, base_rows, overlap, word_pieces
 from svfit_dreambooth.painting.offloading import offloading_lifted
 from svfit_dreambooth.painting.registry import adapters_on
 
 logger = logging.getLogger(__name__)
+
+# How far apart, see `basis.distance`, the weights of a base and of what was distilled from it may lie.  The change along
+# the other's directions is off by 30 % at .01, 65 % at .03 and more than it is itself at .1, of all singular values; of
+# the 16 leading ones by 5, 12 and 40 % (trained weights of the embedded base, moved at random, random shifts).
+RELATED = 0.03
+UNRELATED = 1.0  # further apart than that are weights that have nothing to do with each other
 
 
 def check_adapter(
@@ -71,11 +79,55 @@ def adapted_weights(pipeline: DiffusionPipeline, adapter: Adapter, name: str) ->
     return weights
 
 
+def trained_weights(trained_on: BaseModel, adapter: Adapter, name: str) -> tuple[Mapping[str, Tensor], dict[str, str]]:
+    """The weights that `adapter` was trained on, as `adapted_weights` of that base, and their hashes.
+
+    Raises SVFitError where `trained_on` is another base.
+    """
+    stored = trained_on.stored
+    if stored is None:
+        weights: Mapping[str, Tensor] = adapted_weights(trained_on.pipeline, adapter, name)
+    else:
+        component = trained_on.family.denoiser_name
+        held = stored.weights(component)
+        paths = {key: key.removeprefix(f"{component}.") + ".weight" for key in adapter.shifts}
+        if missing := [key for key, path in paths.items() if path not in held]:
+            raise SVFitError(f"trained_on {trained_on.name} has no {missing[0]}, which the adapter {name!r} changes.")
+        weights = Lazy({key: lambda path=path: as_matrix(held[path]) for key, path in paths.items()})  # type: ignore[misc]
+    hashes = weight_hashes(weights)
+    if same_base(adapter.base_fingerprint, weights, hashes) == "different":
+        raise SVFitError(
+            f"the adapter {name!r} was trained on {adapter.base_model}, and trained_on {trained_on.name} is another base."
+        )
+    return weights, hashes
+
+
+def check_directions(
+    components: Mapping[str, nn.Module], shifted: Iterable[str], name: str, directions: str | None
+) -> None:
+    """Raises SVFitError where an adapter that is loaded lies along directions of another base than `directions`."""
+    for component in shifted:
+        for other, loaded in adapters_on(components[component]).items():
+            if loaded.directions != directions:
+                raise SVFitError(
+                    f"the adapters {other!r} and {name!r} lie along the directions of different bases, "
+                    f"{loaded.directions or 'this one'} and {directions or 'this one'}: unload {other!r} first, or load "
+                    "both with trained_on."
+                )
+
+
+def _is_distilled(family: Family, base_model: str) -> bool:
+    """Whether the base of `family` was distilled from the one called `base_model`, a hub id or a folder of its name."""
+    sibling = family.undistilled
+    repository, _ = split_revision(base_model)
+    return sibling is not None and sibling.rpartition("/")[2].lower() == repository.rpartition("/")[2].lower()
+
+
 def base_hashes(weights: Mapping[str, Tensor], adapter: Adapter, known: dict[str, str] | None) -> dict[str, str]:
     """`weight_hashes` of the weights that `adapter` changes; those of layers are taken from `known`, and put there."""
     known = {} if known is None else known
     hashes = {key: known[key] for key in weights if key in known}
-    hashes |= weight_hashes({key: weight for key, weight in weights.items() if key not in known})
+    hashes |= weight_hashes(chosen(weights, [key for key in weights if key not in known]))
     known |= {key: hash for key, hash in hashes.items() if key not in adapter.word_deltas()}
     return hashes
 
@@ -129,6 +181,11 @@ def check_base(
     hashes: Mapping[str, str],
     allow_other_base: bool,
 ) -> None:
+    """Raises SVFitError where `weights` are not those that `adapter` was trained on, unless `allow_other_base`.
+
+    A base that was distilled from that one, as far as its family tells and the weights agree, is none of the others: the
+    adapter is loaded along its directions, and a warning says what that is.
+    """
     likeness = same_base(adapter.base_fingerprint, weights, hashes)
     if likeness == "similar":
         logger.warning(
@@ -137,6 +194,25 @@ def check_base(
             name,
             adapter.base_model,
         )
+    if likeness == "different" and _is_distilled(family_of(pipeline), adapter.base_model):
+        apart = distance(adapter.base_fingerprint, weights, hashes)
+        relation = (
+            f"the adapter {name!r} was trained on {adapter.base_model}, from which this base was distilled; their weights "
+            f"are {100 * apart:.0f} % apart"
+        )
+        if apart <= RELATED:
+            logger.warning(
+                "%s, and along this base's own directions the adapter does only in part what it learnt: with trained_on, "
+                "the base that it was trained on, it does exactly that.",
+                relation,
+            )
+            return
+        if apart <= UNRELATED and not allow_other_base:
+            raise SVFitError(
+                f"{relation}, too far for this base's own directions: give that base with trained_on, whose directions are "
+                "exact.",
+                "trained_on",
+            )
     if likeness == "different" and not allow_other_base:
         check_held(adapter.base_model, f"the adapter {name!r}")
         here = pipeline.config.get("_name_or_path") or "another model"

@@ -26,6 +26,7 @@ class Loaded:
     scale: float
     words: dict[Pieces, Tensor] = field(default_factory=dict)  # token ids of a learned word -> (tokens, dim)
     clip_skip: int = 0  # with which it was trained
+    directions: str | None = None  # the base along whose directions it lies; None: this one's own
     number: int = field(default_factory=count(1).__next__)  # in which order adapters came
 
 
