@@ -54,8 +54,8 @@ class Mixed:
             keep = self.kept is not None or self.room.take(size)
             if not (keep or cheap):
                 return None
-            shifts = self.shifts.to(weight.device)
-            made = torch.stack([weight + delta(U, shift, Vh).to(weight.dtype) for shift in shifts])
+            made = delta(U, self.shifts.to(weight.device), Vh).to(weight.dtype)  # (mixes, out, in)
+            made += weight
             if not keep:
                 return made
             self.kept = made

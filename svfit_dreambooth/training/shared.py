@@ -46,7 +46,7 @@ class Shared:
         self.plan = replace(
             plans[0],
             initial=None,
-            config=replace(plans[0].config, init_adapter=None, learned_word=(words or [None])[0]),
+            config=replace(plans[0].config, init_adapter=None, learned_word=words[0] if words else None),
         )
         prints = _base_fingerprints(plans, positions, weights, hashes)  # before anything is cast
         self.union = _union(positions)
