@@ -176,6 +176,10 @@ def test_captions_and_masks_are_kept_beside_the_photos_and_go_with_the_run(publi
     layer.paste("red", (0, 0, 8, 8))
     draft.draw({"layers": [layer]}, 0, "toybox", "", request)
     assert mask(first).getbbox() == (0, 0, 8, 8) and Image.open(first).convert("RGB").tobytes() == before.tobytes()
+    dark = draft.edit(0, request)["background"].convert("L").histogram()
+    draft.draw({"layers": [Image.new("RGBA", (4, 4))]}, 0, "toybox", "", request)
+    assert sum(dark[:64]) > sum(draft.edit(0, request)["background"].convert("L").histogram()[:64])  # outside the mask
+    draft.draw({"layers": [layer]}, 0, "toybox", "", request)
     form = ["sks", "dog", "toybox", "fast", *[None] * len(ADVANCED)]
     ids = [runs.submit(request, "dog", *form)[0]]
     folder = public.jobs.folder / ids[0] / "photos"

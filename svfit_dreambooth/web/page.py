@@ -14,6 +14,7 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.folders import data_dir
 from svfit_dreambooth.threads import wait_asleep
 from svfit_dreambooth.web.door import Door, Hosts, RememberBrowser, before
+from svfit_dreambooth.web.rooms.libraries import libraries
 from svfit_dreambooth.web.rooms.workspace import Workspace
 
 PORT = 7860
@@ -77,7 +78,7 @@ def serve_page(options: argparse.Namespace) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     page, app = build_page(workspace, options.adapter, tuple(options.base), options.dtype, download=not public)
     app.queue.start()
-    warming = threading.Timer(WARM_UP_AFTER, _warm_up)
+    warming = threading.Timer(WARM_UP_AFTER, libraries)  # while the page is being looked at
     warming.daemon = True
     warming.start()
     try:
@@ -185,8 +186,3 @@ def _from_command_line(folder: Path, path: Path) -> str:
         if library.find(folder, name).read_bytes() == path.read_bytes():
             return name
     return library.add(folder, path)
-
-
-def _warm_up() -> None:
-    """The libraries that painting needs, imported while the page is being looked at."""
-    import svfit_dreambooth.painting.generate  # noqa: F401

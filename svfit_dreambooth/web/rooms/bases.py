@@ -10,6 +10,7 @@ from typing import Any
 
 from svfit_dreambooth.bases.names import DEFAULT_BASE, as_asked, base_name
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.web.rooms.libraries import libraries
 
 FOR_PHOTOS = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # offered for training where it may be downloaded
 HUB_SECONDS = 4.0  # in which the hub must say whether it has a model
@@ -76,6 +77,7 @@ class Bases:
 
         Raises SVFitError for what is not offered, and for a hub id that is not on this disk and cannot be downloaded.
         """
+        libraries()
         from svfit_dreambooth.bases.opening import is_cached
 
         place, options = self.resolve(name, typed=True)
@@ -87,6 +89,7 @@ class Bases:
 
     def is_here(self, name: str) -> bool:
         """May what a file calls `name` be opened without a download that nobody asked for?"""
+        libraries()
         from svfit_dreambooth.bases.opening import is_cached
 
         try:

@@ -15,6 +15,7 @@ from typing import Any
 from svfit_dreambooth.bases.names import check_held
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web.rooms.bases import OFF, Bases, check_on_hub
+from svfit_dreambooth.web.rooms.libraries import libraries
 from svfit_dreambooth.web.rooms.loaded import Loaded
 from svfit_dreambooth.web.rooms.orders import Order, Told, check
 from svfit_dreambooth.web.rooms.tickets import Ticket
@@ -50,6 +51,7 @@ class Studio:
         way is painted along.
         """
         check(order)
+        libraries()
         with self.line.wish(person):
             ticket = Ticket(order, tell, cancelled, person)
             with self._changing:
@@ -135,6 +137,7 @@ class Studio:
     @contextmanager
     def bare(self, path: Path, person: str = "") -> Iterator[Any]:
         """The base that an adapter file names, without adapters, for nobody else meanwhile."""
+        libraries()
         from svfit_dreambooth.adapter.file import read_adapter
 
         with self.line.wish(person), self._turn(person, lambda: None, threading.Event()):

@@ -131,7 +131,7 @@ class Draft:
 
     @plainly
     def edit(self, selected: int | None, request: gr.Request) -> dict[str, Any]:
-        """The selected photo with its mask drawn over it, for an editor that is seen: hidden ones show nothing."""
+        """The selected photo, dark where its mask leaves it out, for an editor that is seen: hidden ones show nothing."""
         path = self._selected(self.app.visitor(request), selected)
         with Image.open(path) as photo:
             scale = EDITED / max(photo.size)
@@ -139,10 +139,10 @@ class Draft:
             shown = photo.convert("RGB").resize(
                 size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC
             )
-        held, layer = mask(path), Image.new("RGBA", size, MASK_COLOUR)
-        drawn = Image.new("L", size) if held is None else held.resize(size).point(lambda value: 160 * (value > 127))
-        layer.putalpha(drawn)
-        return {"background": shown, "layers": [layer], "composite": None}
+        held = mask(path)
+        if held is not None:  # as part of the picture: an editor that is given a layer takes no strokes
+            shown = Image.composite(shown, shown.point(lambda value: value // 4), held.resize(size))
+        return {"background": shown, "layers": [], "composite": None}
 
     @plainly
     def say(self, text: str, selected: int | None, base: str, resolution: str, request: gr.Request) -> tuple[Any, ...]:

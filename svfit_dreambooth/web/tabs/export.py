@@ -8,6 +8,7 @@ import gradio as gr
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web.rooms import library
 from svfit_dreambooth.web.rooms.app import App
+from svfit_dreambooth.web.rooms.libraries import libraries
 from svfit_dreambooth.web.rooms.workspace import place_to_serve
 from svfit_dreambooth.web.tabs.generate import PRIVATE
 from svfit_dreambooth.web.tabs.mistakes import plainly, whole
@@ -24,6 +25,7 @@ class LoraMaker:
     @plainly
     def plan(self, name: str | None, layout: str, rank: str, request: gr.Request) -> tuple[str, Any]:
         """What the LoRA would hold and weigh; the file made before is taken back."""
+        libraries()
         from svfit_dreambooth.adapter.file import read_adapter
         from svfit_dreambooth.sharing.export import layer_shapes
         from svfit_dreambooth.sharing.lora_plan import plan_lora
@@ -39,6 +41,7 @@ class LoraMaker:
         self, name: str | None, layout: str, rank: str, without_words: bool, request: gr.Request
     ) -> tuple[str, Any]:
         """Writes it, compared with the adapter; then it can be downloaded."""
+        libraries()
         from svfit_dreambooth.adapter.file import read_adapter
         from svfit_dreambooth.sharing.export import export_lora
 

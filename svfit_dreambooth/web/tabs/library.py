@@ -11,6 +11,7 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import file_name
 from svfit_dreambooth.web.rooms import library
 from svfit_dreambooth.web.rooms.app import App
+from svfit_dreambooth.web.rooms.libraries import libraries
 from svfit_dreambooth.web.tabs.cards import card
 from svfit_dreambooth.web.tabs.export import build_export
 from svfit_dreambooth.web.tabs.generate import OPEN, PRIVATE, GenerateTab
@@ -73,6 +74,7 @@ class Shelf:
     @plainly
     def combine(self, names: list[str], strengths: str, new_name: str, changed: int, request: gr.Request) -> Any:
         """Adds several adapters into a new file of the library."""
+        libraries()
         from svfit_dreambooth.adapter.file import read_adapter, save_adapter
         from svfit_dreambooth.sharing.combine import combine_adapters
 

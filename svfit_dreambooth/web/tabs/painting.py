@@ -11,6 +11,7 @@ import gradio as gr
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web.rooms import library, pictures
 from svfit_dreambooth.web.rooms.app import App
+from svfit_dreambooth.web.rooms.libraries import libraries
 from svfit_dreambooth.web.rooms.memory import remember, remembered
 from svfit_dreambooth.web.rooms.orders import AS_TRAINED, Cell, Order, Told
 from svfit_dreambooth.web.rooms.paintings import Made, Painting
@@ -205,10 +206,11 @@ class Painter:
 
 def begin_from(drawn: dict[str, Any] | None, anew: float) -> Any:
     """What painting begins with, as the editor gives it: a picture, and what was drawn over it as the mask; None: noise."""
-    from svfit_dreambooth.painting.from_picture import Begin
-
     if not drawn or drawn.get("background") is None:
         return None
+    libraries()
+    from svfit_dreambooth.painting.from_picture import Begin
+
     return Begin(drawn["background"].convert("RGB"), anew, drawn_over(drawn))
 
 

@@ -50,7 +50,7 @@ def build_train(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: Generate
                 placeholder="as below", info="What this photo shows, with its word, in place of the prompt below.",
             )  # fmt: skip
             with gr.Accordion("Mask", open=False, visible=False, elem_id="mask") as masking:
-                gr.Markdown("Draw over the subject; what is not drawn over is not learnt. Nothing: all of it is.", elem_classes="note")  # fmt: skip
+                gr.Markdown("Draw over the subject: what is not drawn over is not learnt. Nothing drawn: all of it is learnt.", elem_classes="note")  # fmt: skip
                 editor = gr.ImageEditor(
                     show_label=False, type="pil", layers=False, height=420, canvas_size=(512, 512), sources=(), transforms=(), buttons=[],
                     brush=gr.Brush(default_size=24, colors=[(MASK_COLOUR, 0.6)], color_mode="fixed"), interactive=True,
