@@ -1,6 +1,7 @@
 """Picture files: what opens, and how it looks upright, opaque, in eight bits and sRGB."""
 
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image, ImageCms, TiffImagePlugin
 from PIL.PngImagePlugin import PngInfo
 
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.photos import decoding
 from svfit_dreambooth.photos.decoding import open_photo
 from svfit_dreambooth.photos.reading import find_photos
 
@@ -284,3 +286,49 @@ def test_adobe_rgb_without_a_profile_is_spoken_of(tmp_path, caplog):
     picture().save(tmp_path / "a.jpg", exif=exif)
     find_photos(tmp_path)
     assert "is in Adobe RGB but carries no profile" in caplog.text
+
+
+@pytest.mark.parametrize(("primaries", "transfer", "said"), [(12, 13, "wide colours"), (9, 16, "HDR"), (1, 13, None)])
+def test_png_that_names_its_colours_in_cicp(tmp_path, caplog, primaries, transfer, said):
+    picture().save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    data = b"cICP" + bytes([primaries, transfer, 0, 1])
+    chunk = struct.pack(">I", 4) + data + struct.pack(">I", zlib.crc32(data))
+    (tmp_path / "a.png").write_bytes(content[:33] + chunk + content[33:])  # behind IHDR
+    find_photos(tmp_path)
+    assert (said is None and not caplog.records) or (said in caplog.text and "taken as sRGB" in caplog.text)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif", "a.webp"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_very_large_pictures_are_read_at_half_their_sides(tmp_path, monkeypatch, caplog, name, turned):
+    image = Image.new("RGB", (64, 32), (200, 30, 30))
+    image.paste((30, 30, 200), (32, 0, 64, 32))
+    exif = Image.Exif()
+    if turned:
+        exif[0x0112] = 6  # turn clockwise to see it upright
+    image.save(tmp_path / name, exif=exif)
+    monkeypatch.setattr(decoding, "MOST_PIXELS", 64 * 32 - 1)
+    (photo,) = find_photos(tmp_path)
+    assert photo.size == ((16, 32) if turned else (32, 16))
+    assert "pixels and is read at half its sides" in caplog.text
+    read = open_photo(photo.path)
+    assert read.size == photo.size
+    ends = [read.getpixel(place) for place in ([(8, 4), (8, 28)] if turned else [(4, 8), (28, 8)])]
+    assert [max(range(3), key=colour.__getitem__) for colour in ends] == [0, 2]
+
+
+def test_very_large_pictures_keep_transparency_palettes_and_sixteen_bits(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoding, "MOST_PIXELS", 100)
+    clear = Image.new("RGBA", (16, 16), (255, 0, 0, 255))
+    clear.paste((0, 0, 0, 0), (8, 0, 16, 16))
+    clear.save(tmp_path / "clear.png")
+    few = Image.new("P", (16, 16), 1)
+    few.putpalette([0, 0, 0, 0, 200, 0])
+    few.save(tmp_path / "few.png")
+    Image.fromarray(np.full((16, 16), 65535, np.uint16)).save(tmp_path / "deep.png")
+    alpha = open_photo(tmp_path / "clear.png", keep_alpha=True)
+    assert alpha.size == (8, 8) and alpha.getpixel((1, 1)) == (255, 0, 0, 255) and alpha.getpixel((6, 1))[3] == 0
+    assert open_photo(tmp_path / "few.png").getpixel((3, 3)) == (0, 200, 0)
+    assert open_photo(tmp_path / "deep.png").getpixel((3, 3)) == (255, 255, 255)
+    assert open_photo(tmp_path / "deep.png").size == (8, 8)

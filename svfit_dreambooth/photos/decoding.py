@@ -1,5 +1,6 @@
 """One picture file to upright sRGB pixels.  What it is, its content says, not its name."""
 
+import math
 import struct
 import warnings
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ RAW_SUFFIXES = {
     *(".pef", ".srw", ".3fr", ".fff", ".iiq", ".erf", ".kdc", ".dcr", ".mrw", ".mos", ".x3f", ".gpr"),
 }
 NEW_SUBFILE_TYPE, SAMPLE_FORMAT, DNG_VERSION = 254, 339, 50706  # tags of TIFF and of Adobe's DNG
+MOST_PIXELS = 48_000_000  # what phones take at best; larger pictures are read at half their sides
 
 pillow_heif.register_heif_opener()
 # Pillow stops at texts and profiles of 1 MB in a PNG, which editors and printers' profiles exceed, and calls the
@@ -57,7 +59,7 @@ def open_photo(path: str | Path, keep_alpha: bool = False) -> Image.Image:
     """An RGB picture: upright (EXIF), in sRGB, transparency laid on white, of several the first.
 
     16-bit values are scaled to 8; those of 32 bits, which have no agreed white, by the brightest of them.
-    `keep_alpha`: one that isn't opaque everywhere stays RGBA.
+    One of more than `MOST_PIXELS` is read at half its sides.  `keep_alpha`: one that isn't opaque everywhere stays RGBA.
     Raises SVFitError for a file that isn't a picture, is broken or cut short, is a camera's raw file, or has more
     pixels than is safe to open (twice PIL.Image.MAX_IMAGE_PIXELS, 179 million).
     """
@@ -78,8 +80,11 @@ def decode(path: Path) -> Decoded:
                 _check_not_raw(image, path)
                 image.verify()  # checksums, where the format has them
             with Image.open(path, formats=FORMATS) as image:
+                size = image.size
+                if too_large(size):
+                    image.draft(None, (size[0] // 2, size[1] // 2))  # JPEG is then never whole in memory
                 image.load()
-                return _decoded(image, path)
+                return _decoded(image, path, size)
     except SVFitError:
         raise
     except Image.DecompressionBombError:
@@ -100,16 +105,27 @@ def decode(path: Path) -> Decoded:
         raise SVFitError(f"'{path}' is broken or cut short ({reason}): copy it again or remove it.") from None
 
 
-def _decoded(image: Image.Image, path: Path) -> Decoded:
+def too_large(size: tuple[int, int]) -> bool:
+    """Whether a picture of `size` is read at half its sides."""
+    return math.prod(size) > MOST_PIXELS
+
+
+def _decoded(image: Image.Image, path: Path, size: tuple[int, int]) -> Decoded:
+    """`size`: of the picture in the file, which may be read smaller already."""
     remarks = []
     profile = image.info.get("icc_profile")
     signed = getattr(image, "tag_v2", {}).get(SAMPLE_FORMAT, (1,))[0] == 2
     if not profile and (spoken_of := _unread_colours(image, path)):
         remarks.append(f"'{path}' is in {spoken_of} but carries no profile: its colours are taken as sRGB.")
     try:
-        image = ImageOps.exif_transpose(image)  # HEIF files turn themselves: pillow-heif then calls the tag 1
+        ImageOps.exif_transpose(image, in_place=True)  # HEIF files turn themselves: pillow-heif then calls the tag 1
     except Exception as error:  # noqa: BLE001 - the picture is whole, only its notes aren't
         remarks.append(f"'{path}' has unreadable EXIF data ({error}): its orientation is taken as it is.")
+    if too_large(size):
+        image = _halved(image) if image.size in (size, size[::-1]) else image
+        remarks.append(
+            f"'{path}' has {size[0]}x{size[1]} pixels and is read at half its sides: nothing is trained so large."
+        )
     alpha = None
     if image.has_transparency_data:
         with_alpha = image.convert("RGBA")
@@ -120,6 +136,15 @@ def _decoded(image: Image.Image, path: Path) -> Decoded:
     if unread:
         remarks.append(f"The colour profile of '{path}' {unread}: its colours are taken as sRGB.")
     return Decoded(colours, alpha, remarks)
+
+
+def _halved(image: Image.Image) -> Image.Image:
+    """With half the sides, each pixel the mean of four; before anything else is done, which would take more memory."""
+    if image.mode in ("P", "1"):  # numbers of colours have no mean
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    elif image.mode.startswith("I;16"):
+        return image.resize((image.width // 2, image.height // 2), Image.Resampling.NEAREST)
+    return image.reduce(2)
 
 
 def _eight_bits(image: Image.Image, signed: bool) -> Image.Image:
@@ -165,9 +190,30 @@ def _unread_colours(image: Image.Image, path: Path) -> str:
                 return "HDR colours"
             if primaries not in (1, 2):  # BT.709, which are sRGB's, and "unspecified"
                 return "wide colours"
+    elif image.format == "PNG":
+        primaries, transfer = _coding_of_png(path)
+        if transfer in (16, 18):
+            return "HDR colours"
+        if primaries not in (1, 2):
+            return "wide colours"
     elif image.format in ("JPEG", "MPO", "TIFF"):
         try:
             return "Adobe RGB" if image.getexif().get_ifd(0xA005).get(1) == "R03" else ""  # as the DCF standard says it
         except Exception:  # noqa: BLE001 - unreadable EXIF data is spoken of elsewhere
             return ""
     return ""
+
+
+def _coding_of_png(path: Path) -> tuple[int, int]:
+    """Primaries and transfer function by ITU-T H.273 from the chunk cICP, which stands before the pixels; 2: unspecified."""
+    with open(path, "rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            if kind == b"cICP" and length == 4:
+                primaries, transfer, *_ = file.read(4)
+                return primaries, transfer
+            if kind == b"IDAT":
+                break
+            file.seek(length + 4, 1)
+    return 2, 2
