@@ -45,6 +45,7 @@ from svfit_dreambooth.training.examples import encode_examples
 from svfit_dreambooth.training.keep_base import KeptBase
 from svfit_dreambooth.training.loop import Loop, Step
 from svfit_dreambooth.training.objective import Objective
+from svfit_dreambooth.training.optimizer import Steps
 from svfit_dreambooth.training.plan import Plan, prepare
 from svfit_dreambooth.training.watch import join
 
@@ -72,7 +73,7 @@ class Setting:
 
     def questions(self, subject: str) -> Questions:
         if self.base == TOYBOX:
-            return bundled_questions(subject, self.pictures_per_prompt)
+            return bundled_questions(subject, pictures_per_prompt=self.pictures_per_prompt)
         photos = [open_photo(photo.path) for photo in find_photos(Path(self.subjects) / subject)]
         words = class_words(subject)
         return subject_questions(photos, f"sks {words}", words, pictures_per_prompt=self.pictures_per_prompt)
@@ -185,7 +186,7 @@ def make(
         model = Objective(run, examples, run.base.family.components, device, torch.float32)
         accelerator = Accelerator(cpu=device.type == "cpu")
         kept_base = KeptBase(model) if config.keep_base else None  # every method begins at the base
-        loop = Loop(config, accelerator, model, [pipeline.unet], values, rates, run.folder, kept_base=kept_base)
+        loop = Loop(config, accelerator, model, [pipeline.unet], values, Steps(rates), run.folder, kept_base=kept_base)
         started = time.perf_counter()
         _, _, failure = loop.run(on_step)
         if failure is not None:

@@ -23,6 +23,7 @@ from evidence import common, main_table
 from records import Record
 
 from svfit_dreambooth import TrainConfig, train
+from svfit_dreambooth.adapter.file import read_adapter
 from svfit_dreambooth.bases.devices import default_device
 from svfit_dreambooth.bases.names import DEFAULT_BASE, SUBJECTS_FOLDER
 from svfit_dreambooth.evaluation.features import open_features
@@ -63,7 +64,7 @@ def measure(recipe: str, subject: str, seed: int) -> Record:
         )
     reading = asdict(row.scores) | {"seconds": result.seconds, "steps": result.steps, "kept_step": result.kept_step}
     return Record(
-        recipe, subject, seed, float(str(result.plan.config.learning_rate)), result.values, result.file_bytes,
+        recipe, subject, seed, read_adapter(result.adapter_path).training["learning_rate"], result.values, result.file_bytes,
         result.seconds / result.steps, {str(END): reading},
     )  # fmt: skip
 

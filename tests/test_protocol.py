@@ -70,7 +70,7 @@ def test_prompts_that_are_none_are_a_sentence(tmp_path, text, reason):
 
 
 def test_toybox_asks_for_places_without_a_photo():
-    questions = bundled_questions("dog_patch", 2)
+    questions = bundled_questions("dog_patch", pictures_per_prompt=2)
     assert len(questions.prompts) == 7 and len(questions.references) == 28
     assert not {want["setting"] for want in questions.wanted} & set(PHOTO_SETTINGS["dog_patch"])
 

@@ -15,6 +15,7 @@ from svfit_dreambooth.method.basis import fingerprint
 from svfit_dreambooth.training.checkpoints import list_checkpoints, load_checkpoint, run_identity
 from svfit_dreambooth.training.ending import Ending
 from svfit_dreambooth.training.journal import RunFolder
+from svfit_dreambooth.training.optimizer import Steps
 from svfit_dreambooth.training.plan import prepare
 from svfit_dreambooth.training.result import training_record
 
@@ -219,7 +220,7 @@ def test_as_many_processes_go_on_as_there_were(config, whole):
     assert load_checkpoint(path, run_identity(run, base)).step == 9
     with pytest.raises(SVFitError, match="was made with num_processes 1, not 2"):
         load_checkpoint(path, run_identity(run, base, 2))
-    assert training_record(run, Ending(12, 12, 1.0, None, None), 2)["batch_size"] == 2 * 2 * 2
+    assert training_record(run, Steps({"a": 0.05}), Ending(12, 12, 1.0, None, None), 2)["batch_size"] == 2 * 2 * 2
 
 
 def looks(folder):

@@ -87,8 +87,8 @@ def test_each_adapter_is_that_of_its_own_run(configs, variant):
 
 def test_in_float64_to_the_last_digits(configs, monkeypatch):
     monkeypatch.setitem(MIXED_PRECISION, "no", torch.float64)
-    outcomes = train_together(configs("together"))
-    for outcome, config in zip(outcomes, configs("alone"), strict=True):
+    outcomes = train_together(configs("together", learning_rate=0.05))
+    for outcome, config in zip(outcomes, configs("alone", learning_rate=0.05), strict=True):
         alone = train(config)
         ours, theirs = (
             load_file(path.parent / "checkpoints/step-000005.safetensors")

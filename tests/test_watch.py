@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from svfit_dreambooth import TrainConfig
+from svfit_dreambooth import TrainConfig, train
 from svfit_dreambooth.bases.families import apply_svfit
 from svfit_dreambooth.evaluation.features import Features, open_features
 from svfit_dreambooth.method.targets import get_shifts, set_shifts
@@ -103,3 +103,63 @@ def test_toybox_brings_its_judge_and_other_bases_nothing():
     images = [Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue")]
     assert features.subject(images).shape == (2, 128) and features.text(["a red car"]).shape[0] == 1
     assert open_features("another base").any is None
+
+
+@pytest.fixture
+def config(tiny_base, photo_folder, tmp_path):
+    return {
+        "pretrained_model_name_or_path": str(tiny_base),
+        "instance_data_dir": str(photo_folder),
+        "instance_prompt": "a photo of sks dog",
+        "output_dir": str(tmp_path / "the run"),
+        "train_batch_size": 1,
+        "resolution": 16,
+        "learning_rate": 0.05,
+        "fixed_loss_examples": 0,
+        "final_pictures": False,
+    }
+
+
+def scored(monkeypatch, points):
+    """Looks find these scores, one after the other from the first step's on; returns the steps of the looks."""
+    seen = []
+
+    def look(self, step, fixed_loss):
+        seen.append(step)
+        value = 0.0 if step == 0 else points[len(seen) - 2]
+        return Measured(step, fixed_loss, subject=value, drift=0.0)
+
+    monkeypatch.setattr(Watch, "look", look)
+    return seen
+
+
+def test_looks_are_closer_together_at_the_beginning(config, monkeypatch):
+    seen = scored(monkeypatch, [0.1, 0.2, 0.3, 0.4, 0.5])
+    result = train(TrainConfig(**{**config, "max_train_steps": 16, "validation_steps": "auto"}))
+    assert seen == [0, 2, 4, 8, 12, 16] and result.kept_step == result.steps == 16
+
+
+@pytest.mark.parametrize(
+    ("points", "patience", "steps"),
+    [
+        ([0.5, 0.4, 0.4, 0.3, 0.3], None, 8),  # two in a row
+        ([0.5, 0.4, 0.49, 0.4, 0.4], None, 16),  # one is as good as the best within the noise of looks
+        ([0.5, 0.4, 0.3, 0.2, 0.1], 0, 16),
+        ([0.1, 0.5, 0.4, 0.6, 0.5], 1, 8),
+    ],
+)
+def test_a_run_ends_when_its_looks_say_so(config, monkeypatch, points, patience, steps):
+    seen = scored(monkeypatch, points)
+    options = {**config, "max_train_steps": 16, "validation_steps": "auto", "patience": patience}
+    result = train(TrainConfig(**options))
+    assert result.steps == seen[-1] == steps and not result.stopped
+    best = max(range(len(seen) - 1), key=lambda i: points[i])
+    assert result.kept_step == seen[1 + best]
+    again = train(TrainConfig(**options, resume_from_checkpoint="latest"))  # of a finished run changes nothing
+    assert again.steps == steps and again.kept_step == result.kept_step
+
+
+def test_looks_that_were_asked_for_by_number_end_nothing(config, monkeypatch):
+    seen = scored(monkeypatch, [0.5] + [0.1] * 9)
+    result = train(TrainConfig(**{**config, "max_train_steps": 6, "validation_steps": 2}))
+    assert seen == [0, 2, 4, 6] and result.steps == 6 and result.kept_step == 2

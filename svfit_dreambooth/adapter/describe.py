@@ -107,7 +107,7 @@ def describe_adapter(adapter: Adapter, path: str | Path | None = None) -> dict[s
     """
     by_component: dict[str, list[torch.Tensor]] = {}
     by_block: dict[str, list[torch.Tensor]] = {}
-    for name in sorted(adapter.shifts, key=_natural):
+    for name in sorted(adapter.shifts, key=natural_order):
         by_component.setdefault(name.partition(".")[0], []).append(adapter.shifts[name])
         by_block.setdefault(block_name(name), []).append(adapter.shifts[name])
     description: dict[str, Any] = {
@@ -152,6 +152,6 @@ def block_name(name: str) -> str:
     return f"{component} {parts[first_number - 1]}.{parts[first_number]}"
 
 
-def _natural(name: str) -> str:
+def natural_order(name: str) -> str:
     """Sorts layers.2 before layers.10."""
     return re.sub(r"[0-9]+", lambda number: number[0].zfill(9), name)

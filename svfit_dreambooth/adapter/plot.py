@@ -5,15 +5,16 @@ Drawn with matplotlib, which is only asked for here.
 
 import io
 import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from svfit_dreambooth.adapter.describe import block_name, describe_adapter, strength
+from svfit_dreambooth.adapter.describe import block_name, describe_adapter, natural_order, strength
 from svfit_dreambooth.adapter.file import Adapter
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import write_atomically
@@ -21,6 +22,7 @@ from svfit_dreambooth.method.decomposition import decompose, resolve_rank
 
 ENERGY = 0.99  # what the paper's top singular values hold of a matrix
 MAX_SIDE = 512  # pixels of a picture that is taken apart
+Table: TypeAlias = tuple[list[str], list[str], np.ndarray]  # rows, columns, numbers (rows, columns)
 BEFORE, AFTER = "#8a8a8a", "#c8452f"
 
 
@@ -51,16 +53,24 @@ def _image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(pixels.clamp(0, 255).round().permute(1, 2, 0).numpy().astype(np.uint8))
 
 
-def strength_table(adapter: Adapter) -> tuple[list[str], list[str], np.ndarray]:
-    """Rows (blocks), columns (projections) and the root mean square of the shifts (rows, columns), NaN where none."""
+def strength_table(adapter: Adapter) -> Table:
+    """Blocks, projections and the root mean square of the shifts, NaN where none."""
+    return block_table(adapter.shifts, strength)
+
+
+def block_table(values: Mapping[str, Tensor], measure: Callable[[Sequence[Tensor]], float]) -> Table:
+    """Rows (blocks), columns (projections) and what `measure` says of the values of each (rows, columns), NaN where none.
+
+    `values`: "<component>.<layer>" -> (r,).
+    """
     cells: dict[tuple[str, str], list[Tensor]] = {}
-    rows = list(describe_adapter(adapter)["blocks"])
-    for name, shift in adapter.shifts.items():
-        cells.setdefault((block_name(name), _projection(name)), []).append(shift)
+    rows = list(dict.fromkeys(block_name(name) for name in sorted(values, key=natural_order)))
+    for name, own in values.items():
+        cells.setdefault((block_name(name), _projection(name)), []).append(own)
     columns = sorted({column for _, column in cells}, key=_column_order)
     table = np.full((len(rows), len(columns)), np.nan)
-    for (row, column), shifts in cells.items():
-        table[rows.index(row), columns.index(column)] = strength(shifts)
+    for (row, column), parts in cells.items():
+        table[rows.index(row), columns.index(column)] = measure(parts)
     return rows, columns, table
 
 
@@ -92,32 +102,45 @@ def plot_adapter(
     (k,): these before and after, and the shift.  `picture`: rebuilt from its top and its remaining singular values.
     Raises SVFitError where matplotlib is not installed or `path` cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SVFitError("drawing needs matplotlib, which is not installed: pip install matplotlib.") from error
-    rows, columns, table = strength_table(adapter)
-    heights = [0.9 + 0.27 * len(rows), *([3.2] if spectrum else []), *([3.4] if picture else [])]
-    figure = Figure(figsize=(11, sum(heights) + 0.5), dpi=110, layout="constrained")
-    parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights, hspace=0.06, squeeze=False)[:, 0]
+    table = strength_table(adapter)
+    figure, parts = figure_of([table_height(table), *([3.2] if spectrum else []), *([3.4] if picture else [])])
     by_block = [row["strength"] for row in describe_adapter(adapter)["blocks"].values()]
-    _draw_table(parts[0], adapter.title or Path(path).stem, rows, columns, table, by_block)
+    title = f"{adapter.title or Path(path).stem}: strength of the change (root mean square of the shifts)"
+    draw_table(parts[0], title, table, by_block)
     if spectrum is not None:
         name, S = spectrum
         _draw_spectrum(parts[1], name, S.double().cpu().numpy(), adapter.shifts[name].double().numpy())
     if picture is not None:
         _draw_pictures(parts[-1], picture)
-    return _save(figure, Path(path))
+    return save_figure(figure, Path(path))
 
 
-def _draw_table(
-    part: Any, title: str, rows: list[str], columns: list[str], table: np.ndarray, by_block: list[float]
-) -> None:
+def figure_of(heights: list[float]) -> tuple[Any, Any]:
+    """A figure, and its parts of these heights in inches, one below the other.
+
+    Raises SVFitError where matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise SVFitError("drawing needs matplotlib, which is not installed: pip install matplotlib.") from error
+    figure = Figure(figsize=(11, sum(heights) + 0.5), dpi=110, layout="constrained")
+    return figure, figure.subfigures(len(heights), 1, height_ratios=heights, hspace=0.06, squeeze=False)[:, 0]
+
+
+def table_height(table: Table) -> float:
+    """Inches that `draw_table` wants."""
+    return 0.9 + 0.27 * len(table[0])
+
+
+def draw_table(part: Any, title: str, table: Table, by_block: list[float], norm: str | None = None) -> None:
+    """`table` as colours, beside them a bar for each of its rows; `norm`: of the colours, None: from 0 on."""
+    rows, columns, cells = table
     heat, bars = part.subplots(1, 2, sharey=True, width_ratios=[2, 1])
-    image = heat.imshow(np.ma.masked_invalid(table), aspect="auto", cmap="YlOrRd", vmin=0)
+    image = heat.imshow(np.ma.masked_invalid(cells), aspect="auto", cmap="YlOrRd", norm=norm, vmin=None if norm else 0)
     heat.set_yticks(range(len(rows)), rows, fontsize=8)
     heat.set_xticks(range(len(columns)), columns, fontsize=8, rotation=45, ha="right", rotation_mode="anchor")
-    heat.set_title(f"{title}: strength of the change (root mean square of the shifts)", fontsize=10, loc="left")
+    heat.set_title(title, fontsize=10, loc="left")
     part.colorbar(image, ax=heat, pad=0.01)
     bars.barh(range(len(rows)), by_block, color=AFTER)
     bars.set_title("by block", fontsize=10, loc="left")
@@ -157,7 +180,8 @@ def _draw_pictures(part: Any, picture: Image.Image) -> None:
         axes.set_axis_off()
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save_figure(figure: Any, path: Path) -> Path:
+    """Writes `figure` as the PNG `path`, replaced if there is one."""
     content = io.BytesIO()
     figure.savefig(content, format="png")
     return write_atomically(path, content.getvalue())

@@ -152,6 +152,15 @@ class Family(ABC):
         names = self.layer_names[self.role(component)]
         return find_projections(self.components[component], target_modules, names)
 
+    def adapted_layers(
+        self, target_modules: Sequence[str] | None = None, train_text_encoder: bool = False
+    ) -> dict[str, Projections]:
+        """The layers of every component that a run adapts: of the denoiser those named, of text encoders the attention."""
+        found = {self.denoiser_name: self.find_projections(self.denoiser_name, target_modules)}
+        if train_text_encoder:
+            found |= {component: self.find_projections(component) for component in self.text_encoders}
+        return found
+
     # prompts
 
     @abstractmethod

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import try_to_load_from_cache
-from torch import nn
+from torch import Tensor, nn
 
 from svfit_dreambooth.bases.families import family_named, family_of
 from svfit_dreambooth.bases.family import Family
@@ -24,6 +24,9 @@ from svfit_dreambooth.bases.stored import StoredBase
 from svfit_dreambooth.bases.tokenizers import check_tokenizers
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import weight_hash
+from svfit_dreambooth.method.decomposition import as_matrix
+from svfit_dreambooth.method.targets import Projections
+from svfit_dreambooth.method.weights import Lazy
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +78,27 @@ class BaseModel:
     def architecture(self) -> str:
         """ModelSpec's word for the family."""
         return self.family.architecture
+
+    def weights(self, layers: Mapping[str, Projections]) -> Mapping[str, Tensor]:
+        """The weights of `layers` by component, as matrices (out, in), by "<component>.<layer>".
+
+        They share memory with the base, as long as that is not cast; those of a base that is opened one network at a
+        time are read from its files, each time they are asked for.
+        """
+        if self.stored is None:
+            return {
+                f"{component}.{name}": as_matrix(layer.weight.detach())
+                for component, own in layers.items()
+                for name, (_, _, layer) in own.items()
+            }
+        (component,) = layers
+        stored = self.stored.weights(component)
+        return Lazy(
+            {
+                f"{component}.{name}": lambda name=name: as_matrix(stored[f"{name}.weight"])  # type: ignore[misc]
+                for name in layers[component]
+            }
+        )
 
     def is_open(self, part: str) -> bool:
         """Whether a network holds its weights: before it is opened it is an outline, and a text encoder let go is None."""

@@ -13,13 +13,14 @@ from svfit_dreambooth.bases.names import DEFAULT_BASE, FORMER
 from svfit_dreambooth.commands.wording import with_dashes
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.training.config import TrainConfig
-from svfit_dreambooth.training.limits import plain_type
+from svfit_dreambooth.training.limits import kind_words, plain_type, words_of
 from svfit_dreambooth.training.options import OPTION_GROUPS
 
 logger = logging.getLogger(__name__)
 
 OPTION_NAMES = [option.name for option in dataclasses.fields(TrainConfig)]
-KINDS = {name: plain_type(kind)[0] for name, kind in get_type_hints(TrainConfig).items() if name in OPTION_NAMES}
+ANNOTATIONS = {name: kind for name, kind in get_type_hints(TrainConfig).items() if name in OPTION_NAMES}
+KINDS = {name: plain_type(kind)[0] for name, kind in ANNOTATIONS.items()}
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 # Flags of diffusers' DreamBooth scripts and of kohya's that have no counterpart here, and what to do instead.
@@ -144,14 +145,15 @@ def _parser(prog: str) -> argparse.ArgumentParser:
             elif get_origin(kind) is list:
                 section.add_argument(f"--{option.name}", nargs="+", metavar="TEXT", help=text)
             else:
-                section.add_argument(f"--{option.name}", metavar=_placeholder(kind), help=text)
+                section.add_argument(f"--{option.name}", metavar=_placeholder(option.name), help=text)
     return parser
 
 
-def _placeholder(kind: Any) -> str:
+def _placeholder(name: str) -> str:
+    kind = KINDS[name]
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))
-    return {int: "N", float: "X"}.get(kind, "TEXT")
+    return "|".join([{int: "N", float: "X"}.get(kind, "TEXT"), *words_of(ANNOTATIONS[name])])
 
 
 def _value(name: str, text: str | list[str]) -> Any:
@@ -165,13 +167,12 @@ def _value(name: str, text: str | list[str]) -> Any:
         if text.lower() not in (*TRUE, *FALSE):
             raise SVFitError(f"{name} is {text!r}, but must be true or false.", name)
         return text.lower() in TRUE
-    if kind in (int, float):
+    if kind in (int, float) and text not in words_of(ANNOTATIONS[name]):
         try:
             return kind(text)
         except ValueError:
             shown = text if len(text) < 40 else f"{text[:20]}... ({len(text)} characters)"
-            words = "a whole number" if kind is int else "a number"
-            raise SVFitError(f"{name} is {shown!r}, but must be {words}.", name) from None
+            raise SVFitError(f"{name} is {shown!r}, but must be {kind_words(ANNOTATIONS[name])}.", name) from None
     return text
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from svfit_dreambooth.bases.names import spoken
 from svfit_dreambooth.commands.base import add_base, open_base
+from svfit_dreambooth.commands.inspect_base import inspect_base
 from svfit_dreambooth.commands.wording import printable, with_dashes
 from svfit_dreambooth.errors import SVFitError
 
@@ -27,20 +28,30 @@ SHOWN = {  # header field -> how it is called
 
 def add_inspect(commands: Any) -> None:
     """Adds it to `commands`, what `add_subparsers` returned."""
-    inspect = commands.add_parser("inspect", help="tell what an adapter or LoRA file holds")
-    inspect.add_argument("adapter", type=Path)
+    inspect = commands.add_parser("inspect", help="tell what an adapter or LoRA file holds, or what carries a base")
+    inspect.add_argument("adapter", type=Path, nargs="?", help="none: the base, which is measured once")
     inspect.add_argument("--json", action="store_true", help="print JSON")
-    inspect.add_argument("--plot", type=Path, metavar="PNG", help="draw which blocks changed, and how strongly")
+    inspect.add_argument(
+        "--plot", type=Path, metavar="PNG", help="draw which blocks changed, and how strongly; or carry the base"
+    )
     inspect.add_argument("--layer", help="whose singular values --plot shows; default: the most changed layer")
     inspect.add_argument("--picture", type=Path, help="what --plot takes apart; default: the adapter's thumbnail")
     inspect.add_argument(
         "--overwrite", action="store_true", help="replace the picture of --plot if it is there already"
     )
+    inspect.add_argument("--target_modules", nargs="+", help="of a base: its layers, such as all; default: attention")
+    inspect.add_argument("--train_text_encoder", action="store_true", help="of a base: its text encoders too")
     add_base(inspect)
     inspect.set_defaults(run=_inspect)
 
 
 def _inspect(options: argparse.Namespace) -> None:
+    if options.adapter is None:
+        inspect_base(options)
+        return
+    for name in ("target_modules", "train_text_encoder"):
+        if getattr(options, name):
+            raise SVFitError(f"{name} is for a base, and {options.adapter} is named: leave one of them out.")
     from svfit_dreambooth.files import check_output
     from svfit_dreambooth.sharing.lora_file import is_lora
 

@@ -85,7 +85,7 @@ class Scores:
 
 
 def bundled_questions(
-    subject: str, words: str | None = None, pictures_per_prompt: int = 1, seed: int = 1000
+    subject: str, words: str | None = None, *, pictures_per_prompt: int = 1, seed: int = 1000
 ) -> Questions:
     """A bundled subject in the settings of which it has no photo; references are true renderings in those settings.
 

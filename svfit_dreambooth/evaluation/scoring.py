@@ -165,7 +165,7 @@ def _questions(candidate: Candidate, model: BaseModel, templates: Sequence[str] 
         words = subject_words(adapter.instance_prompt)
     class_words = candidate.class_words or subject_words(adapter.class_prompt or words.split()[-1])
     if templates is None and (subject := bundled_subject(model.name, photos)) is not None:
-        return bundled_questions(subject, words, num_images)
+        return bundled_questions(subject, words, pictures_per_prompt=num_images)
     references = [open_photo(photo.path) for photo in find_photos(photos)]
     return subject_questions(references, words, class_words, templates or PROMPTS, num_images)
 

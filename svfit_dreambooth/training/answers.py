@@ -24,7 +24,9 @@ from svfit_dreambooth.photos.captions import shuffled
 from svfit_dreambooth.photos.reading import Photo
 from svfit_dreambooth.training.base_pictures import kept_prompts
 from svfit_dreambooth.training.class_pictures import usable_class_pictures
+from svfit_dreambooth.training.optimizer import needs_sensitivity
 from svfit_dreambooth.training.plan import Plan
+from svfit_dreambooth.training.sensitivity import asked_prompts
 from svfit_dreambooth.training.watch import validation_prompts
 
 logger = logging.getLogger(__name__)
@@ -100,6 +102,8 @@ def run_prompts(plan: Plan) -> list[str]:
         texts += validation_prompts(plan)
     if config.validation_steps:
         texts += UNRELATED_PROMPTS
+    if needs_sensitivity(config):
+        texts += asked_prompts(plan.base.name)
     return list(dict.fromkeys(texts))
 
 

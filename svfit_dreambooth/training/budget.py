@@ -2,10 +2,10 @@
 
 Before the first step the model is patched at full rank, and the loss of a few of the run's own examples is
 differentiated.  With g_i the gradient of the loss with respect to singular value i, at the base model, a first step
-of AdamW moves each value by the learning rate against the sign of its mean gradient, however large that is, and so
-lowers the loss by
+of AdamW moves each value by its step (see optimizer.py) against the sign of its mean gradient, however large that is,
+and so lowers the loss by
 
-    score_i = rate * |mean of g_i over the examples|
+    score_i = rate * scale_i * |mean of g_i over the examples|
 
 Averaging before taking the size, not after, leaves out values whose gradients are large but point elsewhere with
 every example.  The values with the highest scores share the budget, wherever they are: leading or not, many in one
@@ -17,18 +17,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from svfit_dreambooth.bases.devices import MIXED_PRECISION
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.method.basis import model_triplets
-from svfit_dreambooth.method.targets import apply_svfit, remove_svfit
 from svfit_dreambooth.training.examples import Examples
 from svfit_dreambooth.training.objective import Objective
-from svfit_dreambooth.training.optimizer import peak_rates
+from svfit_dreambooth.training.optimizer import plan_steps
 from svfit_dreambooth.training.plan import Plan
-from svfit_dreambooth.training.slim import spare_memory, spend_memory
+from svfit_dreambooth.training.probing import gradient, probed
+from svfit_dreambooth.training.sensitivity import Sensitivity
 
 SCORING_BATCHES = 16  # of the run's own size
 FLOAT16_LOSS_SCALE = 2.0**12  # keeps gradients within float16's range; a common factor changes no order
@@ -62,18 +61,20 @@ def choose_positions(
     device: torch.device,
     weights: Mapping[str, Tensor] | None = None,
     hashes: Mapping[str, str] | None = None,
+    sensitivity: Sensitivity | None = None,
 ) -> dict[str, Tensor]:
     """The singular values that `plan.config.budget` pays for: "<component>.<layer>" -> positions, as `allocate`.
 
     Follows from the run's options and the base alone.  Costs about as much as `SCORING_BATCHES` training steps at
     full rank, in time and in memory; moves the adapted networks to `device`, in the precision of the run, and leaves
     them unpatched and frozen.  `weights`, `hashes`: of the layers as they are stored; None: as the base has them now.
+    `sensitivity`: of all their values, where the steps of the run follow from it.
     Raises SVFitError where gradients are not finite, and as `allocate` does.
     """
     budget = plan.config.budget
     if budget is None:
         raise SVFitError("there is no budget to share out: set budget.", "budget")
-    return allocate(score_values(plan, examples, device, weights, hashes), budget)
+    return allocate(score_values(plan, examples, device, weights, hashes, sensitivity), budget)
 
 
 def score_values(
@@ -82,39 +83,28 @@ def score_values(
     device: torch.device,
     weights: Mapping[str, Tensor] | None = None,
     hashes: Mapping[str, str] | None = None,
+    sensitivity: Sensitivity | None = None,
 ) -> dict[str, Tensor]:
-    """rate * |mean gradient| of every singular value, at the base: "<component>.<layer>" -> (k,), float32."""
+    """step * |mean gradient| of every singular value, at the base: "<component>.<layer>" -> (k,), float32."""
     config, family = plan.config, plan.base.family
+    steps = plan_steps({name: family.role(name) for name in plan.shapes}, config, sensitivity)
     dtype = MIXED_PRECISION[config.mixed_precision]
-    bases = model_triplets(
-        plan.weights() if weights is None else weights, cache_dir=config.basis_cache_dir, hashes=hashes
-    )
-    shifts: dict[str, nn.Parameter] = {}
-    networks = family.components
     scale = FLOAT16_LOSS_SCALE if dtype == torch.float16 else 1.0
-    try:
-        for component, names in plan.targets.items():
-            own_bases = {name: bases[f"{component}.{name}"] for name in names}
-            own = apply_svfit(networks[component], target_modules=names, basis=own_bases)
-            shifts |= {f"{component}.{name}": shift for name, shift in own.items()}
-            networks[component].to(device, dtype).train()
-            spare_memory(networks[component], config.gradient_checkpointing)
-        for component in set(plan.trained) - set(plan.targets):  # text encoders that learn a word and nothing else
-            networks[component].to(device).requires_grad_(False)
-        objective = Objective(plan, examples, networks, device)
+    for component in set(plan.trained) - set(plan.targets):  # text encoders that learn a word and nothing else
+        family.components[component].to(device).requires_grad_(False)
+    with probed(
+        family, plan.targets, plan.weights() if weights is None else weights, hashes, device, dtype,
+        checkpointing=config.gradient_checkpointing, cache_dir=config.basis_cache_dir,
+    ) as shifts:  # fmt: skip
+        objective = Objective(plan, examples, family.components, device)
         for number in tqdm(range(SCORING_BATCHES), desc="sharing out the budget", unit="batch", leave=False):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 loss = objective.loss(number, 0, 1).total
             (loss * scale).backward()  # gradients add up
-    finally:
-        for component in plan.targets:
-            remove_svfit(networks[component])
-            spend_memory(networks[component])
-    rates = peak_rates({name: family.role(name) for name in shifts}, config)
     scores = {}
     for name, shift in shifts.items():
-        gradient = torch.zeros_like(shift) if shift.grad is None else shift.grad  # None: SDXL skips a last layer
-        scores[name] = (rates[name] * gradient.abs()).float().cpu()
+        own = steps.rates[name] * gradient(shift).abs().float().cpu()
+        scores[name] = own * steps.scales[name] if name in steps.scales else own
         if not torch.isfinite(scores[name]).all():
             raise SVFitError(f"the gradients of {name} are not finite: use mixed_precision bf16 or no.")
     return scores

@@ -24,6 +24,7 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import write_atomically
 from svfit_dreambooth.photos.reading import Photo
 from svfit_dreambooth.training.class_pictures import usable_class_pictures
+from svfit_dreambooth.training.optimizer import Steps
 from svfit_dreambooth.training.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ CONTENTS = {
     "base": "another base",
     "initial": "another init_adapter",
 }
+EARLIER_RULES = {"step_scaling": "none"}  # of runs whose checkpoints do not name it
 # Options that may differ between a run and its resumption: nothing that is learnt depends on them.
 INDIFFERENT_OPTIONS = (
     "pretrained_model_name_or_path",  # the base's fingerprint stands for it
@@ -54,6 +56,7 @@ INDIFFERENT_OPTIONS = (
     "final_pictures",
     "gradient_checkpointing",
     "validation_steps",
+    "patience",
     "report_to",
     "also",
     "push_to_hub",
@@ -85,6 +88,8 @@ class TrainState:
     best: Best | None = None
     scaler: dict[str, float] = field(default_factory=dict)  # of fp16's loss scaling
     positions: dict[str, Tensor] | None = None  # which singular values a budget pays for; None: there is none
+    worse: int = 0  # looks in a row that were clearly worse than the best
+    steps: Steps | None = None  # how far values move; None: as the run's options say, in checkpoints that hold none
 
 
 class NotWhole(SVFitError):
@@ -106,6 +111,7 @@ class Checkpoints:
             "optimizer": state.optimizer,
             "best": {} if state.best is None else state.best.values,
             "position": state.positions or {},
+            "scale": {} if state.steps is None else state.steps.scales,
         }
         tensors = {f"{group}.{name}": tensor for group, own in groups.items() for name, tensor in own.items()}
         facts = {
@@ -115,6 +121,8 @@ class Checkpoints:
             "scaler": state.scaler,
             "best": None if state.best is None else [state.best.step, state.best.score],
             "chosen": state.positions is not None,
+            "worse": state.worse,
+            "rates": None if state.steps is None else state.steps.rates,
         }
         metadata = {"format": FORMAT, "format_version": VERSION}
         metadata |= {"state": json.dumps(facts), "identity": json.dumps(dict(self.identity))}
@@ -176,12 +184,13 @@ def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> TrainState:
     if not whole:
         raise NotWhole(f"the checkpoint {path} is damaged, its checksum differs: name an earlier one.")
     _check_same_run(path, identity, saved)
-    groups: dict[str, dict[str, Tensor]] = {"value": {}, "optimizer": {}, "best": {}, "position": {}}
+    groups: dict[str, dict[str, Tensor]] = {"value": {}, "optimizer": {}, "best": {}, "position": {}, "scale": {}}
     for name, tensor in tensors.items():
         group, _, rest = name.partition(".")
         groups[group][rest] = tensor
     best = None if facts["best"] is None else Best(facts["best"][0], facts["best"][1], groups["best"])
     positions = groups["position"] if facts["chosen"] else None
+    steps = None if facts.get("rates") is None else Steps(facts["rates"], groups["scale"])
     return TrainState(
         facts["step"],
         groups["value"],
@@ -191,11 +200,14 @@ def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> TrainState:
         best,
         facts["scaler"],
         positions,
+        facts.get("worse", 0),
+        steps,
     )
 
 
 def _check_same_run(path: Path, identity: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     """Raises SVFitError where a run of `identity` cannot go on from what a run of `saved` left; it may be longer."""
+    saved = EARLIER_RULES | saved
     for name in dict.fromkeys([*identity, *saved]):
         here, there = json.loads(json.dumps(identity.get(name))), saved.get(name)
         if here == there:
@@ -206,8 +218,8 @@ def _check_same_run(path: Path, identity: Mapping[str, Any], saved: Mapping[str,
         if name in CONTENTS:
             raise SVFitError(f"the checkpoint {path} belongs to {CONTENTS[name]}: start anew in another output_dir.")
         raise SVFitError(
-            f"the checkpoint {path} was made with {name} {there}, not {here}: use the same options, or start "
-            "anew; init_adapter goes on from a finished adapter with other options.",
+            f"the checkpoint {path} was made with {name} {there}, not {here}: use the same options (config.yaml beside the "
+            "checkpoints has them), or start anew; init_adapter goes on from a finished adapter with other options.",
             name,
         )
 

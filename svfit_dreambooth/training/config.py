@@ -51,9 +51,10 @@ class TrainConfig(
                 self.rank,
                 self.rank,
             )
-        if self.learning_rate is not None and self.learning_rate < 1e-3:
+        if self.learning_rate not in (None, "auto") and float(self.learning_rate) < 1e-3:
             logger.warning(
-                "learning_rate %g suits LoRA matrices; singular values barely move with it: 5e-2 is the default.",
+                "learning_rate %g suits LoRA matrices; singular values barely move with it: leave it out, and it follows "
+                "from the base.",
                 self.learning_rate,
             )
 

@@ -29,11 +29,18 @@ def option(
 
 
 def plain_type(annotation: Any) -> tuple[Any, bool]:
-    """The type of an option without its "or None", and whether None may be given."""
+    """The type of an option without its "or None" and its words, and whether None may be given."""
     if get_origin(annotation) in (Union, types.UnionType):
-        kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
-        return kinds[0], True
+        kinds = get_args(annotation)
+        return kinds[0], type(None) in kinds
     return annotation, False
+
+
+def words_of(annotation: Any) -> tuple[str, ...]:
+    """The words that an option takes in place of a number: "auto" of `float | Literal["auto"]`."""
+    if get_origin(annotation) not in (Union, types.UnionType):
+        return ()
+    return tuple(word for kind in get_args(annotation)[1:] if get_origin(kind) is Literal for word in get_args(kind))
 
 
 def checked(name: str, annotation: Any, metadata: Mapping[str, Any], default: Any, value: Any) -> Any:
@@ -45,10 +52,12 @@ def checked(name: str, annotation: Any, metadata: Mapping[str, Any], default: An
     if value is None:
         if may_be_none or default is None:
             return None
-        raise SVFitError(f"{name} is None, but must be {_words(kind)}.", name)
+        raise SVFitError(f"{name} is None, but must be {kind_words(annotation)}.", name)
+    if isinstance(value, str) and value in words_of(annotation):
+        return value
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
-            raise SVFitError(f"{name} is {value!r}, but must be {_words(kind)}.", name)
+            raise SVFitError(f"{name} is {value!r}, but must be {kind_words(annotation)}.", name)
         return value
     if kind is str:
         value = os.fspath(value) if isinstance(value, os.PathLike) else value
@@ -59,7 +68,7 @@ def checked(name: str, annotation: Any, metadata: Mapping[str, Any], default: An
         return [_text(name, each) for each in value]
     wanted = (int, float) if kind is float else kind
     if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
-        raise SVFitError(f"{name} is {value!r}, but must be {_words(kind)}.", name)
+        raise SVFitError(f"{name} is {value!r}, but must be {kind_words(annotation)}.", name)
     if kind is not bool:
         _check_range(name, kind, metadata["limits"], value)
     return value
@@ -105,9 +114,11 @@ def _check_range(name: str, kind: type, limits: Mapping[str, float | None], valu
     raise SVFitError(f"{name} is {shown}: it must be {text}.", name)
 
 
-def _words(kind: Any) -> str:
-    """What values of a type are, for people."""
+def kind_words(annotation: Any) -> str:
+    """What values of an option are, for people."""
+    kind, _ = plain_type(annotation)
     if get_origin(kind) is Literal:
         *others, last = (str(choice) for choice in get_args(kind))
         return f"{', '.join(others)} or {last}"
-    return {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "a text")
+    text = {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "a text")
+    return " or ".join([text, *words_of(annotation)])

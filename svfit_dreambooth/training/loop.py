@@ -20,10 +20,10 @@ from svfit_dreambooth.training.events import Event, Painted, Phase, Saved, Stepp
 from svfit_dreambooth.training.journal import RunFolder
 from svfit_dreambooth.training.keep_base import KeptBase
 from svfit_dreambooth.training.objective import Loss, Objective
-from svfit_dreambooth.training.optimizer import Optimizer
+from svfit_dreambooth.training.optimizer import Optimizer, Steps
 from svfit_dreambooth.training.signals import stop_signals
 from svfit_dreambooth.training.trainable import copies, put_back
-from svfit_dreambooth.training.watch import Watch, score
+from svfit_dreambooth.training.watch import CLEARLY, Watch, look_steps, score
 
 logger = logging.getLogger(__name__)
 
@@ -56,26 +56,27 @@ class Loop:
         objective: Objective,
         modules: Sequence[nn.Module],
         values: Mapping[str, nn.Parameter],
-        rates: Mapping[str, float],
+        steps: Steps,
         folder: RunFolder,
         checkpoints: Checkpoints | None = None,
         watch: Watch | None = None,
         positions: Mapping[str, Tensor] | None = None,
         kept_base: KeptBase | None = None,
     ) -> None:
-        """`values`: what is trained, by name; `rates`: peak learning rate of each; `modules`: what they belong to.
+        """`values`: what is trained, by name; `steps`: how far they move; `modules`: what they belong to.
 
         `folder`: where the main process notes what happens.  `checkpoints`: None writes none.  `watch`: None paints and
         measures nothing on the way.  `positions`: of the values, for the checkpoints.  `kept_base`: None lets the rest go where it goes.
         """
         self.config, self.accelerator, self.objective, self.modules = config, accelerator, objective, modules
         self.values, self.folder, self.checkpoints, self.watch = values, folder, checkpoints, watch
-        self.kept_base = kept_base
+        self.kept_base, self.steps = kept_base, steps
         self.positions = None if positions is None else dict(positions)
-        self.optimizer = Optimizer(values, rates, config)
+        self.optimizer = Optimizer(values, steps, config)
         self.stepper = accelerator.prepare_optimizer(self.optimizer.inner)
-        self.step, self.rate_factor, self.rollbacks, self.skipped = 0, 1.0, 0, 0
+        self.step, self.rate_factor, self.rollbacks, self.skipped, self.worse = 0, 1.0, 0, 0, 0
         self.best: Best | None = None
+        self.enough = False  # looks say so
         self.good = self.state()
         self.between_steps = True  # False while values, optimizer and step disagree
 
@@ -84,7 +85,7 @@ class Loop:
         scaler = {} if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
         return TrainState(
             self.step, copies(self.values), self.optimizer.memory(), self.rate_factor, self.rollbacks, self.best,
-            scaler, self.positions,
+            scaler, self.positions, self.worse, self.steps,
         )  # fmt: skip
 
     def go_to(self, state: TrainState) -> None:
@@ -96,6 +97,8 @@ class Loop:
         self.accelerator.step = 0  # it counts micro-batches, and may have been left in the middle of a step
         self.step, self.rate_factor, self.rollbacks = state.step, state.rate_factor, state.rollbacks
         self.best = None if self.watch is None else state.best  # nothing would be compared with it
+        self.worse = 0 if self.best is None else state.worse
+        self.enough = self.is_enough()
         self.good, self.between_steps, self.skipped = state, True, 0
 
     def complete(self, on_step: OnStep | None, resumed: TrainState | None = None) -> Ending:
@@ -148,7 +151,7 @@ class Loop:
         of, started, stopped = self.config.max_train_steps, time.perf_counter(), False
         main = self.accelerator.is_main_process
         with tqdm(total=of, initial=self.step, desc="training", unit="step", disable=not main) as bar:
-            while self.step < of and not stopped:
+            while self.step < of and not stopped and not self.enough:
                 try:
                     done = replace(self.make_step(), seconds=round(time.perf_counter() - started, 3))
                 except NotFinite as error:
@@ -169,7 +172,7 @@ class Loop:
         config, last = self.config, self.step == self.config.max_train_steps
         self.note(done)
         self.accelerator.log({"loss": done.loss, "learning_rate": done.learning_rate}, step=self.step)
-        if self.watch is not None and (last or self.step % (config.validation_steps or 1) == 0):
+        if self.watch is not None and self.step in look_steps(config):
             self.look(self.objective.fixed_loss())
         if self.step % config.checkpointing_steps == 0 and not last:
             self.save()
@@ -213,7 +216,7 @@ class Loop:
             self.step,
             self.config.max_train_steps,
             sum(each.instance for each in losses) / len(losses),
-            self.config.learning_rate * share,
+            self.steps.learning_rate * share,
             _mean([each.prior for each in losses]),
             base_loss=_mean([each.base for each in losses]),
         )
@@ -283,7 +286,7 @@ class Loop:
                 "lower learning_rate, or use mixed_precision no."
             )
         self.rate_factor, self.rollbacks = factor, rollbacks
-        rate = self.config.learning_rate * factor
+        rate = self.steps.learning_rate * factor
         logger.warning("%s: back to step %d, learning rate now %g.", reason, self.step, rate)
         self.note(WentBack(self.step, reason, rate))
 
@@ -300,10 +303,26 @@ class Loop:
             numbers = {name: value for name, value in asdict(measured).items() if name != "step" and value is not None}
             self.accelerator.log(numbers, step=self.step)
             points = score(measured)
-            if self.step and points is not None and (self.best is None or points > self.best.score):
-                self.best = Best(self.step, points, copies(self.values))
+            if self.step and points is not None:
+                self.compare(points)
             self.phase("training")
         self.accelerator.wait_for_everyone()
+        self.enough = self.on_any_process(self.is_enough())  # the main process alone has looked
+        if self.enough and self.best is not None and self.accelerator.is_main_process:
+            logger.info(
+                "%d looks in a row are clearly worse than that of step %d: the run ends at step %d of %d; patience 0 makes "
+                "all of them.", self.worse, self.best.step, self.step, self.config.max_train_steps,
+            )  # fmt: skip
+
+    def is_enough(self) -> bool:
+        """Whether the looks say that the run gets no better."""
+        return bool(self.config.patience) and self.worse >= self.config.patience
+
+    def compare(self, points: float) -> None:
+        """Remembers this step if it is the best so far, and counts the looks in a row that were clearly worse."""
+        if self.best is None or points > self.best.score:
+            self.best = Best(self.step, points, copies(self.values))
+        self.worse = self.worse + 1 if points < self.best.score - CLEARLY else 0
 
     def save(self) -> None:
         """Makes this the last good state, in memory and on the disk.  A full disk is a warning, not the end."""

@@ -22,7 +22,6 @@ from svfit_dreambooth.training.examples import Examples
 from svfit_dreambooth.training.journal import RunFolder
 from svfit_dreambooth.training.loop import Loop
 from svfit_dreambooth.training.objective import Objective
-from svfit_dreambooth.training.optimizer import peak_rates
 from svfit_dreambooth.training.plan import Plan, prepare
 from svfit_dreambooth.training.processes import accelerated
 from svfit_dreambooth.training.result import (
@@ -40,8 +39,10 @@ from svfit_dreambooth.training.run import (
     look_adapters,
     phase,
     shared_out,
+    steps_of,
     told_in,
 )
+from svfit_dreambooth.training.sensitivity import Sensitivity
 from svfit_dreambooth.training.shared import Own, Shared
 from svfit_dreambooth.training.steps_together import Member
 from svfit_dreambooth.training.watch import Watch
@@ -110,6 +111,7 @@ class Known:
         self.weights = plan.weights()
         self.hashes = weight_hashes(self.weights)
         self.fingerprint = fingerprint(self.weights, self.hashes)
+        self.sensitivity: Sensitivity | None = None  # once it is measured, if any subject's steps follow from it
 
     def forget_weights(self) -> None:
         """They would stay in memory beside the cast networks."""
@@ -139,7 +141,11 @@ def encode_subject(subject: Subject, known: Known) -> None:
 
 def is_finished(plan: Plan, resumed: TrainState | None) -> bool:
     """Whether there is nothing left to do: all steps are made, and the end is written."""
-    if resumed is None or resumed.step < plan.config.max_train_steps or plan.config.resume_from_checkpoint != "latest":
+    config = plan.config
+    if resumed is None or config.resume_from_checkpoint != "latest":
+        return False
+    cut_short = config.patience and resumed.worse >= config.patience
+    if resumed.step < config.max_train_steps and not cut_short:
         return False
     return _ended(plan.folder) and plan.adapter_path.exists()
 
@@ -160,12 +166,19 @@ def _ended(folder: RunFolder) -> bool:
 
 def share_out_budget(subject: Subject, known: Known) -> None:
     subject.positions = shared_out(
-        subject.plan, subject.examples, known.weights, known.hashes, subject.resumed, subject.accelerator
+        subject.plan,
+        subject.examples,
+        known.weights,
+        known.hashes,
+        subject.resumed,
+        known.sensitivity,
+        subject.accelerator,
     )
 
 
 def make_loop(subject: Subject, own: Own, shared: Shared, features: Features, known: Known) -> Loop:
     plan, networks = subject.plan, shared.trainable.networks
+    own.steps = steps_of(plan, own, known.sensitivity, subject.resumed)
     identity = run_identity(plan, known.fingerprint)  # class pictures are there now
     objective = Objective(plan, subject.examples, networks, subject.accelerator.device)
     return Loop(
@@ -174,7 +187,7 @@ def make_loop(subject: Subject, own: Own, shared: Shared, features: Features, kn
         objective,
         shared.trainable.modules,
         own.values,
-        peak_rates(own.roles, plan.config),
+        own.steps,
         plan.folder,
         Checkpoints(plan.folder.checkpoints, identity, plan.config.checkpoints_total_limit),
         Watch(plan, features, look_adapters(plan, own, subject.accelerator)) if plan.config.validation_steps else None,

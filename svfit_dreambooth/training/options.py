@@ -152,10 +152,21 @@ class OptimizationOptions:
     gradient_accumulation_steps: int = option(1, "Batches that are added up for one optimizer step.", least=1)
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, slower.")
     mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "Type of the frozen weights and the activations.")
-    learning_rate: float = option(
-        None, "AdamW's step for the singular values, in their unit; None: the preset's.", above=0, most=1000
+    learning_rate: float | Literal["auto"] = option(
+        None,
+        "AdamW's step for the singular values, in their unit; auto: as far as changes the base's answers by a fixed "
+        "share, from a measurement once for each base.  None: auto.",
+        above=0,
+        most=1000,
     )
-    text_encoder_lr: float = option(2e-3, "The same for the text encoder, which needs far less.", above=0, most=1000)
+    text_encoder_lr: float | Literal["auto"] = option(
+        None, "The same for the text encoder; None: auto where learning_rate is, else 2e-3.", above=0, most=1000
+    )
+    step_scaling: Literal["sensitivity", "none"] = option(
+        None,
+        "sensitivity: values on which the base's answers depend more move less; none: all steps are equal.  None: "
+        "sensitivity where learning_rate is auto, none where it is a number.",
+    )
     learned_word_lr: float = option(
         1e-3, "The same for the numbers of the learned word's embedding.", above=0, most=1000
     )
@@ -225,10 +236,17 @@ class OutputOptions:
 class WatchOptions:
     title: ClassVar[str] = "seeing how it goes"
 
-    validation_steps: int | None = option(
+    validation_steps: int | Literal["auto"] | None = option(
         None,
-        "Steps between looks: pictures of the validation prompts, and measures; 0: none.  None: a quarter of the run, "
-        "but none on a CPU for bases that paint slowly there, unless dino_path or clip_path is given.",
+        "Steps between looks: pictures of the validation prompts, and measures; 0: none; auto: after an eighth, a "
+        "quarter, half, three quarters, and all of the run.  None: auto, but none on a CPU for bases that paint slowly "
+        "there, unless dino_path or clip_path is given.",
+        least=0,
+    )
+    patience: int = option(
+        None,
+        "Looks in a row clearly worse than the best one after which the run ends early; 0: it never does.  None: 2 where "
+        "validation_steps is auto, else 0.",
         least=0,
     )
     validation_prompts: list[str] | None = option(

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
@@ -18,9 +19,6 @@ from svfit_dreambooth.bases.opening import BaseModel, check_base_model, open_bas
 from svfit_dreambooth.bases.outline import outline_base_model
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import check_portable
-from svfit_dreambooth.method.decomposition import as_matrix
-from svfit_dreambooth.method.targets import Projections
-from svfit_dreambooth.method.weights import Lazy
 from svfit_dreambooth.method.word import word_pieces
 from svfit_dreambooth.photos.captions import folder_words
 from svfit_dreambooth.photos.crops import Size, training_size
@@ -38,6 +36,8 @@ from svfit_dreambooth.training.presets import with_preset, with_values
 from svfit_dreambooth.training.words import check_word
 
 logger = logging.getLogger(__name__)
+
+PATIENCE = 2  # looks that must agree before a run is cut short
 
 
 @dataclass(frozen=True)
@@ -62,21 +62,8 @@ class Plan:
         They share memory with the base, as long as that is not cast; those of a base that is opened one network at a
         time are read from its files, each time they are asked for.
         """
-        if self.base.stored is not None:
-            (component,) = self.targets
-            stored = self.base.stored.weights(component)
-            return Lazy(
-                {
-                    f"{component}.{name}": lambda name=name: as_matrix(stored[f"{name}.weight"])  # type: ignore[misc]
-                    for name in self.targets[component]
-                }
-            )
-        found = _adapted(self.base, self.config)
-        return {
-            f"{component}.{name}": as_matrix(found[component][name][2].weight.detach())
-            for component, names in self.targets.items()
-            for name in names
-        }
+        config = self.config
+        return self.base.weights(self.base.family.adapted_layers(config.target_modules, config.train_text_encoder))
 
     @property
     def trained(self) -> list[str]:
@@ -169,7 +156,7 @@ def prepare(
     if config.learned_word is not None:
         captions = [text for photo in photos for text in photo.captions or (str(config.instance_prompt),)]
         check_word(base.family, config.learned_word, list(dict.fromkeys(captions)))
-    found = _adapted(base, config)
+    found = base.family.adapted_layers(config.target_modules, config.train_text_encoder)
     targets = {component: list(layers) for component, layers in found.items()}
     shapes = {
         f"{component}.{name}": (layer.weight.shape[0], layer.weight[0].numel())
@@ -179,20 +166,12 @@ def prepare(
     config = with_values(config, base.family.values_per_layer, shapes)
     plan = Plan(config, photos, base, str(config.adapter_name), targets, shapes, initial, free)
     if not weightless:
+        _ = base.digest  # while its weights are as they are stored
         if config.with_prior_preservation:
             check_class_pictures(Path(str(config.class_data_dir)), str(config.class_prompt), base)
         if initial is not None:
             check_initial(initial, config, base, plan.weights())
     return plan
-
-
-def _adapted(base: BaseModel, config: TrainConfig) -> dict[str, Projections]:
-    """The layers of every component that the run adapts."""
-    family = base.family
-    found = {family.denoiser_name: family.find_projections(family.denoiser_name, config.target_modules)}
-    if config.train_text_encoder:
-        found |= {component: family.find_projections(component) for component in family.text_encoders}
-    return found
 
 
 def open_run_base(config: TrainConfig, *, local_files_only: bool = False) -> BaseModel:
@@ -259,7 +238,9 @@ def _with_base(config: TrainConfig, base: BaseModel) -> TrainConfig:
     config = with_preset(config, base.architecture)
     quick = base.name == DEFAULT_BASE or default_device().type != "cpu"
     asked = config.dino_path is not None or config.clip_path is not None  # or they would be given for nothing
-    looks = max(1, config.max_train_steps // 4) if asked or quick else 0
+    looks: int | Literal["auto"] | None = config.validation_steps
+    if looks is None:
+        looks = "auto" if asked or quick else 0
     resolution, factor = config.resolution or base.resolution, base.family.required_multiple
     if resolution % factor:
         raise SVFitError(
@@ -269,7 +250,8 @@ def _with_base(config: TrainConfig, base: BaseModel) -> TrainConfig:
         )
     return dataclasses.replace(
         config,
-        validation_steps=looks if config.validation_steps is None else config.validation_steps,
+        validation_steps=looks,
+        patience=(PATIENCE if looks == "auto" else 0) if config.patience is None else config.patience,
         resolution=resolution,
         guidance_scale=base.guidance_scale if config.guidance_scale is None else config.guidance_scale,
     )

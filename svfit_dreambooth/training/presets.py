@@ -15,26 +15,26 @@ from svfit_dreambooth.training.config import TrainConfig
 # Toybox's were measured (docs/training.md), but for style; those of Stable Diffusion are choices.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     TOYBOX: {
-        "fast": {"max_train_steps": 150, "learning_rate": 5e-2, "train_batch_size": 4},
-        "balanced": {"max_train_steps": 400, "learning_rate": 5e-2, "train_batch_size": 4},
+        "fast": {"max_train_steps": 150, "train_batch_size": 4},
+        "balanced": {"max_train_steps": 400, "train_batch_size": 4},
         # all layers: more likeness in fewer steps than the attention alone, in a file twice as large
         "faithful": {
             "max_train_steps": 300,
-            "learning_rate": 4e-2,
             "train_batch_size": 4,
             "target_modules": ["all"],
         },
-        "style": {"max_train_steps": 800, "learning_rate": 3e-2, "train_batch_size": 8},
+        "style": {"max_train_steps": 800, "train_batch_size": 8},
     },
     # carried over from toybox, with the batch that fits common cards: no weights of Stable Diffusion were at hand
     "stable-diffusion": {
-        "fast": {"max_train_steps": 200, "learning_rate": 5e-2, "train_batch_size": 1},
-        "balanced": {"max_train_steps": 600, "learning_rate": 5e-2, "train_batch_size": 1},
-        "faithful": {"max_train_steps": 1200, "learning_rate": 5e-2, "train_batch_size": 1},
-        "style": {"max_train_steps": 1500, "learning_rate": 3e-2, "train_batch_size": 2},
+        "fast": {"max_train_steps": 200, "train_batch_size": 1},
+        "balanced": {"max_train_steps": 600, "train_batch_size": 1},
+        "faithful": {"max_train_steps": 1200, "train_batch_size": 1},
+        "style": {"max_train_steps": 1500, "train_batch_size": 2},
     },
 }
 DEFAULT = "balanced"
+TEXT_ENCODER_LR = 2e-3  # beside a number for the denoiser, which takes far more
 
 
 def preset_names() -> list[str]:
@@ -45,6 +45,17 @@ def preset_names() -> list[str]:
 def with_preset(config: TrainConfig, architecture: str) -> TrainConfig:
     """`config` with its open options filled by its preset for bases of `architecture` (`BaseModel.architecture`)."""
     recipe = PRESETS.get(architecture, PRESETS["stable-diffusion"])[config.preset]
+    return _filled(_filled(config, recipe), steps_of(config))
+
+
+def steps_of(config: TrainConfig) -> dict[str, Any]:
+    """What the steps of `config` are where nothing is said: a number that is given means plain, equal steps."""
+    if config.learning_rate in (None, "auto"):
+        return {"learning_rate": "auto", "text_encoder_lr": "auto", "step_scaling": "sensitivity"}
+    return {"text_encoder_lr": TEXT_ENCODER_LR, "step_scaling": "none"}
+
+
+def _filled(config: TrainConfig, recipe: Mapping[str, Any]) -> TrainConfig:
     return replace(config, **{name: value for name, value in recipe.items() if getattr(config, name) is None})
 
 

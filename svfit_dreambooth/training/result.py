@@ -24,6 +24,7 @@ from svfit_dreambooth.sharing.hub import push_adapter
 from svfit_dreambooth.training.curves import plot_run
 from svfit_dreambooth.training.ending import Ending
 from svfit_dreambooth.training.events import End
+from svfit_dreambooth.training.optimizer import Steps
 from svfit_dreambooth.training.plan import Plan, open_run_base
 from svfit_dreambooth.training.showcase import Showing, show_result
 from svfit_dreambooth.training.signals import stop_signals
@@ -97,14 +98,14 @@ def make_adapter(plan: Plan, trainable: Trained, ending: Ending, num_processes: 
         base_fingerprint=trainable.base_fingerprint,
         instance_prompt=plan.config.instance_prompt,
         class_prompt=plan.config.class_prompt,
-        training=training_record(plan, ending, num_processes),
+        training=training_record(plan, trainable.steps, ending, num_processes),
         title=plan.adapter_name,
         architecture=plan.base.architecture,
         metadata=base_metadata(plan.base.architecture, plan.base.resolution, plan.base.family.prediction_type),
     )
 
 
-def training_record(plan: Plan, ending: Ending, num_processes: int) -> dict[str, Any]:
+def training_record(plan: Plan, steps: Steps, ending: Ending, num_processes: int) -> dict[str, Any]:
     """What the file says of its run."""
     config = plan.config
     record: dict[str, Any] = {
@@ -117,7 +118,10 @@ def training_record(plan: Plan, ending: Ending, num_processes: int) -> dict[str,
         record[name] = getattr(config, name)
     if config.clip_skip:
         record["clip_skip"] = config.clip_skip
-    if config.train_text_encoder:
+    record["learning_rate"] = float(f"{steps.learning_rate:.4g}")  # a number, also where it was left to the base
+    if config.step_scaling != "none":
+        record["step_scaling"] = config.step_scaling
+    if config.train_text_encoder and config.text_encoder_lr != config.learning_rate:
         record["text_encoder_lr"] = config.text_encoder_lr
     if config.keep_base:
         record["keep_base_weight"] = config.keep_base_weight

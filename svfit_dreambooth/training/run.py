@@ -33,7 +33,7 @@ from svfit_dreambooth.training.examples import Examples, encode_examples
 from svfit_dreambooth.training.keep_base import KeptBase
 from svfit_dreambooth.training.loop import Loop, OnStep
 from svfit_dreambooth.training.objective import Objective
-from svfit_dreambooth.training.optimizer import peak_rates
+from svfit_dreambooth.training.optimizer import Steps, needs_sensitivity, plan_steps
 from svfit_dreambooth.training.plan import Plan, prepare
 from svfit_dreambooth.training.processes import accelerated
 from svfit_dreambooth.training.result import (
@@ -45,6 +45,7 @@ from svfit_dreambooth.training.result import (
     publish,
     save_result,
 )
+from svfit_dreambooth.training.sensitivity import Sensitivity, base_sensitivity
 from svfit_dreambooth.training.signals import stop_signals
 from svfit_dreambooth.training.trainable import Trainable, Trained
 from svfit_dreambooth.training.watch import Watch
@@ -76,15 +77,16 @@ def train(config: TrainConfig, on_step: OnStep | None = None, base: BaseModel | 
             begin(plan, resumed, accelerator)
             examples = encoded(plan, accelerator)
             identity |= run_identity(plan, identity["base"], accelerator.num_processes)  # class pictures are there now
+            sensitivity = measured(plan, weights, hashes, resumed, accelerator)
             step_aside(plan, accelerator)
-            positions = shared_out(plan, examples, weights, hashes, resumed, accelerator)
+            positions = shared_out(plan, examples, weights, hashes, resumed, sensitivity, accelerator)
             with accelerator.main_process_first():  # it decomposes, the others then find the bases
                 trainable = Trainable(plan, weights, hashes, positions, accelerator)
             del weights  # they would stay in memory beside the cast networks
             objective = Objective(plan, examples, trainable.networks, accelerator.device)
+            trainable.steps = steps_of(plan, trainable, sensitivity, resumed)
             loop = Loop(
-                plan.config, accelerator, objective, trainable.modules, trainable.values,
-                peak_rates(trainable.roles, plan.config), plan.folder,
+                plan.config, accelerator, objective, trainable.modules, trainable.values, trainable.steps, plan.folder,
                 Checkpoints(plan.folder.checkpoints, identity, plan.config.checkpoints_total_limit),
                 Watch(plan, features, look_adapters(plan, trainable, accelerator)) if plan.config.validation_steps else None,
                 positions,
@@ -194,6 +196,50 @@ def look_adapters(plan: Plan, trainable: Trained, accelerator: Accelerator) -> C
     return lambda step: make_adapter(plan, trainable, Ending(step, step, 0.0, None, None), accelerator.num_processes)
 
 
+def measured(
+    plan: Plan,
+    weights: Mapping[str, Tensor],
+    hashes: Mapping[str, str],
+    resumed: TrainState | None,
+    accelerator: Accelerator,
+) -> Sensitivity | None:
+    """How much the base's answers depend on each value; None where the steps do not follow from it, or are known.
+
+    Found on this disk, or measured by one process.
+    """
+    config, found = plan.config, None
+    if not needs_sensitivity(config) or resumed is not None:
+        return None
+
+    def tell(cost: str) -> None:
+        phase(plan, cost, accelerator)
+        logger.info("%s", cost)
+
+    if accelerator.is_main_process:
+        found = base_sensitivity(
+            plan.base, plan.targets, weights, hashes,
+            device=accelerator.device, dtype=MIXED_PRECISION[config.mixed_precision],
+            checkpointing=config.gradient_checkpointing, resolution=config.resolution,
+            rank="full" if config.budget is not None else config.rank_value, energy=config.energy,
+            cache_dir=config.basis_cache_dir, on_measuring=tell,
+        )  # fmt: skip
+    (found,) = broadcast_object_list([found])
+    return found
+
+
+def steps_of(plan: Plan, trained: Trained, sensitivity: Sensitivity | None, resumed: TrainState | None) -> Steps:
+    """How far values move: as in the checkpoint that the run goes on from, else as its options say."""
+    if resumed is not None and resumed.steps is not None:
+        return resumed.steps
+    steps = plan_steps(trained.roles, plan.config, sensitivity, trained.positions)
+    if sensitivity is not None:
+        logger.info(
+            "steps: learning_rate %.3g, step_scaling %s; a relative standard error of %.0f %% in each value's sensitivity.",
+            steps.learning_rate, plan.config.step_scaling, 100 * sensitivity.error,
+        )  # fmt: skip
+    return steps
+
+
 def step_aside(plan: Plan, accelerator: Accelerator) -> None:
     """Opens what the steps need, and brings the rest out of their way: only looks at the run need it on its device."""
     base, looks = plan.base, bool(plan.config.validation_steps)
@@ -210,6 +256,7 @@ def shared_out(
     weights: Mapping[str, Tensor],
     hashes: Mapping[str, str],
     resumed: TrainState | None,
+    sensitivity: Sensitivity | None,
     accelerator: Accelerator,
 ) -> dict[str, Tensor] | None:
     """Which singular values the run's budget pays for; None without a budget.
@@ -223,7 +270,7 @@ def shared_out(
     chosen = None
     if accelerator.is_main_process:
         phase(plan, "sharing out the budget", accelerator)
-        chosen = choose_positions(plan, examples, accelerator.device, weights, hashes)
+        chosen = choose_positions(plan, examples, accelerator.device, weights, hashes, sensitivity)
     (positions,) = broadcast_object_list([chosen])
     return positions
 

@@ -20,6 +20,7 @@ from svfit_dreambooth.method.targets import svfit_layers
 from svfit_dreambooth.method.weights import chosen, joined
 from svfit_dreambooth.method.word import word_embedding, word_pieces
 from svfit_dreambooth.training.budget import spread
+from svfit_dreambooth.training.optimizer import Steps
 from svfit_dreambooth.training.plan import Plan
 from svfit_dreambooth.training.trainable import Trainable
 from svfit_dreambooth.training.words import learn_words, learned_words, word_rows
@@ -93,6 +94,8 @@ class Shared:
 
 class Own:
     """The values of one run of several, as `Trainable` holds those of a single one."""
+
+    steps: Steps
 
     def __init__(self, shared: Shared, plan: Plan, positions: Positions, base_fingerprint: dict[str, Any]) -> None:
         self.plan, self.positions, self.shared, self.base_fingerprint = plan, positions, shared, base_fingerprint

@@ -40,7 +40,8 @@ class Member:
     @property
     def under_way(self) -> bool:
         """Whether it has steps to make."""
-        return self.failure is None and not self.stopped and self.loop.step < self.loop.config.max_train_steps
+        done = self.loop.step >= self.loop.config.max_train_steps or self.loop.enough
+        return self.failure is None and not self.stopped and not done
 
 
 def complete_together(members: Sequence[Member], shared: Shared, on_step: OnStep | None) -> None:

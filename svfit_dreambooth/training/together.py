@@ -35,6 +35,7 @@ from svfit_dreambooth.training.result import (
 )
 from svfit_dreambooth.training.run import (
     ask_early,
+    measured,
     note_start,
     step_aside,
     train,
@@ -154,6 +155,8 @@ def _train(subjects: Sequence[Subject], on_step: OnStep | None) -> None:
     known = Known(first.plan)
     subjects = [each for each in _each(subjects, encode_subject, known) if each.before is None]
     if subjects:
+        goes_on = first.resumed if all(subject.resumed is not None for subject in subjects) else None
+        known.sensitivity = measured(first.plan, known.weights, known.hashes, goes_on, first.accelerator)
         step_aside(first.plan, first.accelerator)
         subjects = _each(subjects, share_out_budget, known)
     if not subjects:

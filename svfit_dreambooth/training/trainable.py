@@ -12,6 +12,7 @@ from svfit_dreambooth.method.basis import fingerprint, model_triplets
 from svfit_dreambooth.method.targets import apply_svfit, get_shifts, remove_svfit, set_shifts
 from svfit_dreambooth.method.weights import chosen, joined
 from svfit_dreambooth.training.budget import spread
+from svfit_dreambooth.training.optimizer import Steps
 from svfit_dreambooth.training.plan import Plan
 from svfit_dreambooth.training.slim import spare_memory, spend_memory
 from svfit_dreambooth.training.words import learn_words, learned_words, remove_words, word_rows
@@ -34,6 +35,10 @@ class Trained(Protocol):
     """All that one run trains: of a `Trainable`, or of several runs in one (see shared.py)."""
 
     base_fingerprint: dict[str, Any]
+    values: dict[str, nn.Parameter]  # by their names in checkpoints
+    roles: dict[str, str]
+    positions: Mapping[str, Tensor] | None
+    steps: Steps  # how far the values move, once that is known
 
     @property
     def count(self) -> int:
@@ -104,6 +109,8 @@ class Word:
 
 class Trainable:
     """All that a run trains, in networks that are ready for it."""
+
+    steps: Steps
 
     def __init__(
         self,

@@ -23,12 +23,15 @@ from svfit_dreambooth.method.word import word_embedding
 from svfit_dreambooth.painting.generate import generate
 from svfit_dreambooth.painting.sheets import contact_sheet
 from svfit_dreambooth.photos.reading import open_photo
+from svfit_dreambooth.training.config import TrainConfig
 from svfit_dreambooth.training.events import Measured
 from svfit_dreambooth.training.plan import Plan
 
 logger = logging.getLogger(__name__)
 
 SEED = 1000  # of the pictures shown; away from the seeds that training uses
+AUTO_LOOKS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # parts of the run
+CLEARLY = 0.02  # of the score: what one look is worse than another by, beyond their noise
 PLACES = ("on the beach", "in the snow", "under water", "in the city at night")
 
 
@@ -41,6 +44,14 @@ def score(measured: Measured) -> float | None:
     if measured.subject is not None and measured.drift is not None:
         return measured.subject + (measured.prompt or 0.0) - measured.drift
     return None if measured.fixed_loss is None else -measured.fixed_loss
+
+
+def look_steps(config: TrainConfig) -> set[int]:
+    """The steps after which a run is looked at, the last one always: closer together at the beginning, where most moves."""
+    of, every = config.max_train_steps, config.validation_steps
+    if every == "auto":
+        return {max(1, round(share * of)) for share in AUTO_LOOKS}
+    return {*range(every, of + 1, every), of} if every else set()
 
 
 class Watch:
