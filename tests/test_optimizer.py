@@ -56,6 +56,15 @@ def test_an_automatic_step_changes_the_answers_by_the_same_share_on_every_base(s
         assert change.square().mean().sqrt().item() / math.sqrt(4.0) == pytest.approx(CHANGE, rel=0.05)
 
 
+def test_a_few_heavy_layers_do_not_set_the_rate_of_the_others():
+    """As the first and last convolution of a network would, which hold most of its sensitivity."""
+    usual = {f"unet.{i}": torch.full((50,), 1e-6) for i in range(20)}
+    heavy = usual | {"unet.conv_in": torch.full((50,), 1e-2)}
+    rate, with_heavy = (auto_rate(own, step_scales(own), 1.0) for own in (usual, heavy))
+    share = sum(float(own.sum()) for own in usual.values()) / sum(float(own.sum()) for own in heavy.values())
+    assert share < 0.01 and 0.5 < with_heavy / rate <= 1
+
+
 def test_the_rates_that_options_ask_for():
     auto = plan_steps(ROLES, config(), MEASURED)
     assert auto.rates["unet.a"] == auto.rates["text_encoder.b"] == auto_rate(F, auto.scales, 0.5)

@@ -7,10 +7,14 @@ however large its gradient is.  Where steps are scaled, value i moves by scale_i
     scale_i = (F_i + floor)^(-1/4), of mean 1        F_i: see sensitivity.py
 
 so values on which everything depends move less than those on which little does.  A rate is "auto" where it follows
-from the base at hand: steps of independent signs change the answers p by rate^2 sum_i scale_i^2 F_i in the mean square,
-and that is to be the same share of |p|^2 for every base and every choice of values,
+from the base at hand.  Steps of independent signs in one layer change the answers p by rate^2 sum_i scale_i^2 F_i in the
+mean square, the sum over its values.  Relative to p, that is to be the same in the mean over the layers, for every base and
+every choice of values:
 
-    rate = CHANGE * sqrt(E p^2 / sum_i scale_i^2 F_i)
+    rate = CHANGE * sqrt(E p^2) / mean over layers of sqrt(sum_i scale_i^2 F_i)
+
+The mean over layers, not the sum over all values: of all layers of a network, the first and last convolution and the
+last shortcuts hold nearly all of that sum, and would set the rate of the hundred others.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from svfit_dreambooth.training.sensitivity import Sensitivity
 
 POWER = 0.25  # of the sensitivity: 0 are equal steps, 1/2 equal changes of the answers by every value
 FLOOR = 0.1  # of the median sensitivity, so that values that never matter do not run away
-CHANGE = 0.003  # of the answers in a step at the peak of the schedule, relative
+CHANGE = 5e-4  # of the answers by a layer's step at the peak of the schedule, relative
 
 
 @dataclass(frozen=True)
@@ -63,13 +67,14 @@ def step_scales(sensitivity: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def auto_rate(sensitivity: Mapping[str, Tensor], scales: Mapping[str, Tensor], power: float) -> float:
     """The rate at which steps of `scales` change the answers by `CHANGE`, see above; 0 where nothing changes them.
 
-    `sensitivity`: F_i, (r,) by name; `scales`: those of the same names, none where steps are equal; `power`: E p^2.
+    `sensitivity`: F_i of each layer, (r,) by name; `scales`: those of the same names, none where steps are equal;
+    `power`: E p^2.
     """
-    total = sum(
-        float((own.double() * scales.get(name, torch.ones(())).double().square()).sum())
+    changes = [
+        float((own.double() * scales.get(name, torch.ones(())).double().square()).sum()) ** 0.5
         for name, own in sensitivity.items()
-    )
-    return CHANGE * (power / total) ** 0.5 if total else 0.0
+    ]
+    return CHANGE * power**0.5 * len(changes) / sum(changes) if any(changes) else 0.0
 
 
 def plan_steps(

@@ -40,8 +40,8 @@ from svfit_dreambooth.training.probing import gradient, probed
 logger = logging.getLogger(__name__)
 
 VERSION = "1"
-PASSES = 48  # backward passes of one example each; the error of F_i falls with their square root
-PICTURES = 8  # of the base's own
+PASSES = 40  # backward passes of one example each; the error of F_i falls with their square root
+PICTURES = 6  # of the base's own
 EMPTY_EVERY = 4  # one pass in so many has the empty prompt, which guidance asks too
 COST = (
     "measuring how much each value matters, once for this base and these layers: {pictures} pictures of "
