@@ -30,7 +30,7 @@ from svfit_dreambooth.method.basis import weight_hashes
 from svfit_dreambooth.training.examples import Examples, encode_examples
 from svfit_dreambooth.training.loop import Loop
 from svfit_dreambooth.training.objective import Objective
-from svfit_dreambooth.training.optimizer import peak_rates
+from svfit_dreambooth.training.optimizer import plan_steps
 from svfit_dreambooth.training.plan import Plan, open_run_base, prepare
 from svfit_dreambooth.training.processes import make_accelerator
 from svfit_dreambooth.training.shared import Shared
@@ -56,6 +56,7 @@ def plans(folder: Path, count: int, options: argparse.Namespace, base: BaseModel
             resolution=options.resolution,
             train_batch_size=options.batch_size,
             mixed_precision=options.precision,
+            learning_rate=0.05,
             validation_steps=0,
             max_train_steps=10_000,
         )
@@ -72,7 +73,7 @@ def single(plan: Plan, steps: int) -> Callable[[], float]:
         trainable = Trainable(plan, weights, weight_hashes(weights), None, accelerator)
         objective = Objective(plan, EXAMPLES[plan.adapter_name], trainable.networks, accelerator.device)
         loop = Loop(plan.config, accelerator, objective, trainable.modules, trainable.values,
-                    peak_rates(trainable.roles, plan.config), plan.folder)  # fmt: skip
+                    plan_steps(trainable.roles, plan.config), plan.folder)  # fmt: skip
         seconds = timed(loop.make_step, steps)
         trainable.remove()
         return seconds
@@ -93,7 +94,7 @@ def several(all_plans: list[Plan], steps: int) -> Callable[[], float]:
             objective = Objective(plan, EXAMPLES[plan.adapter_name], networks, accelerator.device)
             member.own = own
             member.loop = Loop(plan.config, accelerator, objective, shared.trainable.modules, own.values,
-                               peak_rates(own.roles, plan.config), plan.folder)  # fmt: skip
+                               plan_steps(own.roles, plan.config), plan.folder)  # fmt: skip
             members.append(member)
         seconds = timed(lambda: step_together(members, shared), steps)
         shared.remove()

@@ -12,7 +12,7 @@ from svfit_dreambooth.training.config import TrainConfig
 
 # balanced: the default.  fast: a first look.  faithful: more likeness, at the price of more change elsewhere.
 # style: for the manner of many pictures rather than the looks of one thing, which wants small steps on all of them.
-# Toybox's were measured (docs/training.md), but for style; those of Stable Diffusion are choices.
+# How far a step goes follows from the base, see optimizer.py; lengths for Stable Diffusion are choices.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     TOYBOX: {
         "fast": {"max_train_steps": 150, "train_batch_size": 4},
