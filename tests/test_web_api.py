@@ -73,6 +73,11 @@ def test_import_paint_download(served, dog_adapter, tiny_base):
         ("/generate", ("a dog", {"dog": "much"}), "strength of 'dog' is 'much': it must be a number"),
         ("/generate", ("a dog", {}, "toybox", "", 1.5), "num_images is 1.5: it must be a whole number"),
         ("/generate", ("d" * 5000,), "the prompt has 5,000 characters"),
+        (
+            "/generate",
+            ("a dog", {}, "toybox", "", 1, 0, 1, 0, 0, 0, "fast"),
+            "scheduler is 'fast': use one of ddim, euler",
+        ),
     ],
 )
 def test_mistakes_and_tricks_end_in_a_sentence(served, endpoint, arguments, sentence):
@@ -103,7 +108,7 @@ def test_adapters_of_the_command_line_are_for_all_but_theirs_to_paint_with_alone
     assert app.adapter_choices(visitor) == [("mug (offered)", "offered/mug")]
     assert Painter(app).open_page(request)[1].value == ["offered/mug"]
     assert app.adapter_file(visitor, "offered/mug").samefile(workspace.folder / "adapters" / "mug.safetensors")
-    *_, painted = Endpoints(app).generate("a dog", {"mug": 1.0}, tiny_base.name, "", 1, 0, 1, 0, 16, 16, request)
+    *_, painted = Endpoints(app).generate("a dog", {"mug": 1.0}, tiny_base.name, "", 1, 0, 1, 0, 16, 16, "", request)
     assert painted[0][1].startswith("mug 1")
     assert [entry["name"] for entry in Endpoints(app).list_adapters(request)] == ["mug"]
     for choice in ("offered/private", "library/mug", "library/private"):
