@@ -127,6 +127,9 @@ def test_a_look_becomes_the_adapter_and_the_end_comes_back(home, photo_folder, d
         folder.look(step).parent.mkdir(exist_ok=True)
         Image.new("RGB", (32, 16)).save(folder.look(step))
         folder.note(Painted(step, folder.relative(folder.look(step))))
+        if step == 0:  # one look alone is shown without a slider
+            shown = runs.tick(id, None, None, request)
+            assert not shown[4].visible and "Painted at step 0" in shown[6]
         if step:
             adapter.training["steps"] = step
             save_adapter(adapter, folder.look_adapter(step))

@@ -267,7 +267,7 @@ def _nearest(progress: Progress, step: float) -> int | None:
 def _slider(progress: Progress, step: float) -> gr.Slider:
     """Over the looks that there were."""
     looks = [look for look, _ in progress.pictures]
-    return gr.Slider(0, max(looks, default=1), step, step=math.gcd(*looks) or 1, visible=len(looks) > 1)
+    return gr.Slider(0, max([1, *looks]), step, step=math.gcd(*looks) or 1, visible=len(looks) > 1)
 
 
 def _image(url: str, what: str, id: str) -> str:
