@@ -37,7 +37,9 @@ def served(tiny_base, tmp_path_factory):
     page, app = web.build_page(workspace, (), (str(tiny_base),))
     workspace.served.mkdir(parents=True)
     url = web.launch(page, workspace, Hosts(), quiet=True, share=False)
-    client = Client(url, verbose=False, download_files=str(tmp_path_factory.mktemp("downloads")))
+    client = Client(
+        url, verbose=False, httpx_kwargs={"timeout": 120}, download_files=str(tmp_path_factory.mktemp("downloads"))
+    )
     yield client, app, url
     client.close()
     page.close()
