@@ -102,7 +102,7 @@ def test_two_kills(tiny_base, tmp_path, monkeypatch):
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="kills as Unix does")
 def test_twenty_kills_at_random_moments(tiny_base, tmp_path):
     configs = configs_of(make_subjects(tmp_path / "subjects", 12), tiny_base, tmp_path / "out", 300)
-    killer = Killer(20, (0.5, 6))
+    killer = Killer(20, (1, 8))
     killer.start()
     reports = run_fleet(configs, Means(workers=2, cpus_per_worker=1, gpus_per_worker=0))
     killer.over = True

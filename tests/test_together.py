@@ -99,6 +99,18 @@ def test_in_float64_to_the_last_digits(configs, monkeypatch):
         assert outcome.result.loss_after == pytest.approx(alone.loss_after, abs=1e-9)
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_in_half_precision_values_point_the_same_way(configs, precision):
+    options = {"mixed_precision": precision, "max_train_steps": 3, "adam_epsilon": 1e-3, "train_text_encoder": True}
+    (outcome, _), (config,) = (
+        train_together(configs("together", ("dog", "cat"), **options)),
+        configs("alone", ("dog",), **options),
+    )
+    ours, theirs = (read_adapter(path).shifts for path in (outcome.adapter, train(config).adapter_path))
+    first, second = (torch.cat([shifts[name] for name in ours]) for shifts in (ours, theirs))
+    assert torch.cosine_similarity(first, second, 0) > 0.99
+
+
 def events(outcome, kind):
     return [event for event in RunFolder(outcome.folder).events() if event.name == kind]
 
