@@ -40,6 +40,7 @@ from svfit_dreambooth.training.keep_base import kept_batch_size
 from svfit_dreambooth.training.slim import slim
 
 METHODS = ("frozen", "lora", "svfit", "slimlora", "kept")
+COMPARED = (("svfit", "lora"), ("svfit", "frozen"), ("kept", "svfit"))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -187,6 +188,16 @@ def in_own_process(options: argparse.Namespace, precision: str, batch: int, meth
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
+def compared(row: dict, figures: dict[str, float], unit: str, prefix: str = "") -> str:
+    """Adds the ratios of what was measured to `row`; figures and ratios as text."""
+    ratios = {
+        f"{one} of {other}": figures[one] / figures[other] for one, other in COMPARED if {one, other} <= set(figures)
+    }
+    row |= {prefix + name: ratio for name, ratio in ratios.items()}
+    shown = "  ".join(f"{method} {figure:.2f}" for method, figure in figures.items())
+    return f"   {shown} {unit}: " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--config_dir", type=Path, required=True)
@@ -213,28 +224,17 @@ def main() -> None:
         return
     results = []
     print(f"{os.cpu_count()} processors, {torch.get_num_threads()} threads, {DEVICE.type}, torch {torch.__version__}")
-    print(f"{'':20} {'fastest step, s':>30}   {'of LoRA':>7} {'of frozen':>9} {'peak GB':>25}   {'of LoRA':>7}")
+    print("fastest step in seconds, peak in GB")
     for precision in options.precision:
         for batch in options.batch_size:
             row: dict = {"precision": precision, "batch": batch, "resolution": options.resolution, "rank": options.rank}
             text = f"{precision} batch {batch:<3}".ljust(20)
             if options.only != "memory":
                 row["seconds"] = seconds = in_own_process(options, precision, batch, None)
-                row["svfit of lora"] = min(seconds["svfit"]) / min(seconds["lora"])  # type: ignore[index]
-                row["svfit of frozen"] = min(seconds["svfit"]) / min(seconds["frozen"])  # type: ignore[index]
-                fastest = [f"{method} {min(seconds[method]):.2f}" for method in options.methods]  # type: ignore[index]
-                text += f"{'  '.join(fastest):>31}   {row['svfit of lora']:7.2f} {row['svfit of frozen']:9.2f}"
-                if "kept" in seconds:  # type: ignore[operator]
-                    row["kept of svfit"] = min(seconds["kept"]) / min(seconds["svfit"])  # type: ignore[index]
-                    text += f"   kept of svfit {row['kept of svfit']:.2f}"
+                text += compared(row, {method: min(own) for method, own in seconds.items()}, "s")  # type: ignore[attr-defined]
             if options.only != "time":
                 row["peak"] = peak = {m: in_own_process(options, precision, batch, m) for m in options.methods}
-                row["peak, svfit of lora"] = peak["svfit"] / peak["lora"]  # type: ignore[operator]
-                sizes = [f"{method} {peak[method] / 1e9:.2f}" for method in options.methods]  # type: ignore[operator]
-                text += f"{'  '.join(sizes):>36}   {row['peak, svfit of lora']:7.2f}"
-                if "kept" in peak:
-                    row["peak, kept of svfit"] = peak["kept"] / peak["svfit"]  # type: ignore[operator]
-                    text += f"   kept of svfit {row['peak, kept of svfit']:.2f}"
+                text += compared(row, {method: size / 1e9 for method, size in peak.items()}, "GB", "peak, ")  # type: ignore[operator]
             print(text, flush=True)
             results.append(row)
     if options.output:
