@@ -50,7 +50,7 @@ def test_export_says_the_size_first_and_inspect_knows_the_file(capsys, path, tin
     assert json.loads(run(capsys, "inspect", lora, "--json"))["alphas"] == [2.0]
     assert "is a LoRA, --plot draws adapters" in refused(capsys, "inspect", lora, "--plot", tmp_path / "x.png")
     lines = run(capsys, "export", path, "--format", "merged", "--output", tmp_path / "model", *base).splitlines()
-    assert "as a model folder in float16" in lines[0] and (tmp_path / "model" / "model_index.json").is_file()
+    assert "as a model in float16" in lines[0] and (tmp_path / "model" / "model_index.json").is_file()
 
 
 def test_export_asks_for_a_base_that_it_cannot_find(capsys, path, tmp_path):

@@ -15,11 +15,13 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
+from svfit_dreambooth.bases.autoencoders import open_autoencoder
 from svfit_dreambooth.bases.families import family_named, family_of
 from svfit_dreambooth.bases.family import Family
 from svfit_dreambooth.bases.names import DEFAULT_BASE, EMBEDDED_WEIGHTS, as_asked, base_name, is_hub_id
 from svfit_dreambooth.bases.networks import check_latent_unit, check_weights, open_networks, outline_networks
 from svfit_dreambooth.bases.single_file import read_single_file
+from svfit_dreambooth.bases.stable_diffusion import StableDiffusion
 from svfit_dreambooth.bases.stored import StoredBase
 from svfit_dreambooth.bases.tokenizers import check_tokenizers
 from svfit_dreambooth.errors import SVFitError
@@ -40,6 +42,7 @@ class BaseModel:
     name: str  # the embedded one's word, hub id with "@revision", or the name of a folder or file
     pipeline: Any  # a DiffusionPipeline of one of the families
     stored: StoredBase | None = None  # from where its networks are opened one at a time; None: all are open
+    vae_name: str | None = None  # what another autoencoder is called that it was given; None: it has its own
 
     @cached_property
     def family(self) -> Family:
@@ -183,6 +186,7 @@ def open_base_model(
     revision: str | None = None,
     variant: str | None = None,
     base_config: str | None = None,
+    pretrained_vae_model_name_or_path: str | None = None,
     content_filter: bool = True,
     local_files_only: bool = False,
     one_at_a_time: bool = False,
@@ -190,7 +194,7 @@ def open_base_model(
     """The base model `name`: the embedded one's word, a diffusers folder, a hub id, or a single-file .safetensors checkpoint.
 
     Weights are float32 on the CPU, whatever their file holds, so that bases are taken from the stored precision;
-    cast and move the pipeline afterwards.  `content_filter`: load the safety checker where the base has one.
+    cast and move the pipeline afterwards.  `pretrained_vae_model_name_or_path`: see `exchange_autoencoder`.  `content_filter`: load the safety checker where the base has one.
     `local_files_only`: never download.  `one_at_a_time`: networks of a family whose text encoders are not adapted come
     as outlines, which `BaseModel.open` fills.  Raises SVFitError for anything that is not such a model.
     """
@@ -258,7 +262,26 @@ def open_base_model(
         check_latent_unit(name, model.family)
     check_tokenizers(name, model.family)
     model.family.check(name)
+    exchange_autoencoder(model, pretrained_vae_model_name_or_path, local_files_only)
     return model
+
+
+def exchange_autoencoder(model: BaseModel, name: str | None, local_files_only: bool = False) -> None:
+    """Gives `model` the autoencoder `name`, see `open_autoencoder`; None: it keeps its own.
+
+    Raises SVFitError for bases of other families than Stable Diffusion 1.x, 2.x and XL.
+    """
+    if name is None:
+        return
+    if not isinstance(model.family, StableDiffusion):
+        raise SVFitError(
+            f"pretrained_vae_model_name_or_path {name} is for Stable Diffusion 1.x, 2.x and XL: leave it out.",
+            "pretrained_vae_model_name_or_path",
+        )
+    model.pipeline.register_modules(vae=open_autoencoder(name, model.pipeline, local_files_only))
+    model.vae_name = base_name(Path(name)) if Path(name).exists() else name
+    model.family.check(name)  # of the units of latents
+    check_latent_unit(name, model.family)
 
 
 def _fetch_whole(name: str, **location: Any) -> None:

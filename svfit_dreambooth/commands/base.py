@@ -13,12 +13,16 @@ def add_base(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision")
     parser.add_argument("--variant")
     parser.add_argument("--base_config", help="folder with the configs of a single-file checkpoint")
+    parser.add_argument(
+        "--pretrained_vae_model_name_or_path", metavar="VAE", help="another autoencoder; default: the base's own"
+    )
     parser.add_argument("--basis_cache_dir", type=Path)
 
 
 def base_options(options: argparse.Namespace) -> dict[str, Any]:
     """What `open_base_model` takes of them beside the name."""
-    return {name: getattr(options, name) for name in ("revision", "variant", "base_config")}
+    names = ("revision", "variant", "base_config", "pretrained_vae_model_name_or_path")
+    return {name: getattr(options, name) for name in names}
 
 
 def open_base(options: argparse.Namespace, named: str, path: Path) -> Any:

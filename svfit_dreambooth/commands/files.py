@@ -61,6 +61,7 @@ def _export(options: argparse.Namespace) -> None:
     from svfit_dreambooth.adapter.file import read_adapter
     from svfit_dreambooth.adapter.source import split_strength
     from svfit_dreambooth.files import check_output, size_text
+    from svfit_dreambooth.sharing.cards import write_cards
     from svfit_dreambooth.sharing.export import export_lora, lora_path
     from svfit_dreambooth.sharing.merged_model import check_merged_output, export_merged, merged_bytes
 
@@ -97,6 +98,8 @@ def _export(options: argparse.Namespace) -> None:
         **common,
     )
     print(exported.summary())
+    if options.format == "kohya":
+        print(printable("\n".join(write_cards(exported.path, read_adapter(path))), keep="\n"))
 
 
 def _import(options: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from svfit_dreambooth.adapter.file import read_adapter
 from svfit_dreambooth.adapter.source import check_finite, distinct_names, find_adapter
 from svfit_dreambooth.bases.devices import default_device
 from svfit_dreambooth.bases.names import DEFAULT_BASE, check_held, is_hub_id, split_revision
-from svfit_dreambooth.bases.opening import BaseModel, check_base_model, is_cached, open_base_model
+from svfit_dreambooth.bases.opening import BaseModel, check_base_model, exchange_autoencoder, is_cached, open_base_model
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.painting.from_picture import Begin, begin_arguments, pipeline_from
 from svfit_dreambooth.painting.loading import load_adapter, merge_adapters
@@ -90,15 +90,18 @@ def open_named_base(name: str, path: Path, **options: Any) -> BaseModel:
     check_base_model(repository)
     _check_options(name, options)
     given = [f"{option} {options[option]}" for option in ("revision", "variant") if options.get(option)]
+    vae = options.pop("pretrained_vae_model_name_or_path", None)
     options |= {"revision": options.get("revision") or revision, "local_files_only": True}
     try:
-        return open_base_model(repository, **options)
+        model = open_base_model(repository, **options)
     except SVFitError as error:
         partly = "only partly" if is_cached(repository, options["revision"]) else "not"
         raise SVFitError(
             f"{path} was trained on {name}, which is {partly} on this disk{' with ' * bool(given)}{' '.join(given)}, and "
             f"what a file names is not downloaded unasked: {NAME_THE_BASE} {repository}."
         ) from error
+    exchange_autoencoder(model, vae)
+    return model
 
 
 def _check_options(name: str, options: Mapping[str, Any]) -> None:
@@ -238,6 +241,8 @@ def picture_settings(
     more: dict[str, Any] = {"prompt_weights": True} if prompt_weights else {}
     if model.family.clip_skip:
         more["clip_skip"] = model.family.clip_skip
+    if model.vae_name is not None:
+        more["vae"] = model.vae_name
     if scheduler is not None:
         more["scheduler"] = scheduler
     if begin is not None:

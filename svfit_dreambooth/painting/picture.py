@@ -32,13 +32,14 @@ def save_picture(picture: Picture, path: Path) -> Path:
     adapters = ", ".join(f"{name}:{strength:g}" for name, strength in settings["adapters"].items())
     sampler = f"Sampler: {settings['scheduler']}, " if "scheduler" in settings else ""
     lines = [settings["prompt"]]
+    vae = f"VAE: {settings['vae']}, " if settings.get("vae") else ""
     clip_skip = f"Clip skip: {settings['clip_skip'] + 1}, " if settings.get("clip_skip") else ""  # as A1111 counts
     if settings["negative_prompt"]:
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
     lines.append(
         f"Steps: {settings['num_inference_steps']}, CFG scale: {settings['guidance_scale']:g}, "
         f"Seed: {settings['seed']}, Size: {settings['width']}x{settings['height']}, Model: {settings['base_model']}, "
-        f"{clip_skip}{sampler}Adapters: {adapters or 'none'}, Version: svfit-dreambooth {__version__}"
+        f"{clip_skip}{sampler}{vae}Adapters: {adapters or 'none'}, Version: svfit-dreambooth {__version__}"
     )
     info.add_itxt("parameters", _utf8("\n".join(lines)))
     return save_png(picture.image, path, pnginfo=info)

@@ -68,6 +68,11 @@ def lora_metadata(
         ("ss_num_train_images", "photos"),
         ("ss_learning_rate", "learning_rate"),
         ("ss_seed", "seed"),
+        ("ss_text_encoder_lr", "text_encoder_lr"),
+        ("ss_lr_scheduler", "lr_scheduler"),
+        ("ss_mixed_precision", "mixed_precision"),
+        ("ss_total_batch_size", "batch_size"),
+        ("ss_vae_name", "vae"),
     ):
         if training.get(ours) is not None:
             metadata[key] = str(training[ours])
@@ -79,6 +84,7 @@ def lora_metadata(
         count = training.get("photos", 1)
         metadata |= {
             "modelspec.trigger_phrase": adapter.instance_prompt,
+            "ss_dataset_dirs": json.dumps({"photos": {"n_repeats": 1, "img_count": count}}),
             "ss_tag_frequency": json.dumps({"photos": {adapter.instance_prompt: count}}, ensure_ascii=False),
         }
         metadata.setdefault("modelspec.usage_hint", f"Write {adapter.instance_prompt!r} for the subject.")

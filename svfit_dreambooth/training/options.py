@@ -29,6 +29,11 @@ class ModelOptions:
         "Folder with the configs of a single-file checkpoint, to open it without the hub; None: ask the hub.",
         path=True,
     )
+    pretrained_vae_model_name_or_path: str | None = option(
+        None,
+        "Another autoencoder for the base: folder, hub id or single .safetensors file; None: its own.",
+        path=True,
+    )
     clip_skip: int | None = option(
         None,
         "Last layers of CLIP to leave out when prompts are read, 1 for most anime bases; 1 less than others call Clip "

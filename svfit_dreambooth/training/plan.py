@@ -184,6 +184,7 @@ def open_run_base(config: TrainConfig, *, local_files_only: bool = False) -> Bas
         revision=config.revision,
         variant=config.variant,
         base_config=config.base_config,
+        pretrained_vae_model_name_or_path=config.pretrained_vae_model_name_or_path,
         content_filter=False,
         local_files_only=local_files_only,
         one_at_a_time=True,

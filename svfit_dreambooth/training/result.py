@@ -116,6 +116,8 @@ def training_record(plan: Plan, steps: Steps, ending: Ending, num_processes: int
     }
     for name in ("resolution", "rank", "energy", "budget", "learning_rate", "lr_scheduler", "mixed_precision", "seed"):
         record[name] = getattr(config, name)
+    if plan.base.vae_name is not None:
+        record["vae"] = plan.base.vae_name
     if config.clip_skip:
         record["clip_skip"] = config.clip_skip
     record["learning_rate"] = float(f"{steps.learning_rate:.4g}")  # a number, also where it was left to the base
