@@ -67,9 +67,12 @@ class Mixed:
             raise SVFitError(f"the shifts of {self.samples} samples meet a batch of {len(input)}.")
         mixes, out_features, in_features = weights.shape
         grouped = input.reshape(self.passes, mixes, -1, in_features)  # (passes, mixes, copies * tokens, in)
-        grouped = grouped.transpose(0, 1).reshape(mixes, -1, in_features)  # (mixes, passes * copies * tokens, in)
-        output = torch.bmm(grouped, weights.mT)  # (mixes, passes * copies * tokens, out)
+        if torch.is_grad_enabled():
+            output = torch.stack([torch.bmm(each, weights.mT) for each in grouped])
+        else:  # spares the copy
+            output = grouped.new_empty(*grouped.shape[:-1], out_features)
+            for each, result in zip(grouped, output, strict=True):
+                torch.bmm(each, weights.mT, out=result)
         if bias is not None:
             output += bias
-        output = output.view(mixes, self.passes, -1, out_features).transpose(0, 1)
-        return output.reshape(*input.shape[:-1], out_features)
+        return output.view(*input.shape[:-1], out_features)
