@@ -79,7 +79,7 @@ def test_with_the_base_that_it_was_trained_on_an_adapter_does_exactly_what_it_do
 
 
 def test_directions_of_two_bases_do_not_mix(sibling, tmp_path):
-    other = distilled(0.1)
+    other = distilled(0.01)
     first = write_adapter(tiny_klein(), tmp_path / "first.safetensors")
     load_adapter(other, first)
     with pytest.raises(

@@ -3,9 +3,13 @@
 import json
 import shutil
 
+import httpx
 import pytest
 import torch
 from conftest import tiny_pipeline, tiny_sdxl_pipeline, tiny_unet
+from diffusers import DiffusionPipeline
+from flow_bases import tiny_klein
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from single_file import save_single_file
 
@@ -274,3 +278,49 @@ def test_the_home_folder_may_be_short(tiny_base, monkeypatch):
     monkeypatch.setenv("HOME", str(tiny_base.parent))
     assert open_base_model(f"~/{tiny_base.name}").name == tiny_base.name
     assert as_asked("someone/model~2") == "someone/model~2"
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        (
+            GatedRepoError,
+            "owner/base cannot be opened: it is gated, so accept its terms on https://huggingface.co/owner/base",
+        ),
+        (RepositoryNotFoundError, "owner/base cannot be opened: the hub has none of that name, or it is private"),
+    ],
+)
+def test_what_the_hub_has_against_a_base_is_said(monkeypatch, kind, message):
+    """As diffusers raises it: the hub's error within one that takes the base for a folder."""
+
+    def load_config(*_, **__):
+        try:
+            raise kind("401 Client Error.", response=httpx.Response(401, request=httpx.Request("GET", "https://hub")))
+        except kind:
+            raise OSError("owner/base is not a local folder and is not a valid model identifier") from None
+
+    monkeypatch.setattr(DiffusionPipeline, "load_config", load_config)
+    with pytest.raises(SVFitError, match=message):
+        open_base_model("owner/base")
+
+
+@pytest.mark.parametrize("one_at_a_time", [True, False])
+def test_a_folder_without_a_network_or_with_a_quantised_one_is_refused(tmp_path, one_at_a_time):
+    tiny_klein().save_pretrained(tmp_path)
+    path = tmp_path / "transformer" / "config.json"
+    config = path.read_text()
+    path.write_text(json.dumps(json.loads(config) | {"quantization_config": {"quant_method": "bitsandbytes"}}))
+    with pytest.raises(SVFitError, match="the transformer of .* is stored quantised already .bitsandbytes."):
+        open_base_model(str(tmp_path), one_at_a_time=one_at_a_time)
+    path.write_text(config)
+    weights = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: tensor for name, tensor in tensors.items() if "to_qkv_mlp" not in name}, weights)
+    with pytest.raises(
+        SVFitError, match="the transformer of .* lacks single_transformer_blocks.0.attn.to_qkv_mlp_proj"
+    ):
+        open_base_model(str(tmp_path), one_at_a_time=one_at_a_time)
+    save_file(tensors, weights)
+    shutil.rmtree(tmp_path / "text_encoder")
+    with pytest.raises(SVFitError, match="lacks its text_encoder, there is no text_encoder/config.json in it"):
+        open_base_model(str(tmp_path), one_at_a_time=one_at_a_time)

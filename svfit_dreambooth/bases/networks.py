@@ -26,6 +26,8 @@ def open_networks(name: str, folder: Path, family: type[Family], variant: str | 
     Raises SVFitError where a file lacks weights of its network or holds others than those.
     """
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    for part in network_names(index, family):
+        check_part(name, folder, part, index)
     return {
         part: open_network(name, folder, part, class_of(name, part, index), variant)
         for part in network_names(index, family)
@@ -35,10 +37,31 @@ def open_networks(name: str, folder: Path, family: type[Family], variant: str | 
 def outline_networks(name: str, folder: Path, family: type[Family]) -> dict[str, Any]:
     """As `open_networks`, on the meta device: networks with shapes and without numbers."""
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    for part in network_names(index, family):
+        check_part(name, folder, part, index)
     return {
         part: outline_network(str(folder), part, class_of(name, part, index), local_files_only=True)
         for part in network_names(index, family)
     } | absent_parts(index, family)
+
+
+def check_part(name: str, folder: Path, part: str, index: Mapping[str, Any]) -> None:
+    """Raises SVFitError where the base `name` in `folder` lacks a network, or holds it quantised already."""
+    class_of(name, part, index)
+    try:
+        config = json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
+    except OSError:
+        raise SVFitError(
+            f"{name} lacks its {part}, there is no {part}/config.json in it: give a whole model folder."
+        ) from None
+    except ValueError as error:
+        raise SVFitError(f"the config.json of the {part} of {name} cannot be read ({error}): fetch it again.") from None
+    if isinstance(config, dict) and (quantised := config.get("quantization_config")):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise SVFitError(
+            f"the {part} of {name} is stored quantised already ({method}), and singular vectors are those of whole "
+            "weights: give the model as it was published, in float32, float16 or bfloat16."
+        )
 
 
 def network_names(index: Mapping[str, Any], family: type[Family]) -> list[str]:

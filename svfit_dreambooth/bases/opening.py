@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from torch import Tensor, nn
 
 from svfit_dreambooth.bases.autoencoders import open_autoencoder
@@ -247,7 +248,9 @@ def open_base_model(
     except (SVFitError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = _of_the_hub(error, name)
+        if reason is None:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = ""
         if path.is_file() and base_config is None:
             hint = "; its configs were looked for on the hub, base_config names a folder with them"
@@ -290,6 +293,17 @@ def _fetch_whole(name: str, **location: Any) -> None:
         DiffusionPipeline.download(name, use_safetensors=True, **location)
     except OSError as error:  # without a network what lies here may do
         logger.info("the base model %s was not fetched whole (%s).", name, error)
+
+
+def _of_the_hub(error: BaseException | None, name: str) -> str | None:
+    """What the hub has against `name`, and what to do, where that is behind `error`: libraries call both alike."""
+    while error is not None:
+        if isinstance(error, GatedRepoError):
+            return f"it is gated, so accept its terms on https://huggingface.co/{name} and log in with `hf auth login`"
+        if isinstance(error, RepositoryNotFoundError):
+            return "the hub has none of that name, or it is private and `hf auth login` comes first"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def is_cached(name: str, revision: str | None = None) -> bool:
