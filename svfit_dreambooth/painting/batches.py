@@ -74,6 +74,8 @@ def paint_batch(
         values = [sample.words[name] for sample in batch]
         if isinstance(first, torch.Tensor):
             words[name] = torch.cat(values)
+        elif isinstance(first, list):  # of embeddings, each of its own length
+            words[name] = [embedding for value in values for embedding in value]
         else:
             words[name] = values if isinstance(first, str) else first  # None, and the guidance, are the same for all
     with adapter_mixes(model.pipeline, [sample.mix for sample in batch]):

@@ -69,14 +69,22 @@ def adapter_mixes(pipeline: DiffusionPipeline, mixes: Sequence[Mix], merged_byte
     encoding = laid_out = False
 
     def encode_prompt_with_mixes(*args: Any, **kwargs: Any) -> Any:
-        nonlocal encoding, laid_out
+        nonlocal encoding
         call = signature.bind(*args, **kwargs)
         call.apply_defaults()
         prompts = _count(call.arguments)
         if prompts != len(mixes):
             raise SVFitError(f"{len(mixes)} mixes of adapters meet {prompts} prompts: give one mix for each prompt.")
         copies = call.arguments.get("num_images_per_prompt") or 1
-        passes = 2 if call.arguments.get("do_classifier_free_guidance") else 1
+        lay_out(copies, 2 if call.arguments.get("do_classifier_free_guidance") else 1)
+        encoding = True
+        try:
+            return encode(*args, **kwargs)
+        finally:
+            encoding = False
+
+    def lay_out(copies: int, passes: int) -> None:
+        nonlocal laid_out
         _check_mixes(pipeline, mixes)  # again: one may have been unloaded since
         warn_of_clip_skip(pipeline, {name: None for mix in mixes for name, strength in mix.items() if strength})
         with layers_exchanged(pipeline):
@@ -86,19 +94,25 @@ def adapter_mixes(pipeline: DiffusionPipeline, mixes: Sequence[Mix], merged_byte
                     _put_mixes(model, mixes, copies, passes, room)
                 else:
                     _put_mixes(model, mixes, 1, 1, Room(0))  # it is called once
-        encoding = laid_out = True
-        try:
-            return encode(*args, **kwargs)
-        finally:
-            encoding = False
+        laid_out = True
 
     def check_text_encoder(*_: Any) -> None:
         if not encoding:
             raise SVFitError("within adapter_mixes prompts are read by the encode_prompt of its own pipeline alone.")
 
-    def check_denoiser(*_: Any) -> None:
-        if not laid_out:
+    def check_denoiser(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if laid_out:
+            return
+        if family.adaptable_text_encoders or not inputs:
             raise SVFitError("within adapter_mixes pictures are painted by calling its own pipeline.")
+        # Z-Image's pipeline does not ask for prompts that come as embeddings
+        passes = 2 if getattr(pipeline, "do_classifier_free_guidance", False) else 1
+        copies, left = divmod(len(inputs[0]), passes * len(mixes))
+        if left or not copies:
+            raise SVFitError(
+                f"{len(mixes)} mixes of adapters meet {len(inputs[0]) // passes} pictures: give one mix for each prompt."
+            )
+        lay_out(copies, passes)
 
     with ExitStack() as stack:
         for name, model in family.components.items():
@@ -148,9 +162,9 @@ def _check_groups(components: Mapping[str, nn.Module], mixes: Sequence[Mix]) -> 
 
 def _count(arguments: Mapping[str, Any]) -> int:
     """How many prompts `encode_prompt` is called with."""
-    prompt = arguments.get("prompt")
-    if prompt is None:
+    if arguments.get("prompt_embeds") is not None:
         return len(arguments["prompt_embeds"])
+    prompt = arguments["prompt"]
     return 1 if isinstance(prompt, str) else len(prompt)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.evaluation.protocol import UNRELATED_PROMPTS
 from svfit_dreambooth.files import write_atomically
+from svfit_dreambooth.method.targets import svfit_layers
 from svfit_dreambooth.photos.captions import shuffled
 from svfit_dreambooth.photos.reading import Photo
 from svfit_dreambooth.training.base_pictures import kept_prompts
@@ -74,7 +75,9 @@ def ask_prompts(plan: Plan, prompts: Sequence[str], device: torch.device) -> Non
     base, family = plan.base, plan.base.family
     if base.stored is None:
         return
-    encoders = list(family.text_encoders)
+    encoders = [part for part in base.stored.parts if part in family.text_encoder_names]
+    if not svfit_layers(family.denoiser):
+        base.let_go(family.denoiser_name)  # of an earlier run on the same base
     dtype = torch.float32 if plan.config.mixed_precision == "no" else torch.bfloat16  # T5 overflows in float16
     with asking(plan, encoders, device, dtype) as answer:
         for prompt in prompts:
