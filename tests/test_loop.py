@@ -343,8 +343,8 @@ def test_a_run_that_rounded_its_base_ends_with_one_base_in_memory(config, monkey
 
     runs, held, alive = [], [], []
 
-    def note(config):
-        runs.append(prepare(config))
+    def note(config, **options):
+        runs.append(prepare(config, **options))
         return runs[0]
 
     def reopen(config):

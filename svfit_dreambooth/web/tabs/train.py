@@ -178,7 +178,7 @@ def _advanced() -> list[Any]:
             False, label="Keep others of its kind apart (prior preservation): about twice as long",
         )  # fmt: skip
         keep = gr.Checkbox(
-            False, label="Leave the rest as it is: the model is held to what it paints now, about half as long again",
+            False, label="Leave the rest as it is (held to what the model paints now): 1.7 times as long",
         )  # fmt: skip
     return [
         steps, rate, rank, resolution, batch, every, painting, seed, prompts, precision, text, flip, checkpointing, prior,
