@@ -33,6 +33,7 @@ def config(tiny_base, photo_folder, tmp_path):
         "instance_prompt": "a photo of sks dog",
         "output_dir": str(tmp_path / "the run"),
         "max_train_steps": 8,
+        "learning_rate": 0.05,
         "train_batch_size": 2,
         "resolution": 16,
         "fixed_loss_examples": 2,
