@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from PIL import Image, ImageChops
 
 from svfit_dreambooth.bases.names import DEFAULT_BASE, SUBJECTS_FOLDER, as_asked
 from svfit_dreambooth.errors import SVFitError
@@ -21,7 +20,6 @@ from svfit_dreambooth.web.rooms.laid_out import (
     bundled,
     bundled_subjects,
     caption,
-    mask,
     photo_files,
     photo_remarks,
     remove_photo,
@@ -36,14 +34,13 @@ from svfit_dreambooth.web.rooms.laid_out import (
 from svfit_dreambooth.web.rooms.memory import remember, remembered
 from svfit_dreambooth.web.rooms.progress import sum_up
 from svfit_dreambooth.web.rooms.workspace import Visitor
+from svfit_dreambooth.web.tabs.drawing import drawn_over, to_draw_on
 from svfit_dreambooth.web.tabs.form import ADVANCED, LABELS, NUMBERS, SWITCHES, in_form_words
 from svfit_dreambooth.web.tabs.mistakes import number, plainly
 
 REMEMBERED = ("name", "word", "kind", "base", "preset", *ADVANCED)
 RESOLUTION = 512  # pixels at which bases train at least; an SDXL at 1024, which is known when it is open
 EMBEDDED_RESOLUTION = 64
-EDITED = 512  # pixels of the longer side of a photo on which a mask is drawn
-MASK_COLOUR = "#4f46e5"
 NAMES = {field.name for field in dataclasses.fields(TrainConfig)}  # options that a run knows
 
 
@@ -132,17 +129,7 @@ class Draft:
     @plainly
     def edit(self, selected: int | None, request: gr.Request) -> dict[str, Any]:
         """The selected photo, dark where its mask leaves it out, for an editor that is seen: hidden ones show nothing."""
-        path = self._selected(self.app.visitor(request), selected)
-        with Image.open(path) as photo:
-            scale = EDITED / max(photo.size)
-            size = (round(photo.width * scale), round(photo.height * scale))
-            shown = photo.convert("RGB").resize(
-                size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC
-            )
-        held = mask(path)
-        if held is not None:  # as part of the picture: an editor that is given a layer takes no strokes
-            shown = Image.composite(shown, shown.point(lambda value: value // 4), held.resize(size))
-        return {"background": shown, "layers": [], "composite": None}
+        return to_draw_on(self._selected(self.app.visitor(request), selected))
 
     @plainly
     def say(self, text: str, selected: int | None, base: str, resolution: str, request: gr.Request) -> tuple[Any, ...]:
@@ -275,15 +262,6 @@ def _as_written(value: Any, name: str) -> Any:
     if isinstance(value, bool) or name in SWITCHES:
         return bool(value)
     return "\n".join(value) if isinstance(value, list) else "" if value is None else f"{value}"
-
-
-def drawn_over(drawn: dict[str, Any] | None) -> Image.Image | None:
-    """White where something is drawn in the layers of an editor; None where nothing is."""
-    found = None
-    for layer in (drawn or {}).get("layers") or []:
-        alpha = layer.getchannel("A").point(lambda value: 255 if value else 0)
-        found = alpha if found is None else ImageChops.lighter(found, alpha)
-    return found if found is not None and found.getbbox() is not None else None
 
 
 def trained_at(base: str, resolution: str) -> int:

@@ -17,7 +17,7 @@ from svfit_dreambooth.web.rooms.orders import AS_TRAINED, Cell, Order, Told
 from svfit_dreambooth.web.rooms.paintings import Made, Painting
 from svfit_dreambooth.web.rooms.workspace import Visitor, library_of
 from svfit_dreambooth.web.tabs.compare import GRID, STRENGTHS, arranged, cells, label
-from svfit_dreambooth.web.tabs.draft import drawn_over
+from svfit_dreambooth.web.tabs.drawing import drawn_over
 from svfit_dreambooth.web.tabs.gallery import UNSELECTED, Pictures
 from svfit_dreambooth.web.tabs.mistakes import number, plainly, whole
 from svfit_dreambooth.web.tabs.reuse import SAMPLERS, take_up

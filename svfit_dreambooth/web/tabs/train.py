@@ -10,7 +10,8 @@ from svfit_dreambooth.web.rooms.app import App
 from svfit_dreambooth.web.rooms.laid_out import bundled_subjects
 from svfit_dreambooth.web.rooms.progress import Progress
 from svfit_dreambooth.web.tabs.curve import loss_plot
-from svfit_dreambooth.web.tabs.draft import MASK_COLOUR, Draft
+from svfit_dreambooth.web.tabs.draft import Draft
+from svfit_dreambooth.web.tabs.drawing import COLOUR
 from svfit_dreambooth.web.tabs.form import ADVANCED
 from svfit_dreambooth.web.tabs.generate import PRIVATE, GenerateTab
 from svfit_dreambooth.web.tabs.run_list import ON_LOAD
@@ -53,7 +54,7 @@ def build_train(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: Generate
                 gr.Markdown("Draw over the subject: what is not drawn over is not learnt. Nothing drawn: all of it is learnt.", elem_classes="note")  # fmt: skip
                 editor = gr.ImageEditor(
                     show_label=False, type="pil", layers=False, height=420, canvas_size=(512, 512), sources=(), transforms=(), buttons=[],
-                    brush=gr.Brush(default_size=24, colors=[(MASK_COLOUR, 0.6)], color_mode="fixed"), interactive=True,
+                    brush=gr.Brush(default_size=24, colors=[(COLOUR, 0.6)], color_mode="fixed"), interactive=True,
                 )  # fmt: skip
                 draw = gr.Button("Keep this mask", size="sm", elem_id="keep-mask")
             gr.HTML("<div class='note'>No photos at hand? Take those of a toy:</div>")
