@@ -20,9 +20,10 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.painting.generate import generate
 from svfit_dreambooth.sharing.export import export_lora
 from svfit_dreambooth.training.journal import RunFolder
-from svfit_dreambooth.training.loop import MAX_SKIPPED, Loop
+from svfit_dreambooth.training.loop import Loop
 from svfit_dreambooth.training.objective import Objective
 from svfit_dreambooth.training.plan import open_run_base, prepare
+from svfit_dreambooth.training.stepping import MAX_SKIPPED
 
 
 @pytest.fixture

@@ -13,11 +13,10 @@ from svfit_dreambooth import TrainConfig, files, read_adapter, train
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import fingerprint
 from svfit_dreambooth.training.checkpoints import list_checkpoints, load_checkpoint, run_identity
-from svfit_dreambooth.training.ending import Ending
+from svfit_dreambooth.training.ending import Ending, training_record
 from svfit_dreambooth.training.journal import RunFolder
 from svfit_dreambooth.training.optimizer import Steps
 from svfit_dreambooth.training.plan import prepare
-from svfit_dreambooth.training.result import training_record
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,10 @@ from svfit_dreambooth import TrainConfig, load_adapter, read_adapter, train
 from svfit_dreambooth.commands.arguments import parse_config
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.targets import svfit_layers
+from svfit_dreambooth.training.definite import _check_writable
 from svfit_dreambooth.training.estimate import estimate_memory
 from svfit_dreambooth.training.objective import Objective
-from svfit_dreambooth.training.plan import Plan, _check_writable, prepare
+from svfit_dreambooth.training.plan import Plan, prepare
 
 
 @pytest.fixture

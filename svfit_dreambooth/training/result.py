@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import nn
@@ -22,9 +22,8 @@ from svfit_dreambooth.files import NotWritten
 from svfit_dreambooth.sharing.export import export_lora
 from svfit_dreambooth.sharing.hub import push_adapter
 from svfit_dreambooth.training.curves import plot_run
-from svfit_dreambooth.training.ending import Ending
+from svfit_dreambooth.training.ending import Ending, training_record
 from svfit_dreambooth.training.events import End
-from svfit_dreambooth.training.optimizer import Steps
 from svfit_dreambooth.training.plan import Plan, open_run_base
 from svfit_dreambooth.training.showcase import Showing, show_result
 from svfit_dreambooth.training.signals import stop_signals
@@ -103,33 +102,6 @@ def make_adapter(plan: Plan, trainable: Trained, ending: Ending, num_processes: 
         architecture=plan.base.architecture,
         metadata=base_metadata(plan.base.architecture, plan.base.resolution, plan.base.family.prediction_type),
     )
-
-
-def training_record(plan: Plan, steps: Steps, ending: Ending, num_processes: int) -> dict[str, Any]:
-    """What the file says of its run."""
-    config = plan.config
-    record: dict[str, Any] = {
-        "steps": ending.step,
-        **({"kept_step": ending.kept} if ending.kept != ending.step else {}),
-        "photos": len(plan.photos),
-        "batch_size": config.train_batch_size * config.gradient_accumulation_steps * num_processes,
-    }
-    for name in ("resolution", "rank", "energy", "budget", "learning_rate", "lr_scheduler", "mixed_precision", "seed"):
-        record[name] = getattr(config, name)
-    if plan.base.vae_name is not None:
-        record["vae"] = plan.base.vae_name
-    if config.clip_skip:
-        record["clip_skip"] = config.clip_skip
-    record["learning_rate"] = float(f"{steps.learning_rate:.4g}")  # a number, also where it was left to the base
-    if config.step_scaling != "none":
-        record["step_scaling"] = config.step_scaling
-    if config.train_text_encoder and config.text_encoder_lr != config.learning_rate:
-        record["text_encoder_lr"] = config.text_encoder_lr
-    if config.keep_base:
-        record["keep_base_weight"] = config.keep_base_weight
-    if ending.loss_before is not None and ending.loss_after is not None:
-        record["fixed_loss"] = [round(ending.loss_before, 5), round(ending.loss_after, 5)]
-    return record
 
 
 def save_result(adapter: Adapter, plan: Plan) -> Path:

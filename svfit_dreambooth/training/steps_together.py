@@ -13,10 +13,11 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.training.checkpoints import TrainState
 from svfit_dreambooth.training.ending import Ending
 from svfit_dreambooth.training.events import Stepped
-from svfit_dreambooth.training.loop import Loop, Losses, NotFinite
+from svfit_dreambooth.training.loop import Loop
 from svfit_dreambooth.training.objective import Draw, Loss, by_shape
 from svfit_dreambooth.training.shared import Own, Shared
 from svfit_dreambooth.training.signals import stop_signals
+from svfit_dreambooth.training.stepping import Losses, NotFinite
 
 OnStep = Callable[[str, Stepped], bool | None]
 

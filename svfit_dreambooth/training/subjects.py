@@ -20,7 +20,7 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.photos.captions import folder_words
 from svfit_dreambooth.photos.reading import find_photos
 from svfit_dreambooth.training.config import TrainConfig
-from svfit_dreambooth.training.plan import file_name
+from svfit_dreambooth.training.definite import file_name
 
 logger = logging.getLogger(__name__)
 
