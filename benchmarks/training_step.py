@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -96,9 +97,10 @@ def stepper(
     optimizer = torch.optim.AdamW(trained, lr=1e-3) if trained else None
     side = options.resolution // 8
     clock = time.process_time if options.clock == "cpu" else time.perf_counter
-    noise = torch.randn(batch, unet.config.in_channels, side, side, device=DEVICE)  # type: ignore[union-attr]
+    config: Any = unet.config
+    noise = torch.randn(batch, config.in_channels, side, side, device=DEVICE)
     timesteps = torch.full((batch,), 500, device=DEVICE)
-    hidden = torch.randn(batch, 77, unet.config.cross_attention_dim, device=DEVICE)  # type: ignore[union-attr]
+    hidden = torch.randn(batch, 77, config.cross_attention_dim, device=DEVICE)
 
     def differentiate(count: int) -> None:
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype != torch.float32):

@@ -13,6 +13,7 @@ from svfit_dreambooth.evaluation.protocol import bundled_questions
 from svfit_dreambooth.method.basis import weight_hashes
 from svfit_dreambooth.training import base_pictures, keep_base
 from svfit_dreambooth.training.base_pictures import kept_prompts
+from svfit_dreambooth.training.checkpoints import run_identity
 from svfit_dreambooth.training.estimate import estimate_memory
 from svfit_dreambooth.training.events import Stepped
 from svfit_dreambooth.training.examples import encode_examples
@@ -227,3 +228,10 @@ def test_of_several_subjects_at_once_each_is_held_as_in_its_own_run(tiny_run, tm
         alone = dataclasses.replace(plan.config, output_dir=plan.config.output_dir + "-alone")
         assert losses(result.plan) == pytest.approx(losses(train(alone).plan), rel=1e-3, abs=1e-10)
         assert losses(result.plan)[-1] > 1e-9
+
+
+def test_only_runs_that_keep_the_base_say_so_in_their_checkpoints(tiny_run):
+    """Checkpoints of versions that did not know it go on, with a run that does not ask for it."""
+    plain, kept = run_identity(tiny_run(), {}), run_identity(tiny_run(**OPTIONS), {})
+    assert not {"keep_base", "keep_base_weight"} & set(plain)
+    assert kept["keep_base"] is True and kept["keep_base_weight"] == 1.0

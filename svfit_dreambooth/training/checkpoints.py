@@ -233,6 +233,8 @@ def run_identity(plan: Plan, base: Mapping[str, Any], num_processes: int = 1) ->
     options = dataclasses.asdict(plan.config)
     for name in INDIFFERENT_OPTIONS:
         options.pop(name, None)
+    if not plan.config.keep_base:  # as in checkpoints of versions that did not know it, which go on
+        del options["keep_base"], options["keep_base_weight"]
     contents = {"photos": _digest(plan.photos)}
     if plan.config.with_prior_preservation:
         present = usable_class_pictures(Path(str(plan.config.class_data_dir)))
