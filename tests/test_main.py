@@ -5,7 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from svfit_dreambooth.commands.main import main, main_train
+import pytest
+
+from svfit_dreambooth.commands.main import _plainly, main, main_train
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,3 +46,31 @@ def test_a_reader_that_has_read_enough_is_no_error(tmp_path):
         process.stdout.readline()
         process.stdout.close()
         assert process.stderr.read() == b"" and process.wait() == 141
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (MemoryError(), "error: out of memory: try "),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "error: out of memory: try "),
+        (
+            PermissionError(13, "Permission denied", "/read/only"),
+            "error: '/read/only' cannot be used (Permission denied)",
+        ),
+    ],
+)
+def test_what_the_machine_lacks_is_one_sentence(capsys, error, sentence):
+    def command(arguments, names):
+        raise error
+
+    assert _plainly(command, []) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(sentence) and said.count("\n") == 1
+
+
+def test_mistakes_of_our_own_stay_visible():
+    def command(arguments, names):
+        raise RuntimeError("a shape does not fit")
+
+    with pytest.raises(RuntimeError, match="a shape does not fit"):
+        _plainly(command, [])

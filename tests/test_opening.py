@@ -7,7 +7,7 @@ import httpx
 import pytest
 import torch
 from conftest import tiny_pipeline, tiny_sdxl_pipeline, tiny_unet
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, LCMScheduler
 from flow_bases import tiny_klein
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
@@ -324,3 +324,29 @@ def test_a_folder_without_a_network_or_with_a_quantised_one_is_refused(tmp_path,
     shutil.rmtree(tmp_path / "text_encoder")
     with pytest.raises(SVFitError, match="lacks its text_encoder, there is no text_encoder/config.json in it"):
         open_base_model(str(tmp_path), one_at_a_time=one_at_a_time)
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler", "told", "guidance"),
+    [
+        ("sd-turbo", None, None, 1.0),
+        ("SDXL_Lightning_4step", None, None, 1.0),
+        ("LCM_dream", None, 8, 8.0),
+        ("dream", LCMScheduler, None, 1.0),
+        ("hyperion", None, None, 7.5),
+        ("turbosquid", None, None, 7.5),
+    ],
+)
+def test_bases_distilled_for_few_steps(tiny_base, tmp_path, caplog, name, scheduler, told, guidance):
+    folder = shutil.copytree(tiny_base, tmp_path / name)
+    if scheduler is not None:
+        pipeline = tiny_pipeline()
+        scheduler.from_config(pipeline.scheduler.config).save_pretrained(folder / "scheduler")
+        index = json.loads((folder / "model_index.json").read_text())
+        change_json(
+            folder / "model_index.json", scheduler=["diffusers", scheduler.__name__], _class_name=index["_class_name"]
+        )
+    if told is not None:
+        tiny_unet(time_cond_proj_dim=told).save_pretrained(folder / "unet")
+    assert open_base_model(str(folder)).guidance_scale == guidance
+    assert ("calls itself distilled for few steps" in caplog.text) == (guidance != 7.5)

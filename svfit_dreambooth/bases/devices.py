@@ -14,6 +14,14 @@ def default_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` is a lack of memory, by its type or, as of torch's allocators, by its words."""
+    words = str(error).lower()
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        "out of memory" in words or "not enough memory" in words or "can't allocate memory" in words
+    )
+
+
 def available_memory() -> int:
     """Bytes that are free where training happens: on the GPU if there is one, else in main memory."""
     if torch.cuda.is_available():

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from svfit_dreambooth.method.weights import Lazy
 
 logger = logging.getLogger(__name__)
 
+FEW_STEPS = re.compile(r"(?<![a-z])(turbo|lightning|lcm|hyper)(?![a-z])", re.IGNORECASE)
 SAMPLE = 64  # values of each weight that the digest looks at, at least
 
 
@@ -74,9 +76,17 @@ class BaseModel:
         return self.family.resolution
 
     @property
+    def few_steps(self) -> bool:
+        """Whether a Stable Diffusion says, by its name or its sampler, that it was distilled to paint in a few steps."""
+        said = FEW_STEPS.search(self.name) or type(self.pipeline.scheduler).__name__ == "LCMScheduler"
+        return bool(said) and isinstance(self.family, StableDiffusion)
+
+    @property
     def guidance_scale(self) -> float:
-        """Guidance that suits the base."""
-        return self.family.guidance_scale
+        """Guidance that suits the base: 1, which is none, where that was distilled too; 8 where the denoiser is told it."""
+        if not self.few_steps:
+            return self.family.guidance_scale
+        return 1.0 if self.family.denoiser.config.time_cond_proj_dim is None else 8.0
 
     @property
     def architecture(self) -> str:
@@ -266,6 +276,13 @@ def open_base_model(
     check_tokenizers(name, model.family)
     model.family.check(name)
     exchange_autoencoder(model, pretrained_vae_model_name_or_path, local_files_only)
+    if model.few_steps:
+        logger.warning(
+            "%s calls itself distilled for few steps: num_inference_steps 1 to 8 suits it, and guidance_scale %g is taken "
+            "unless you give another; to train, take the base that it was made from.",
+            model.name,
+            model.guidance_scale,
+        )
     return model
 
 

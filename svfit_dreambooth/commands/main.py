@@ -57,9 +57,28 @@ def _plainly(command: Callable[[Sequence[str], set[str]], None], arguments: Sequ
     except KeyboardInterrupt:
         print("stopped.", file=sys.stderr)
         return 130
+    except (MemoryError, RuntimeError) as error:
+        from svfit_dreambooth.bases.devices import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        print(
+            f"error: out of memory: try {with_dashes('dtype float16', names, ['dtype'])}, smaller pictures, or fewer at "
+            "once.",
+            file=sys.stderr,
+        )
+        return 2
     except BrokenPipeError:  # who read has read enough, as in `... | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(
+            f"error: '{printable(error.filename)}' cannot be used ({error.strerror}): choose another place.",
+            file=sys.stderr,
+        )
+        return 2
     return 0
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from svfit_dreambooth.adapter.describe import annotate_adapter, base_metadata
 from svfit_dreambooth.adapter.file import Adapter, read_adapter, save_adapter
-from svfit_dreambooth.bases.devices import MIXED_PRECISION
+from svfit_dreambooth.bases.devices import MIXED_PRECISION, is_out_of_memory
 from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import NotWritten
@@ -209,14 +209,6 @@ def plain_memory_errors() -> Iterator[None]:
             "gradient_accumulation_steps for the same result) or a smaller resolution.",
             "resolution",
         ) from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` is a lack of memory, by its type or, as of torch's allocators, by its words."""
-    words = str(error).lower()
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        "out of memory" in words or "not enough memory" in words or "can't allocate memory" in words
-    )
 
 
 def stored_base(plan: Plan, base: BaseModel) -> BaseModel:
