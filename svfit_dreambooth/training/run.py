@@ -80,8 +80,7 @@ def train(config: TrainConfig, on_step: OnStep | None = None, base: BaseModel | 
             sensitivity = measured(plan, weights, hashes, resumed, accelerator)
             step_aside(plan, accelerator)
             positions = shared_out(plan, examples, weights, hashes, resumed, sensitivity, accelerator)
-            with accelerator.main_process_first():  # it decomposes, the others then find the bases
-                trainable = Trainable(plan, weights, hashes, positions, accelerator)
+            trainable = Trainable(plan, weights, hashes, positions, accelerator)
             del weights  # they would stay in memory beside the cast networks
             objective = Objective(plan, examples, trainable.networks, accelerator.device)
             trainable.steps = steps_of(plan, trainable, sensitivity, resumed)

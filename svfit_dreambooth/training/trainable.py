@@ -130,7 +130,8 @@ class Trainable:
             frozen.requires_grad_(False)
         adapted = weights if positions is None else chosen(weights, positions)
         self.base_fingerprint = fingerprint(joined(adapted, word_rows(family, word)), hashes)
-        self.parts: list[Part] = [Shifts(plan, weights, hashes, positions)]
+        with accelerator.main_process_first():  # it decomposes, the others then find the bases
+            self.parts: list[Part] = [Shifts(plan, weights, hashes, positions)]
         if word is not None:
             self.parts.append(Word(plan))
         self.values = {name: value for part in self.parts for name, value in part.values.items()}
@@ -141,7 +142,7 @@ class Trainable:
         for component in plan.trained:
             module = family.components[component].to(accelerator.device, MIXED_PRECISION[plan.config.mixed_precision])
             spare_memory(module.train(), plan.config.gradient_checkpointing)
-            self.networks[component] = accelerator.prepare(module)
+            self.networks[component] = accelerator.prepare(module)  # where all processes meet
 
     @property
     def modules(self) -> list[nn.Module]:
