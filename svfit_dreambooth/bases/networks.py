@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from svfit_dreambooth.bases.family import Family, tokenizer_name
+from svfit_dreambooth.bases.quantizing import check_unquantized
 from svfit_dreambooth.errors import SVFitError
 
 LIBRARIES = ("diffusers", "transformers")
@@ -84,6 +85,8 @@ def open_network(
     Raises SVFitError where its files lack weights of it or hold others than those: libraries would fill the one with
     random numbers and drop the other.
     """
+    if issubclass(kind, ModelMixin):
+        check_unquantized(name, part, kind.load_config(folder / part, local_files_only=True))
     module, found = kind.from_pretrained(
         folder / part,
         variant=variant,
@@ -99,8 +102,10 @@ def open_network(
 def outline_network(source: str, part: str, cls: Any, **location: Any) -> Any:
     """One part of a pipeline: networks empty, tokenizers and schedulers whole."""
     if issubclass(cls, ModelMixin):
+        config = cls.load_config(source, subfolder=part, **location)
+        check_unquantized(source, part, config)
         with torch.device("meta"):
-            return cls.from_config(cls.load_config(source, subfolder=part, **location))
+            return cls.from_config(config)
     if issubclass(cls, PreTrainedModel):
         config = cls.config_class.from_pretrained(source, subfolder=part, **location)
         with torch.device("meta"):

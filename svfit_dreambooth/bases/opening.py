@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from svfit_dreambooth.bases.families import family_named, family_of
 from svfit_dreambooth.bases.family import Family
 from svfit_dreambooth.bases.names import DEFAULT_BASE, EMBEDDED_WEIGHTS, as_asked, base_name, is_hub_id
 from svfit_dreambooth.bases.networks import check_latent_unit, check_weights, open_networks, outline_networks
+from svfit_dreambooth.bases.quantizing import Quantization, check_library, empty
 from svfit_dreambooth.bases.single_file import read_single_file
 from svfit_dreambooth.bases.stable_diffusion import StableDiffusion
 from svfit_dreambooth.bases.stored import StoredBase
@@ -29,8 +30,9 @@ from svfit_dreambooth.bases.tokenizers import check_tokenizers
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import weight_hash
 from svfit_dreambooth.method.decomposition import as_matrix
+from svfit_dreambooth.method.quantized import is_quantized, stored_weight
 from svfit_dreambooth.method.targets import Projections
-from svfit_dreambooth.method.weights import Lazy
+from svfit_dreambooth.method.weights import Lazy, joined
 
 logger = logging.getLogger(__name__)
 
@@ -96,15 +98,16 @@ class BaseModel:
     def weights(self, layers: Mapping[str, Projections]) -> Mapping[str, Tensor]:
         """The weights of `layers` by component, as matrices (out, in), by "<component>.<layer>".
 
-        They share memory with the base, as long as that is not cast; those of a base that is opened one network at a
-        time are read from its files, each time they are asked for.
+        They share memory with the base, as long as that is not cast; those of a base that is quantised or opened one
+        network at a time are read from its files, each time they are asked for.
         """
         if self.stored is None:
-            return {
-                f"{component}.{name}": as_matrix(layer.weight.detach())
-                for component, own in layers.items()
-                for name, (_, _, layer) in own.items()
+            found = {
+                f"{component}.{name}": layer for component, own in layers.items() for name, (_, _, layer) in own.items()
             }
+            plain = {name: as_matrix(layer.weight.detach()) for name, layer in found.items() if not is_quantized(layer)}
+            coarse = {name: partial(stored_weight, name, layer) for name, layer in found.items() if name not in plain}
+            return joined(plain, Lazy(coarse)) if coarse else plain
         (component,) = layers
         stored = self.stored.weights(component)
         return Lazy(
@@ -132,7 +135,7 @@ class BaseModel:
         """Frees the memory of those networks, of a base that is opened one at a time."""
         for part in parts:
             if self.stored is not None and self.is_open(part):
-                getattr(self.pipeline, part).to("meta")
+                empty(getattr(self.pipeline, part))
             if self.stored is not None and part in self.family.text_encoder_names:
                 setattr(self.pipeline, part, None)  # a pipeline asks each part for its device
 
@@ -201,13 +204,15 @@ def open_base_model(
     content_filter: bool = True,
     local_files_only: bool = False,
     one_at_a_time: bool = False,
+    quantize: Quantization | None = None,
 ) -> BaseModel:
     """The base model `name`: the embedded one's word, a diffusers folder, a hub id, or a single-file .safetensors checkpoint.
 
     Weights are float32 on the CPU, whatever their file holds, so that bases are taken from the stored precision;
     cast and move the pipeline afterwards.  `pretrained_vae_model_name_or_path`: see `exchange_autoencoder`.  `content_filter`: load the safety checker where the base has one.
     `local_files_only`: never download.  `one_at_a_time`: networks of a family whose text encoders are not adapted come
-    as outlines, which `BaseModel.open` fills.  Raises SVFitError for anything that is not such a model.
+    as outlines, which `BaseModel.open` fills.  `quantize`: hold the denoiser's weights in fewer bits, see
+    `quantizing`.  Raises SVFitError for anything that is not such a model.
     """
     name = as_asked(name)
     base_config = base_config and as_asked(base_config)
@@ -217,7 +222,15 @@ def open_base_model(
     if not path.exists():
         location["revision"] = revision
     stored = None
+    if quantize is not None:
+        check_library(quantize)
     try:
+        if path.is_file() and quantize is not None:
+            raise SVFitError(
+                f"quantize {quantize} needs a diffusers folder or a hub id, from which single weights can be read again, "
+                f"and {name} is one file: save it as a folder first.",
+                "quantize",
+            )
         if path.is_file():
             family, prediction_type = read_single_file(path)
             kind = family.pipeline_class.__name__
@@ -241,8 +254,9 @@ def open_base_model(
                 _fetch_whole(name, variant=variant, **location)
             options = {"variant": variant, "use_safetensors": True, **family.load_options(content_filter)}
             folder = path if path.exists() else Path(family.pipeline_class.download(name, **location, **options))
+            files = StoredBase(name, folder, family, variant, quantize)
             if one_at_a_time and not family.adaptable_text_encoders:
-                stored = StoredBase(name, folder, family, variant)
+                stored = files
                 networks = outline_networks(name, folder, family)
                 stored.check(family.denoiser_name, networks[family.denoiser_name])
             else:
@@ -275,6 +289,9 @@ def open_base_model(
         check_latent_unit(name, model.family)
     check_tokenizers(name, model.family)
     model.family.check(name)
+    if quantize is not None and stored is None:
+        _ = model.digest  # of the weights as they are stored
+        files.quantize_denoiser(model.family.denoiser)
     exchange_autoencoder(model, pretrained_vae_model_name_or_path, local_files_only)
     if model.few_steps:
         logger.warning(

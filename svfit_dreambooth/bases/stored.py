@@ -6,7 +6,6 @@ So are opened the bases whose text encoders hold as many weights as their denois
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from svfit_dreambooth.bases.family import Family, tokenizer_name
 from svfit_dreambooth.bases.networks import check_keys, check_numbers, class_of, network_names, open_network
+from svfit_dreambooth.bases.quantizing import Quantization, block_layers, quantize_layers
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.weights import Lazy
 
@@ -35,6 +35,7 @@ class StoredBase:
     folder: Path
     family: type[Family]
     variant: str | None
+    quantize: Quantization | None = None  # how its denoiser is held
 
     @cached_property
     def index(self) -> dict[str, Any]:
@@ -46,7 +47,7 @@ class StoredBase:
         return network_names(self.index, self.family)
 
     def open(self, part: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """One network, in `dtype` on the CPU.  Raises SVFitError where its files are not whole."""
+        """One network, in `dtype` on the CPU, the denoiser quantised as asked.  Raises SVFitError where its files are not whole."""
         try:
             network = open_network(
                 self.name, self.folder, part, class_of(self.name, part, self.index), self.variant, dtype
@@ -56,7 +57,15 @@ class StoredBase:
             raise SVFitError(f"the {part} of {self.name} cannot be opened: {reason}") from error
         if part not in self.family.text_encoder_names:  # of those the answers tell
             check_numbers(self.name, part, network)
+        if part == self.family.denoiser_name:
+            self.quantize_denoiser(network)
         return network
+
+    def quantize_denoiser(self, network: nn.Module) -> None:
+        """Holds an open denoiser as `quantize` says; its layers read their weights from the files again."""
+        if self.quantize is not None:
+            names, readers = block_layers(network, self.family), self.weights(self.family.denoiser_name).readers
+            quantize_layers(network, names, self.quantize, readers)
 
     def files(self, part: str) -> list[Path]:
         """The files that hold the weights of a network.  Raises SVFitError where there are none."""
@@ -109,7 +118,7 @@ class StoredBase:
                 raise SVFitError(f"{path} is no whole safetensors file ({error}): download it again.") from None
         return found
 
-    def weights(self, part: str) -> Mapping[str, Tensor]:
+    def weights(self, part: str) -> Lazy:
         """Those of a network, by their names in it, float32; read from the files when they are asked for."""
         return Lazy({name: partial(_read, path, name) for name, path in self.places(part).items()})
 

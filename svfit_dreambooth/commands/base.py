@@ -21,7 +21,8 @@ def add_base(parser: argparse.ArgumentParser) -> None:
 
 def base_options(options: argparse.Namespace) -> dict[str, Any]:
     """What `open_base_model` takes of them beside the name."""
-    names = ("revision", "variant", "base_config", "pretrained_vae_model_name_or_path")
+    names = ["revision", "variant", "base_config", "pretrained_vae_model_name_or_path"]
+    names += ["quantize"] if "quantize" in options else []
     return {name: getattr(options, name) for name in names}
 
 

@@ -166,6 +166,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--image", type=Path, metavar="FILE", help="begin with this picture instead of noise")
     generate.add_argument("--strength", type=float, help="with image: how much is painted anew, 0 to 1 (default: 0.6)")
     generate.add_argument("--mask_image", type=Path, metavar="FILE", help="with image: paint where this one is white")
+    generate.add_argument(
+        "--quantize", choices=["int8", "fp8", "nf4"], help="hold the denoiser's blocks in 8 or 4 bits"
+    )
     generate.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     generate.add_argument("--allow_other_base", action="store_true", help="use adapters on a relative of their base")
     generate.add_argument(

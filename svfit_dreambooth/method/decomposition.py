@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from svfit_dreambooth.errors import SVFitError
 
@@ -22,6 +22,14 @@ GRAM_CONDITION = 1e-5
 def as_matrix(weight: Tensor) -> Tensor:
     """The weight of a linear layer (out, in) as it is, that of a convolution as (out, in / groups * h * w)."""
     return weight.flatten(1)
+
+
+def matrix_shape(layer: nn.Module) -> tuple[int, int]:
+    """Rows and columns of the weight of a linear layer, quantised or not, or of a convolution, as a matrix."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return weight.shape[0], weight[0].numel()
 
 
 def resolve_rank(S: Tensor, rank: Rank = "full", energy: float | None = None) -> int:

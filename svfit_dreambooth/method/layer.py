@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.arithmetic import delta, exact_delta, kept_precise, merged_weight, shift_dtype
-from svfit_dreambooth.method.decomposition import as_matrix
+from svfit_dreambooth.method.decomposition import matrix_shape
 from svfit_dreambooth.method.mixed import Mixed
 
 
@@ -71,11 +71,10 @@ class SVFitLayer(nn.Module):
 
     def _take_over(self, layer: nn.Linear | nn.Conv2d, U: Tensor, Vh: Tensor) -> None:
         """The parameters of `layer` (the same objects) and a shift of zeros for the basis U (out, r), Vh (r, in)."""
-        rank, matrix = U.shape[-1], as_matrix(layer.weight)
-        if U.shape != (matrix.shape[0], rank) or Vh.shape != (rank, matrix.shape[1]):
+        rank, (out, into) = U.shape[-1], matrix_shape(layer)
+        if U.shape != (out, rank) or Vh.shape != (rank, into):
             raise SVFitError(
-                f"a basis of shapes {tuple(U.shape)} and {tuple(Vh.shape)} does not fit a weight of shape "
-                f"{tuple(matrix.shape)}."
+                f"a basis of shapes {tuple(U.shape)} and {tuple(Vh.shape)} does not fit a weight of shape {(out, into)}."
             )
         self.weight = weight = layer.weight
         self.bias = layer.bias
@@ -85,9 +84,10 @@ class SVFitLayer(nn.Module):
         self.train(layer.training)
 
     def _hold(self, **sides: Tensor) -> None:
-        """Keeps parts of the basis, where the weight is and in its type."""
+        """Keeps parts of the basis, where the weight is and in its type; beside integers in float32."""
+        dtype = self.weight.dtype if self.weight.is_floating_point() else torch.float32
         for name, side in sides.items():
-            self.register_buffer(name, side.to(self.weight.device, self.weight.dtype), persistent=False)
+            self.register_buffer(name, side.to(self.weight.device, dtype), persistent=False)
 
     @property
     def rank(self) -> int:

@@ -15,14 +15,17 @@ rounding error over S_i.  Values below a floor that follows from the weight's ty
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.layer import SVFitConv2d, SVFitLayer, SVFitLinear
+from svfit_dreambooth.method.quantized import is_quantized, kind_of, stored_weight
 
 # Numbers in U and Vh of one layer: above it they weigh more than the products that both sides can save, see
 # `layer.merged_is_cheaper`.  Every attention projection of Stable Diffusion and SDXL lies below, at full rank.
@@ -37,14 +40,14 @@ USUAL_SMALL = {"float": 0.04, "int8": 0.17, "fp8": 0.36, "nf4": 0.85}
 def svfit_layer(plain: nn.Linear | nn.Conv2d, basis: Sequence[Tensor]) -> SVFitLayer:
     """The SVFit layer in place of `plain`, in the form that suits its shape and the memory of its basis.
 
-    `basis`: U (out, r), S (r,), Vh (r, in), or without S, which keeps both sides whatever the size.
+    `basis`: U (out, r), S (r,), Vh (r, in), or without S, which keeps both sides whatever the size and the weight.
     """
     U, *S, Vh = basis
     if isinstance(plain, nn.Conv2d):
         return SVFitConv2d(plain, U, Vh)
-    if not S or both_sides_suit(U.shape[0], Vh.shape[1], len(Vh)):
+    if not is_quantized(plain) and (not S or both_sides_suit(U.shape[0], Vh.shape[1], len(Vh))):
         return SVFitLinear(plain, U, Vh)
-    return SVFitOneSided(plain, U, S[0], Vh)
+    return SVFitOneSided(plain, U, S[0] if S else torch.zeros(len(Vh)), Vh)
 
 
 def both_sides_suit(out_features: int, in_features: int, rank: int) -> bool:
@@ -82,12 +85,18 @@ class SVFitOneSided(SVFitLayer, nn.Linear):
 
     side: Tensor  # (big, in), rows v_i, or where out < in (big, out), rows u_i
     S: Tensor  # (big,), at least float32
+    stored: Callable[[], Tensor]  # reads the weight as it was before it was quantised
+    quantized: nn.Linear | None  # the layer that was here before, where its weight is quantised
 
     def __init__(self, linear: nn.Linear, U: Tensor, S: Tensor, Vh: Tensor) -> None:
         """Takes over the parameters of `linear` (the same objects) with the basis U (out, r), S (r,), Vh (r, in)."""
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         self._take_over(linear, U, Vh)
-        big = len(S) - small_values(S, linear.weight.detach())
+        # a quantised weight means something only to its own layer, which is asked for its product then
+        object.__setattr__(self, "quantized", linear if is_quantized(linear) else None)
+        if self.quantized is not None:
+            self.stored = vars(linear)["stored"]
+        big = len(S) - small_values(S, stored_weight("the layer", linear), kind_of(linear))
         side = Vh if self.out_features >= self.in_features else U.mT
         self._hold(side=side[:big].contiguous(), U=U[:, big:].contiguous(), Vh=Vh[big:].contiguous())
         self.register_buffer("S", S[:big].to(self.shift, copy=True), persistent=False)
@@ -101,6 +110,7 @@ class SVFitOneSided(SVFitLayer, nn.Linear):
         """(..., in) -> (..., out)"""
         if self.unmerged_weight is not None:
             return self.frozen(input)
+        self._suit(input)
         shift = self.shift_of(input)
         if shift.ndim == 3:  # one per sample: (batch, 1, r) to as many dimensions as the input has
             shift = shift.reshape(-1, *(1 for _ in range(input.ndim - 2)), self.rank)
@@ -118,7 +128,40 @@ class SVFitOneSided(SVFitLayer, nn.Linear):
 
     def frozen(self, input: Tensor) -> Tensor:
         """What the layer computes without its shift, (..., in) -> (..., out)."""
-        return nn.Linear.forward(self, input)
+        if self.quantized is None:
+            return nn.Linear.forward(self, input)
+        return self._quantized()(input)
+
+    def _quantized(self) -> nn.Linear:
+        """The quantised layer, which holds what this one holds, also after that was moved or cast."""
+        layer: Any = self.quantized
+        if layer.weight is not self.weight or layer.bias is not self.bias:
+            layer.weight, layer.bias = self.weight, self.bias
+        return layer
+
+    def _suit(self, input: Tensor) -> None:
+        """A quantised weight does not tell in which type its network computes; the input does."""
+        if self.quantized is None or self.side.dtype == input.dtype or torch.is_autocast_enabled(input.device.type):
+            return
+        for name in ("side", "U", "Vh"):
+            setattr(self, name, getattr(self, name).to(input.dtype))
+
+    @property
+    def base_weight(self) -> Tensor:
+        """The base's own weight as it is stored, also while merged or quantised."""
+        return super().base_weight if self.quantized is None else self.stored()
+
+    def merge(self) -> None:
+        """As `SVFitLayer.merge`.  Raises SVFitError for a quantised weight, which would be rounded anew."""
+        if self.quantized is not None:
+            raise SVFitError(
+                f"adapters are not merged into {kind_of(self)} weights, which would round them away: open the base "
+                "unquantised for that."
+            )
+        super().merge()
+
+    def to_plain(self) -> nn.Module:
+        return super().to_plain() if self.quantized is None else self._quantized().train(self.training)
 
     def _moved(self, start: Tensor, along: Tensor, gain: Tensor) -> Tensor:
         """start + side^T (gain * (side along)), each of `start`, `along` (..., n) with the short side's n."""
@@ -132,7 +175,7 @@ class SVFitOneSided(SVFitLayer, nn.Linear):
     @torch.no_grad()
     def factors(self) -> tuple[Tensor, Tensor]:
         """U (out, r), Vh (r, in) that the layer amounts to, in at least float32."""
-        W = self.base_weight.to(self.S.dtype)  # (out, in)
+        W = self.base_weight.to(self.S)  # (out, in)
         side = self.side.to(W)
         if self.in_front:
             U, Vh = (W @ side.mT) / self.S, side

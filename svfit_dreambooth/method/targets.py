@@ -24,6 +24,7 @@ from svfit_dreambooth.method.arithmetic import padded
 from svfit_dreambooth.method.decomposition import Rank, as_matrix, decompose
 from svfit_dreambooth.method.layer import SVFitConv2d, SVFitLayer, SVFitLinear
 from svfit_dreambooth.method.one_sided import SVFitOneSided, svfit_layer
+from svfit_dreambooth.method.quantized import KINDS, check_stored, is_quantized, kind_of, stored_weight
 
 Layer = nn.Linear | nn.Conv2d
 Projections = dict[str, tuple[nn.Module, str, Layer]]  # canonical name -> (parent module, attribute, layer)
@@ -73,11 +74,14 @@ def matrix_layers(model: nn.Module) -> Projections:
 
 
 def check_plain(name: str, layer: Layer) -> None:
-    """Raises SVFitError for a quantised layer: its weight cannot be decomposed."""
+    """Raises SVFitError for a layer whose weight cannot be decomposed: quantised, unless it tells what it was before."""
+    if kind_of(layer) in KINDS.values():
+        check_stored(name, layer)
+        return
     if type(layer) not in PLAIN_LAYERS:
         kind = "convolution" if isinstance(layer, nn.Conv2d) else "linear layer"
         raise SVFitError(f"{name} is a {type(layer).__name__}, not a plain {kind}: load the base unquantised.")
-    if not layer.weight.is_floating_point():
+    if is_quantized(layer):
         raise SVFitError(f"{name} holds {layer.weight.dtype} values: load the base in float32, float16 or bfloat16.")
 
 
@@ -152,7 +156,8 @@ def apply_svfit(
 
     if basis is None:
         bases: dict[str, Sequence[Tensor]] = {
-            name: decompose(as_matrix(layer.weight), rank, energy=energy) for name, (_, _, layer) in found.items()
+            name: decompose(as_matrix(stored_weight(name, layer)), rank, energy=energy)
+            for name, (_, _, layer) in found.items()
         }
     else:
         missing = sorted(set(found) - set(basis))

@@ -18,6 +18,7 @@ from svfit_dreambooth.bases.families import family_of, pipeline_components
 from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import model_triplets
+from svfit_dreambooth.method.quantized import is_quantized
 from svfit_dreambooth.method.targets import merged, patch_layers, remove_svfit, svfit_layers
 from svfit_dreambooth.method.weights import Lazy
 from svfit_dreambooth.method.word import install_words, remove_word_embedding, word_embedding
@@ -163,11 +164,15 @@ def _saving_forbidden(*args: object, **kwargs: object) -> None:
 
 @contextmanager
 def merge_adapters(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """Within it the adapters are merged into the weights, which then cost nothing extra; afterwards as before."""
+    """Within it the adapters are merged into the weights, which then cost nothing extra; afterwards as before.
+
+    Those of a network whose weights are offloaded layer by layer, or quantised, stay beside them.
+    """
     with ExitStack() as stack:
         if weights_at_hand(pipeline):
             for model in pipeline_components(pipeline).values():
-                stack.enter_context(merged(model))
+                if not any(map(is_quantized, svfit_layers(model).values())):
+                    stack.enter_context(merged(model))
         yield
 
 

@@ -16,8 +16,9 @@ from svfit_dreambooth.bases.names import check_held, split_revision
 from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import distance, same_base, weight_hashes
-from svfit_dreambooth.method.decomposition import as_matrix
+from svfit_dreambooth.method.decomposition import as_matrix, matrix_shape
 from svfit_dreambooth.method.layer import SVFitLayer
+from svfit_dreambooth.method.quantized import stored_weight
 from svfit_dreambooth.method.targets import check_plain, matrix_layers
 from svfit_dreambooth.method.weights import Lazy, chosen
 from svfit_dreambooth.method.word import WORD_END, Pieces, base_rows, overlap, word_pieces
@@ -63,14 +64,14 @@ def adapted_weights(pipeline: DiffusionPipeline, adapter: Adapter, name: str) ->
         found = matrix_layers(components[component])
         for path, shift in adapter.component_shifts(component).items():
             layer = found[path][2] if path in found else None
-            if layer is None or len(shift) > min(as_matrix(layer.weight).shape):
+            if layer is None or len(shift) > min(matrix_shape(layer)):
                 check_held(adapter.base_model, f"the adapter {name!r}")
                 raise SVFitError(
                     f"the adapter {name!r} was trained on {adapter.base_model}, whose {component} is built otherwise "
                     f"than this one ({path}): load it on that base."
                 )
             check_plain(f"{component}.{path}", layer)
-            weight = layer.base_weight if isinstance(layer, SVFitLayer) else layer.weight.detach()
+            weight = layer.base_weight if isinstance(layer, SVFitLayer) else stored_weight(path, layer)
             weights[f"{component}.{path}"] = as_matrix(weight)
     for number, word in enumerate(adapter.learned_words):
         for component in word.deltas:

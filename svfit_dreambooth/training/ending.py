@@ -39,6 +39,8 @@ def training_record(plan: Plan, steps: Steps, ending: Ending, num_processes: int
         record[name] = getattr(config, name)
     if plan.base.vae_name is not None:
         record["vae"] = plan.base.vae_name
+    if config.quantize is not None:
+        record["quantize"] = config.quantize
     if config.clip_skip:
         record["clip_skip"] = config.clip_skip
     record["learning_rate"] = float(f"{steps.learning_rate:.4g}")  # a number, also where it was left to the base

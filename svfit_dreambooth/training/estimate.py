@@ -6,6 +6,7 @@ and every tensor that it keeps for the backward pass is added up.
 
 import copy
 import dataclasses
+import math
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from torch.utils._pytree import tree_leaves
 
 from svfit_dreambooth.bases.devices import MIXED_PRECISION, default_device
 from svfit_dreambooth.bases.family import Family
+from svfit_dreambooth.bases.quantizing import BYTES, block_layers
+from svfit_dreambooth.method.decomposition import matrix_shape
 from svfit_dreambooth.method.one_sided import basis_numbers
 from svfit_dreambooth.method.targets import apply_svfit
 from svfit_dreambooth.training.config import TrainConfig
@@ -79,11 +82,13 @@ def estimate_memory(plan: Plan) -> Estimate:
     tried: dict[str, Any] = {}
     words = []
     no_looks = {"validation_steps": 0 if default_device().type != "cpu" else plan.config.validation_steps}
+    large = plan.base.family.values_per_layer is not None  # on small bases there is little to quantise
     changes: list[tuple[dict[str, Any], str]] = [
         (no_looks, "validation_steps 0"),
         ({"gradient_checkpointing": True}, "gradient_checkpointing"),
         ({"mixed_precision": "bf16"}, "mixed_precision bf16"),
         ({"train_batch_size": 1}, "train_batch_size 1"),
+        *([({"quantize": kind}, f"quantize {kind}") for kind in ("int8", "nf4")] if large else []),
         ({"resolution": (plan.config.resolution or 0) * 3 // 4 // 64 * 64 or plan.config.resolution}, "resolution"),
     ]
     for change, word in changes:
@@ -106,14 +111,14 @@ def _estimate(plan: Plan, config: TrainConfig) -> Estimate:
     for component, module in {"vae": plan.base.pipeline.vae, **plan.base.family.networks}.items():
         if before and component not in plan.trained and not (component == "vae" and config.validation_steps):
             continue
-        parameters = sum(parameter.numel() for parameter in module.parameters())
+        parameters = _weights(module)
         if component in plan.trained:
-            networks += parameters * size
+            networks += round(parameters * size - _spared(plan, config, component) * size)
         elif not aside:
             networks += parameters * 4
     bases = 0
     for shape in plan.shapes.values():
-        bases += basis_numbers(*_sizes(shape, config)) * size
+        bases += basis_numbers(*_sizes(shape, config), config.quantize or "float") * size
     return Estimate(
         networks, bases, _activations(plan, config), _answers(plan, config), plan.free_memory, before=before
     )
@@ -173,6 +178,24 @@ def _answers(plan: Plan, config: TrainConfig) -> int:
     with FakeTensorMode():
         latents = plan.base.family.stand_in(1, int(config.resolution or plan.base.resolution))[0]
     return EXAMPLES * latents.numel() * MIXED_PRECISION[config.mixed_precision].itemsize
+
+
+def _weights(module: nn.Module) -> int:
+    """How many weights a network has, of which some may be packed."""
+    packed = {
+        id(layer.weight): math.prod(matrix_shape(layer)) for layer in module.modules() if isinstance(layer, nn.Linear)
+    }
+    return sum(packed.get(id(parameter), parameter.numel()) for parameter in module.parameters())
+
+
+def _spared(plan: Plan, config: TrainConfig, component: str) -> float:
+    """How many weights of a network, in the precision of the run, quantising makes up for."""
+    family = plan.base.family
+    if config.quantize is None or component != family.denoiser_name:
+        return 0.0
+    layers = (family.denoiser.get_submodule(name) for name in block_layers(family.denoiser, family))
+    size = MIXED_PRECISION[config.mixed_precision].itemsize
+    return sum(math.prod(matrix_shape(layer)) for layer in layers) * (1 - BYTES[config.quantize] / size)
 
 
 def _sizes(shape: tuple[int, int], config: TrainConfig) -> tuple[int, int, int]:

@@ -41,6 +41,11 @@ class ModelOptions:
         least=0,
         most=100,
     )
+    quantize: Literal["int8", "fp8", "nf4"] | None = option(
+        None,
+        "Hold the weights of the denoiser's blocks in 8 or 4 bits, by torchao or bitsandbytes; None: as "
+        "mixed_precision says.",
+    )
     basis_cache_dir: str | None = option(
         None, "Where decomposed bases are kept; None: $SVFIT_CACHE or the user's cache folder.", path=True
     )

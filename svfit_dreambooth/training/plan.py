@@ -14,6 +14,7 @@ from svfit_dreambooth.bases.devices import MIXED_PRECISION, available_memory
 from svfit_dreambooth.bases.names import as_asked
 from svfit_dreambooth.bases.opening import BaseModel, check_base_model, open_base_model
 from svfit_dreambooth.bases.outline import outline_base_model
+from svfit_dreambooth.method.decomposition import matrix_shape
 from svfit_dreambooth.method.word import word_pieces
 from svfit_dreambooth.photos.crops import Size, training_size
 from svfit_dreambooth.photos.reading import Photo, photo_report
@@ -62,8 +63,8 @@ class Plan:
     def weights(self) -> Mapping[str, Tensor]:
         """The base's weights that the run adapts, as matrices (out, in), by the names of `shapes`.
 
-        They share memory with the base, as long as that is not cast; those of a base that is opened one network at a
-        time are read from its files, each time they are asked for.
+        They share memory with the base, as long as that is not cast; those of a base that is quantised or opened one
+        network at a time are read from its files, each time they are asked for.
         """
         config = self.config
         return self.base.weights(self.base.family.adapted_layers(config.target_modules, config.train_text_encoder))
@@ -162,7 +163,7 @@ def prepare(
     found = base.family.adapted_layers(config.target_modules, config.train_text_encoder)
     targets = {component: list(layers) for component, layers in found.items()}
     shapes = {
-        f"{component}.{name}": (layer.weight.shape[0], layer.weight[0].numel())
+        f"{component}.{name}": matrix_shape(layer)
         for component, layers in found.items()
         for name, (_, _, layer) in layers.items()
     }
@@ -188,6 +189,7 @@ def open_run_base(config: TrainConfig, *, local_files_only: bool = False) -> Bas
         variant=config.variant,
         base_config=config.base_config,
         pretrained_vae_model_name_or_path=config.pretrained_vae_model_name_or_path,
+        quantize=config.quantize,
         content_filter=False,
         local_files_only=local_files_only,
         one_at_a_time=True,

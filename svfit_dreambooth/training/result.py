@@ -17,6 +17,7 @@ from svfit_dreambooth.adapter.describe import annotate_adapter, base_metadata
 from svfit_dreambooth.adapter.file import Adapter, read_adapter, save_adapter
 from svfit_dreambooth.bases.devices import MIXED_PRECISION, is_out_of_memory
 from svfit_dreambooth.bases.opening import BaseModel
+from svfit_dreambooth.bases.quantizing import empty
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import NotWritten
 from svfit_dreambooth.sharing.export import export_lora
@@ -227,7 +228,7 @@ def stored_base(plan: Plan, base: BaseModel) -> BaseModel:
     elif family.denoiser.dtype == torch.bfloat16:
         for module in family.pipeline.components.values():
             if isinstance(module, nn.Module):
-                module.to("meta")
+                empty(module)
         return open_run_base(plan.config)
     return base
 

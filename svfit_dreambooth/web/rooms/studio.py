@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from svfit_dreambooth.bases.names import check_held
+from svfit_dreambooth.bases.quantizing import empty
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web.rooms.bases import OFF, Bases, check_on_hub
 from svfit_dreambooth.web.rooms.libraries import libraries
@@ -220,7 +221,7 @@ class Studio:
         if self._model is not None:
             for module in self._model.pipeline.components.values():
                 if isinstance(module, torch.nn.Module):
-                    module.to("meta")  # gives its memory back, whoever still knows of it
+                    empty(module)
         self._model, self._opened = None, None
         self._loaded.clear()
         gc.collect()
