@@ -22,7 +22,7 @@ from svfit_dreambooth.adapter.file import Adapter
 from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import fingerprint, model_basis
-from svfit_dreambooth.method.layer import as_matrix
+from svfit_dreambooth.method.decomposition import as_matrix
 from svfit_dreambooth.method.targets import canonical_name, check_plain, matrix_layers
 from svfit_dreambooth.sharing.imports import Import, kinds, shares
 from svfit_dreambooth.sharing.lora_names import lora_places
