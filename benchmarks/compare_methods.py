@@ -45,8 +45,9 @@ from svfit_dreambooth.training.examples import encode_examples
 from svfit_dreambooth.training.keep_base import KeptBase
 from svfit_dreambooth.training.loop import Loop, Step
 from svfit_dreambooth.training.objective import Objective
-from svfit_dreambooth.training.optimizer import Steps
+from svfit_dreambooth.training.optimizer import Steps, step_scales
 from svfit_dreambooth.training.plan import Plan, prepare
+from svfit_dreambooth.training.sensitivity import base_sensitivity
 from svfit_dreambooth.training.watch import join
 
 TEXT_ENCODER_LR = 2e-3
@@ -149,6 +150,9 @@ def make(
             untouched[key] = painted(run, steps, questions, job.seed)
         with FileLock(results / "locks" / f"{class_words(job.subject)}.lock"):  # its class pictures are made once
             examples = encode_examples(run, device)
+        sensitivity = None
+        if config.step_scaling == "sensitivity":  # of all values of its layers, which the method must train
+            sensitivity = base_sensitivity(run.base, run.targets, run.weights(), device=device).values
         values = method.put_in(run, examples)
         numbers = {name: value.detach().half().contiguous() for name, value in values.items()}
         record = Record(
@@ -186,7 +190,9 @@ def make(
         model = Objective(run, examples, run.base.family.components, device, torch.float32)
         accelerator = Accelerator(cpu=device.type == "cpu")
         kept_base = KeptBase(model) if config.keep_base else None  # every method begins at the base
-        loop = Loop(config, accelerator, model, [pipeline.unet], values, Steps(rates), run.folder, kept_base=kept_base)
+        scales = {} if sensitivity is None else step_scales({name: sensitivity[f"unet.{name}"] for name in values})
+        moves = Steps(rates, scales)
+        loop = Loop(config, accelerator, model, [pipeline.unet], values, moves, run.folder, kept_base=kept_base)
         started = time.perf_counter()
         _, _, failure = loop.run(on_step)
         if failure is not None:

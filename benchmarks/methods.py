@@ -165,6 +165,8 @@ METHODS = {
     "none": Method(nothing, ()),
     "svfit": Method(svfit(), (2e-2, 5e-2, 1e-1, 2e-1)),
     "svfit-kept": Method(svfit(), (2e-2, 5e-2, 1e-1, 2e-1), {"keep_base": True}),
+    "svfit-sensitive": Method(svfit(), USUAL, {"step_scaling": "sensitivity"}),
+    "svfit-sensitive-kept": Method(svfit(), USUAL, {"step_scaling": "sensitivity", "keep_base": True}),
     "svfit-half": Method(svfit(share=1 / 2), (2e-2, 5e-2, 1e-1, 2e-1)),
     "svfit-eighth": Method(svfit(share=1 / 8), (5e-2, 1e-1, 2e-1, 5e-1)),
     "svfit-wider": Method(svfit(WIDER), (2e-2, 5e-2, 1e-1, 2e-1)),
