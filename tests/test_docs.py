@@ -7,14 +7,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import tiny_unet
+from conftest import tiny_pipeline, tiny_unet
 from PIL import Image
 from test_loading import make_adapter
 from transformers import ViTConfig, ViTForImageClassification
 
 from svfit_dreambooth import save_adapter
 from svfit_dreambooth.bases.names import DEFAULT_BASE, SUBJECTS_FOLDER
-from svfit_dreambooth.bases.opening import open_base_model
+from svfit_dreambooth.bases.opening import BaseModel, open_base_model
 from svfit_dreambooth.commands.arguments import OPTION_NAMES, parse_runs
 from svfit_dreambooth.commands.fleet import add_fleet
 from svfit_dreambooth.commands.main import _parser, main, main_train
@@ -114,6 +114,8 @@ def test_commands_run(page, workplace, capsys):
 
 def prelude(page):
     """What a page takes for granted."""
+    if page.stem == "training":
+        return {"base": BaseModel("tiny", tiny_pipeline())}
     if page.stem != "peft":
         return {}
     config = ViTConfig(
