@@ -155,13 +155,16 @@ def losses(plan):
     "changes",
     [
         {"train_text_encoder": True, "gradient_accumulation_steps": 2},
-        {
-            "learned_word": "sks",
-            "budget": 40,
-            "with_prior_preservation": True,
-            "num_class_images": 1,
-            "num_inference_steps": 1,
-        },
+        pytest.param(
+            {
+                "learned_word": "sks",
+                "budget": 40,
+                "with_prior_preservation": True,
+                "num_class_images": 1,
+                "num_inference_steps": 1,
+            },
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_run_begins_at_the_base_and_goes_on_to_the_bit(tiny_run, tmp_path, changes):
