@@ -143,6 +143,7 @@ def test_the_page_paints_with_an_adapter(workspace, folder, adapter):
     assert np.abs(np.asarray(full.image, dtype=int) - paint(plain)).max() <= 1
 
 
+@pytest.mark.slow
 def test_several_subjects_in_one_run(options, tmp_path, photo_folder):
     configs = [
         TrainConfig(**options | {"output_dir": str(tmp_path / name), "instance_prompt": f"a photo of {name} dog"})
@@ -157,6 +158,7 @@ def test_several_subjects_in_one_run(options, tmp_path, photo_folder):
     assert all(torch.allclose(found[name], shift, atol=1e-5) for name, shift in expected.items())
 
 
+@pytest.mark.slow
 def test_the_base_is_kept_by_its_own_pictures(options, tmp_path, monkeypatch):
     monkeypatch.setattr("svfit_dreambooth.training.base_pictures.PLAIN_PROMPTS", ("a photo of a tractor", "a cup"))
     config = TrainConfig(**options, keep_base=True, basis_cache_dir=str(tmp_path / "cache"))
@@ -164,6 +166,7 @@ def test_the_base_is_kept_by_its_own_pictures(options, tmp_path, monkeypatch):
     assert result.ending.status == "finished" and result.base.family.text_encoders == {}
 
 
+@pytest.mark.slow
 def test_adapters_are_measured(folder, adapter, photo_folder, tmp_path, capsys, clip):  # noqa: F811
     (tmp_path / "prompts.txt").write_text("a photo of {}")
     found = main(
