@@ -326,3 +326,23 @@ def test_an_export_says_which_programs_read_less_of_it():
     plain = {names[2]: torch.ones(2)}
     for layout in ("kohya", "diffusers"):
         assert plan_lora(plain, shapes, layout).lines()[-1] == "it holds the adapter's whole change"
+
+
+@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
+@pytest.mark.parametrize(("first", "second", "target"), [(6, 4, None), (4, 6, 32)])
+def test_exports_of_other_ranks_are_exchanged_while_loaded(tmp_path, layout, first, second, target):
+    """diffusers' hotswap, of files that have one rank in all layers; with several in a file it paints other pictures."""
+    base = BaseModel("tiny", tiny_pipeline())
+    files = []
+    for seed, rank in enumerate((first, second)):
+        adapter = save_adapter(make_adapter(base.pipeline, seed, 20, ["unet"]), tmp_path / f"{seed}.safetensors")
+        output = tmp_path / f"lora-{seed}.safetensors"
+        files.append(export_lora(adapter, base, output, layout, rank=rank, dtype=torch.float32).path)
+    whole, swapped = tiny_pipeline(), tiny_pipeline()
+    whole.load_lora_weights(files[1], adapter_name="x")
+    if target is not None:
+        swapped.enable_lora_hotswap(target_rank=target)
+    swapped.load_lora_weights(files[0], adapter_name="x")
+    before = paint(swapped)
+    swapped.load_lora_weights(files[1], hotswap=True, adapter_name="x")
+    assert (paint(swapped) - paint(whole)).abs().max() < 1e-4 < (before - paint(whole)).abs().max()
