@@ -207,7 +207,7 @@ def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> TrainState:
 
 def _check_same_run(path: Path, identity: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     """Raises SVFitError where a run of `identity` cannot go on from what a run of `saved` left; it may be longer."""
-    saved = EARLIER_RULES | saved
+    saved = {**EARLIER_RULES, **saved}
     for name in dict.fromkeys([*identity, *saved]):
         here, there = json.loads(json.dumps(identity.get(name))), saved.get(name)
         if here == there:
