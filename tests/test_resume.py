@@ -257,7 +257,7 @@ def test_a_checkpoint_from_elsewhere_moves_an_earlier_run_aside(config, whole, t
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"learning_rate": 0.01}, "was made with learning_rate 0.05, not 0.01"),
+        ({"learning_rate": 0.01}, "was made with learning_rate auto, not 0.01"),
         ({"rank": "4"}, "was made with rank full, not 4"),
         ({"max_train_steps": 11}, "was made with max_train_steps 12, not 11"),
         ({"resume_from_checkpoint": "/no/such/file"}, "/no/such/file is no file"),
