@@ -91,9 +91,10 @@ def _nf4(layer: Any) -> Any:
         quant_type="nf4",
         device="meta",
     )
-    coarse.weight = type(coarse.weight)(
-        layer.weight.detach(), requires_grad=False, compress_statistics=False, quant_type="nf4"
-    ).to(device)
+    kind: Any = type(coarse.weight)  # bitsandbytes' Params4bit
+    coarse.weight = kind(layer.weight.detach(), requires_grad=False, compress_statistics=False, quant_type="nf4").to(
+        device
+    )
     coarse.bias = layer.bias
     return coarse.train(layer.training)
 

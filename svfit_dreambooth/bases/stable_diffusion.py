@@ -119,7 +119,7 @@ class StableDiffusion(Family):
                     "clip_skip",
                 )
         for encoder in self.text_encoders.values():
-            set_clip_skip(encoder, clip_skip, self.skip_layers)
+            set_clip_skip(encoder, clip_skip, type(self).skip_layers)
 
     def tokenize(self, prompts: list[str]) -> Tokens:
         tokens: Tokens = {}

@@ -78,9 +78,10 @@ def read_as_trained(pipeline: DiffusionPipeline) -> None:
     if not trained:
         family_of(pipeline).read_earlier(0)
         return
-    first, *others = [name for name, strength in strengths.items() if strength] or [None]
-    if first is None:
+    in_force = [name for name, strength in strengths.items() if strength]
+    if not in_force:
         return
+    first, *others = in_force
     for other in others:
         if trained[other] != trained[first]:
             logger.warning(
