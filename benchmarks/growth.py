@@ -20,7 +20,7 @@ from training_step import DTYPES, adapt, random_unet, stepper
 
 from svfit_dreambooth import TrainConfig
 from svfit_dreambooth.bases.families import find_projections
-from svfit_dreambooth.bases.opening import BaseModel
+from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.training.estimate import estimate_memory
 from svfit_dreambooth.training.plan import Plan
 

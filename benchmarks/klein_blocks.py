@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from svfit_dreambooth.bases.flux2 import FLUX2, Flux2Klein
 from svfit_dreambooth.method.one_sided import basis_numbers
 from svfit_dreambooth.method.targets import apply_svfit, find_projections
-from svfit_dreambooth.training.estimate import _counting, _default_dtype
+from svfit_dreambooth.training.counting import default_dtype, kept_for_backward
 
 METHODS = ("frozen", "lora", "400", "full")
 SIZE = {"num_attention_heads": 24, "joint_attention_dim": 7680, "guidance_embeds": False}
@@ -158,13 +158,13 @@ def measure_memory(side: int) -> dict[str, float]:
     """GiB beside the frozen network, of the whole model in bf16, at `side` pixels and 512 tokens of text."""
     found = {}
     for method in METHODS:
-        with FakeTensorMode(), _default_dtype(torch.bfloat16):
+        with FakeTensorMode(), default_dtype(torch.bfloat16):
             network = Flux2Transformer2DModel(**BLOCKS, **SIZE).train()
             ranks = ranks_of(network)
             shapes = [tuple(layer.weight.shape) for _, _, layer in find_projections(network, list(ranks)).values()]
             trained = adapt(network, method, ranks)
             network.x_embedder.register_forward_hook(lambda *args: args[2].requires_grad_())
-            with _counting(network, (), False) as count:
+            with kept_for_backward(network, (), False) as count:
                 call(network, (side // 16) ** 2 + 512, 512)
         rank = {"400": 400, "full": 10**9}.get(method, 0)
         numbers = sum(basis_numbers(*shape, min(rank, *shape)) for shape in shapes)

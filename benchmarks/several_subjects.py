@@ -25,7 +25,7 @@ from random_base import random_base
 
 from svfit_dreambooth import TrainConfig
 from svfit_dreambooth.bases.devices import default_device
-from svfit_dreambooth.bases.opening import BaseModel
+from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.method.basis import weight_hashes
 from svfit_dreambooth.training.examples import Examples, encode_examples
 from svfit_dreambooth.training.loop import Loop

@@ -19,6 +19,7 @@ REMARKS = {
     "transformers.tokenization_utils_base": "Token indices sequence length is longer than",
     # torchao, which diffusers imports where it is installed: kernels for devices that are not here, its own old calls
     "torchao": "Failed to load",
+    "torchao.kernel.intmm": "Detected no triton",
     "torch.utils._pytree": "is an Enum subclass",
     "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao` Tensor objects",
     # training needs no content filter, as it shows no picture

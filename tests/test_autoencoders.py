@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from svfit_dreambooth import read_adapter
-from svfit_dreambooth.bases.opening import BaseModel, exchange_autoencoder, open_base_model
+from svfit_dreambooth.bases.model import BaseModel
+from svfit_dreambooth.bases.opening import exchange_autoencoder, open_base_model
 from svfit_dreambooth.commands.main import main, main_train
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.sharing.original_names import autoencoder_tensors

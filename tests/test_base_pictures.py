@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.bases.names import TOYBOX
-from svfit_dreambooth.bases.opening import BaseModel, open_base_model
+from svfit_dreambooth.bases.opening import open_base_model
 from svfit_dreambooth.evaluation.protocol import PROMPTS, UNRELATED_PROMPTS
 from svfit_dreambooth.painting.generate import generate
 from svfit_dreambooth.photos.crops import as_pixel_values

@@ -12,7 +12,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from svfit_dreambooth import load_adapter, read_adapter, save_adapter, unload_adapter
 from svfit_dreambooth.bases.families import family_of
 from svfit_dreambooth.bases.flow import FlowTransformer
-from svfit_dreambooth.bases.opening import BaseModel
+from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.painting.generate import generate
 from svfit_dreambooth.painting.jobs import Job, Shelf, paint_jobs

@@ -18,7 +18,7 @@ from svfit_dreambooth.adapter.describe import (
     stored_dtype,
     thumbnail_url,
 )
-from svfit_dreambooth.bases.opening import BaseModel
+from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.sharing.lora_metadata import lora_metadata
 

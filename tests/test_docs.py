@@ -13,8 +13,9 @@ from test_loading import make_adapter
 from transformers import ViTConfig, ViTForImageClassification
 
 from svfit_dreambooth import save_adapter
+from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.bases.names import DEFAULT_BASE, SUBJECTS_FOLDER
-from svfit_dreambooth.bases.opening import BaseModel, open_base_model
+from svfit_dreambooth.bases.opening import open_base_model
 from svfit_dreambooth.commands.arguments import OPTION_NAMES, parse_runs
 from svfit_dreambooth.commands.fleet import add_fleet
 from svfit_dreambooth.commands.main import _parser, main, main_train

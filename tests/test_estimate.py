@@ -9,7 +9,8 @@ from svfit_dreambooth.bases.devices import available_memory
 from svfit_dreambooth.bases.families import apply_svfit
 from svfit_dreambooth.method.targets import remove_svfit
 from svfit_dreambooth.training import plan as preparation
-from svfit_dreambooth.training.estimate import _activations, _counting, estimate_memory
+from svfit_dreambooth.training.counting import kept_for_backward
+from svfit_dreambooth.training.estimate import _activations, estimate_memory
 from svfit_dreambooth.training.slim import slim, unslim
 
 
@@ -25,7 +26,7 @@ def test_activations_are_those_of_the_real_network(run, changes):
     apply_svfit(unet, rank=run.config.rank_value)
     slim(unet)
     batch = run.config.train_batch_size
-    with _counting(unet, run.base.family.checkpointed, run.config.gradient_checkpointing) as count:
+    with kept_for_backward(unet, run.base.family.checkpointed, run.config.gradient_checkpointing) as count:
         unet(torch.randn(batch, 4, 16, 16), torch.zeros(batch), torch.randn(batch, 77, 24))
     real = count()
     remove_svfit(unet)

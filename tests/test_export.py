@@ -15,7 +15,7 @@ from test_word import with_word
 
 from svfit_dreambooth import load_adapter, save_adapter, unload_adapter
 from svfit_dreambooth.bases.families import find_projections
-from svfit_dreambooth.bases.opening import BaseModel
+from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import fingerprint
 from svfit_dreambooth.method.decomposition import as_matrix

@@ -15,7 +15,8 @@ from svfit_dreambooth import load_adapter, save_adapter, train, unload_adapter
 from svfit_dreambooth.adapter.file import read_adapter
 from svfit_dreambooth.bases.families import family_of
 from svfit_dreambooth.bases.flow import FlowTransformer
-from svfit_dreambooth.bases.opening import BaseModel, open_base_model
+from svfit_dreambooth.bases.model import BaseModel
+from svfit_dreambooth.bases.opening import open_base_model
 from svfit_dreambooth.bases.stored import StoredBase
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method import one_sided
@@ -25,7 +26,8 @@ from svfit_dreambooth.method.targets import matrix_layers, svfit_layers
 from svfit_dreambooth.painting.generate import generate, open_for_adapters
 from svfit_dreambooth.sharing.export import export_lora
 from svfit_dreambooth.training.config import TrainConfig
-from svfit_dreambooth.training.estimate import _activations, _counting, estimate_memory
+from svfit_dreambooth.training.counting import kept_for_backward
+from svfit_dreambooth.training.estimate import _activations, estimate_memory
 from svfit_dreambooth.training.objective import Objective
 from svfit_dreambooth.training.plan import prepare
 
@@ -249,7 +251,7 @@ def test_the_estimate_counts_what_the_real_network_keeps(config, changes):
     inputs = [
         {k: torch.randn(v.shape) for k, v in x.items()} if isinstance(x, dict) else torch.rand(x.shape) for x in shapes
     ]
-    with _counting(denoiser, family.checkpointed, run.config.gradient_checkpointing) as count:
+    with kept_for_backward(denoiser, family.checkpointed, run.config.gradient_checkpointing) as count:
         family.predict(denoiser, *inputs)
     assert _activations(run, run.config) == pytest.approx(count(), rel=0.02)
 

@@ -14,7 +14,8 @@ from web_stand_ins import paint as paint_order
 
 from svfit_dreambooth import read_adapter, save_adapter, train
 from svfit_dreambooth.adapter.file import Adapter
-from svfit_dreambooth.bases.opening import BaseModel, open_base_model
+from svfit_dreambooth.bases.model import BaseModel
+from svfit_dreambooth.bases.opening import open_base_model
 from svfit_dreambooth.commands.main import main
 from svfit_dreambooth.method.basis import fingerprint
 from svfit_dreambooth.painting.batches import Sample, paint_batch, read_words

@@ -1,6 +1,7 @@
 """Pictures from prompts and adapters, by library and by command line."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -264,10 +265,12 @@ def test_the_training_command_end_to_end(tiny_base, photo_folder, tmp_path, caps
 
 
 def test_the_training_command_fails_with_one_sentence_and_nothing_else():
-    command = [sys.executable, str(ROOT / "train_dreambooth_svfit.py"), "--instance_data_dir", "/no/photos"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    """Also where the terminal knows ASCII alone: what it cannot show is escaped."""
+    command = [sys.executable, str(ROOT / "train_dreambooth_svfit.py"), "--instance_data_dir", "/no/Füße"]
+    ascii_alone = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=ROOT, env=ascii_alone, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: There is no folder '/no/photos': check the path of your photos.\n"
+    assert done.stderr == "error: There is no folder '/no/F\\xfc\\xdfe': check the path of your photos.\n"
 
 
 def test_half_precision(tiny_base, adapter_path):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from test_loading import make_adapter
 
 from svfit_dreambooth import read_adapter, save_adapter
-from svfit_dreambooth.bases.opening import BaseModel
+from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.commands.main import main
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import model_basis

@@ -31,11 +31,6 @@ def test_errors_of_the_library_name_flags(capsys):
     assert "--num_images" in capsys.readouterr().err
 
 
-def test_a_terminal_that_knows_ascii_alone_gets_escapes(tmp_path):
-    done = run("train_dreambooth_svfit.py", "--instance_data_dir", str(tmp_path / "Füße"), PYTHONIOENCODING="ascii")
-    assert done.returncode == 2 and rb"F\xfc\xdfe" in done.stderr and b"Traceback" not in done.stderr
-
-
 def test_a_reader_that_has_read_enough_is_no_error(tmp_path):
     code = (
         "import os, sys; from svfit_dreambooth.commands import main as m\n"

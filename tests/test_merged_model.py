@@ -120,7 +120,7 @@ def version_2(tmp_path):
     return tmp_path / "v2"
 
 
-@pytest.mark.parametrize("kind", ["v1", "v2", "xl"])
+@pytest.mark.parametrize("kind", ["v1", pytest.param("v2", marks=pytest.mark.slow), "xl"])
 def test_one_file_is_read_by_diffusers_to_the_same_weights(kind, tiny_base, tiny_base_xl, tmp_path):
     folder = {"v1": tiny_base, "xl": tiny_base_xl}.get(kind) or version_2(tmp_path)
     base = open_base_model(str(folder))

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from svfit_dreambooth import TrainConfig, train
-from svfit_dreambooth.bases.opening import BaseModel
+from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.training.examples import Examples, encode_examples
 from svfit_dreambooth.training.objective import Objective, min_snr_weights

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from single_file import save_single_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from svfit_dreambooth.bases.opening import BaseModel
+from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.sharing.checkpoint import write_checkpoint
 from svfit_dreambooth.sharing.original_names import autoencoder_tensors, open_clip_tensors, unet_path, unet_tensors

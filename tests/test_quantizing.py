@@ -152,6 +152,7 @@ def test_a_run_on_a_quantised_base(kind, config, folder):
     assert (pixels(paint(fresh)) == plain).all()
 
 
+@pytest.mark.slow
 def test_a_run_in_bf16_on_other_families(kind, tiny_run, tmp_path):
     run = tiny_run(quantize=kind, mixed_precision="bf16", max_train_steps=2, validation_steps=2, keep="last")
     assert is_quantized(

@@ -7,7 +7,7 @@ import torch
 from conftest import tiny_pipeline
 from flow_bases import tiny_klein
 
-from svfit_dreambooth.bases.opening import BaseModel
+from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.method.basis import model_basis
 from svfit_dreambooth.method.targets import apply_svfit, remove_svfit, svfit_layers
 from svfit_dreambooth.training import base_pictures

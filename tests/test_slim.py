@@ -10,7 +10,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from svfit_dreambooth.bases.families import apply_svfit
-from svfit_dreambooth.training.estimate import _counting
+from svfit_dreambooth.training.counting import kept_for_backward
 from svfit_dreambooth.training.slim import _FrozenConv, _GatedGelu, _GroupNormSiLU, slim, unslim
 
 MODULES = {
@@ -79,7 +79,7 @@ def test_a_unet_keeps_less_and_its_shifts_learn_the_same(autocast):
     inputs = (torch.randn(2, 4, 16, 16), torch.zeros(2), torch.randn(2, 7, unet.config.cross_attention_dim))
 
     def gradients():
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), _counting(unet, (), False) as count:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), kept_for_backward(unet, (), False) as count:
             output = unet(*inputs, return_dict=False)[0]
         output.float().square().mean().backward()
         found = [shift.grad.clone() for shift in shifts.values()]

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from test_loading import paint
 
 from svfit_dreambooth import load_adapter, read_adapter
-from svfit_dreambooth.bases.opening import BaseModel
+from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import canonical_weight
 from svfit_dreambooth.method.targets import matrix_layers

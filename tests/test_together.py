@@ -100,6 +100,7 @@ def test_in_float64_to_the_last_digits(configs, monkeypatch):
         assert outcome.result.loss_after == pytest.approx(alone.loss_after, abs=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_in_half_precision_values_point_the_same_way(configs, precision):
     options = {"mixed_precision": precision, "max_train_steps": 3, "adam_epsilon": 1e-3, "train_text_encoder": True}

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from svfit_dreambooth import web
 
 HEAVY = ("bases.opening", "painting.", "sharing.", "training.estimate", "training.plan")
@@ -12,6 +14,7 @@ HEAVY = ("bases.opening", "painting.", "sharing.", "training.estimate", "trainin
 LATER = ("rooms/studio.py", "rooms/together.py", "rooms/loaded.py", "rooms/pictures.py", "tabs/draft.py")
 
 
+@pytest.mark.slow
 def test_threads_that_come_at_once_all_get_what_they_import():
     script = """
 import threading, traceback

@@ -38,7 +38,7 @@ visitor = workspace.visitor("0" * 32)
 take_bundled(visitor.photos, "dog_patch")
 options = {
     "pretrained_model_name_or_path": "toybox", "instance_prompt": "a photo of sks dog", "max_train_steps": 100_000,
-    "validation_steps": 0, "fixed_loss_examples": 0, "final_pictures": False, "train_batch_size": 1,
+    "validation_steps": 0, "fixed_loss_examples": 0, "final_pictures": False, "train_batch_size": 1, "learning_rate": 1e-2,
 }
 
 def until(state):

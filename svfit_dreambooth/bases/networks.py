@@ -57,12 +57,8 @@ def check_part(name: str, folder: Path, part: str, index: Mapping[str, Any]) -> 
         ) from None
     except ValueError as error:
         raise SVFitError(f"the config.json of the {part} of {name} cannot be read ({error}): fetch it again.") from None
-    if isinstance(config, dict) and (quantised := config.get("quantization_config")):
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise SVFitError(
-            f"the {part} of {name} is stored quantised already ({method}), and singular vectors are those of whole "
-            "weights: give the model as it was published, in float32, float16 or bfloat16."
-        )
+    if isinstance(config, dict):
+        check_unquantized(name, part, config)
 
 
 def network_names(index: Mapping[str, Any], family: type[Family]) -> list[str]:

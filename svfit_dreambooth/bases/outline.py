@@ -6,9 +6,10 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from svfit_dreambooth.bases.families import family_named
+from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.bases.names import DEFAULT_BASE, EMBEDDED_WEIGHTS, as_asked, base_name
 from svfit_dreambooth.bases.networks import class_of, outline_network
-from svfit_dreambooth.bases.opening import BaseModel, check_base_model
+from svfit_dreambooth.bases.opening import check_base_model
 from svfit_dreambooth.errors import SVFitError
 
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 from svfit_dreambooth.adapter.file import read_adapter
 from svfit_dreambooth.adapter.source import distinct_names, find_adapter
+from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.bases.names import bundled_subject
-from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.evaluation import measures
 from svfit_dreambooth.evaluation.features import Features

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from svfit_dreambooth.bases.opening import BaseModel
+from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.training.config import TrainConfig
 from svfit_dreambooth.training.one_of_several import Outcome
 from svfit_dreambooth.training.plan import open_run_base

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from svfit_dreambooth.bases.opening import BaseModel
+from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.painting.generate import paint
 from svfit_dreambooth.painting.loading import set_adapters
 from svfit_dreambooth.painting.mixes import adapter_mixes

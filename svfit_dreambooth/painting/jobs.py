@@ -14,7 +14,7 @@ import torch
 
 from svfit_dreambooth.adapter.source import distinct_names, find_adapter, split_strength
 from svfit_dreambooth.bases.devices import default_device
-from svfit_dreambooth.bases.opening import BaseModel
+from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.painting.batches import Sample, paint_batch, read_words
 from svfit_dreambooth.painting.generate import check_numbers, open_for_adapters, open_named_base, picture_settings

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from svfit_dreambooth.adapter.file import Adapter, read_adapter
 from svfit_dreambooth.adapter.source import check_finite, find_adapter
 from svfit_dreambooth.bases.families import family_of, pipeline_components
-from svfit_dreambooth.bases.opening import BaseModel
+from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import model_triplets
 from svfit_dreambooth.method.quantized import is_quantized

@@ -12,8 +12,8 @@ from svfit_dreambooth.adapter.file import Adapter
 from svfit_dreambooth.adapter.words import word_key
 from svfit_dreambooth.bases.families import family_of
 from svfit_dreambooth.bases.family import Family
+from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.bases.names import check_held, split_revision
-from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import distance, same_base, weight_hashes
 from svfit_dreambooth.method.decomposition import as_matrix, matrix_shape

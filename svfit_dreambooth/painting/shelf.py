@@ -10,7 +10,7 @@ from pathlib import Path
 
 from svfit_dreambooth.adapter.file import Adapter, read_adapter
 from svfit_dreambooth.adapter.source import find_adapter
-from svfit_dreambooth.bases.opening import BaseModel
+from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import size_text
 from svfit_dreambooth.painting.loading import load_adapter, unload_adapter

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from svfit_dreambooth.bases.opening import BaseModel, open_base_model
+from svfit_dreambooth.bases.model import BaseModel
+from svfit_dreambooth.bases.opening import open_base_model
 from svfit_dreambooth.bases.sdxl import SDXL
 from svfit_dreambooth.bases.stable_diffusion import StableDiffusion
 from svfit_dreambooth.errors import SVFitError

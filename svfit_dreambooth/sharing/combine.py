@@ -8,7 +8,7 @@ from typing import Any, Literal
 from svfit_dreambooth.adapter.file import Adapter
 from svfit_dreambooth.adapter.source import check_finite
 from svfit_dreambooth.adapter.words import LearnedWord, word_key
-from svfit_dreambooth.bases.opening import BaseModel
+from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.arithmetic import add_shifts
 from svfit_dreambooth.method.basis import fingerprint, same_base, samples_agree

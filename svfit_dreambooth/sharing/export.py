@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from svfit_dreambooth.adapter.file import Adapter, read_adapter
-from svfit_dreambooth.bases.opening import BaseModel
+from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import check_output, share, size_text
 from svfit_dreambooth.method.layer import SVFitLayer

@@ -8,7 +8,7 @@ import time
 
 from svfit_dreambooth.adapter.describe import base_metadata, licence_note
 from svfit_dreambooth.adapter.file import Adapter
-from svfit_dreambooth.bases.opening import BaseModel
+from svfit_dreambooth.bases.model import BaseModel
 
 KOHYA_VERSIONS = {  # beginning of modelspec's architecture -> ss_base_model_version
     "stable-diffusion-v1": "sd_v1",

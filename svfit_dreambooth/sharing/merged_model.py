@@ -17,7 +17,8 @@ from torch import Tensor
 
 from svfit_dreambooth.adapter.describe import base_metadata, licence_note
 from svfit_dreambooth.adapter.file import Adapter, read_adapter
-from svfit_dreambooth.bases.opening import BaseModel, open_base_model
+from svfit_dreambooth.bases.model import BaseModel
+from svfit_dreambooth.bases.opening import open_base_model
 from svfit_dreambooth.bases.sdxl import SDXL
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import check_output, share, size_text

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from svfit_dreambooth.adapter.checks import FORMAT, check_container, other_kind
 from svfit_dreambooth.adapter.file import Adapter
-from svfit_dreambooth.bases.opening import BaseModel
+from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import fingerprint, model_basis
 from svfit_dreambooth.method.decomposition import as_matrix, decompose

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.bases.names import spoken
-from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import write_atomically
 from svfit_dreambooth.method.basis import weight_hash

@@ -9,8 +9,8 @@ from typing import Literal
 
 from svfit_dreambooth.adapter.file import Adapter
 from svfit_dreambooth.bases.devices import default_device
+from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.bases.names import DEFAULT_BASE, DEFAULT_SUBJECT, SUBJECTS_FOLDER, subject_kind
-from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import check_portable
 from svfit_dreambooth.photos.captions import folder_words

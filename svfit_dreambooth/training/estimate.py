@@ -7,17 +7,12 @@ and every tensor that it keeps for the backward pass is added up.
 import copy
 import dataclasses
 import math
-import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from svfit_dreambooth.bases.devices import MIXED_PRECISION, default_device
 from svfit_dreambooth.bases.family import Family
@@ -26,6 +21,7 @@ from svfit_dreambooth.method.decomposition import matrix_shape
 from svfit_dreambooth.method.one_sided import basis_numbers
 from svfit_dreambooth.method.targets import apply_svfit
 from svfit_dreambooth.training.config import TrainConfig
+from svfit_dreambooth.training.counting import Living, default_dtype, kept_for_backward
 from svfit_dreambooth.training.keep_base import EXAMPLES
 from svfit_dreambooth.training.plan import Plan
 from svfit_dreambooth.training.slim import slim
@@ -143,32 +139,9 @@ def _most_living(family: Family, config: TrainConfig) -> int:
     with FakeTensorMode():
         pipeline.vae = type(pipeline.vae).from_config(pipeline.vae.config)
         pictures = torch.empty(1, 3, resolution, resolution)
-        with _Living() as living:
+        with Living() as living:
             type(family)(pipeline).encode_images(pictures)
     return living.most
-
-
-class _Living(TorchDispatchMode):
-    """Adds up the storages that operations make, until they are freed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self.known:
-                self.known.add(storage._cdata)
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
-        self.most = max(self.most, self.now)
-        return result
-
-    def _free(self, storage: int, size: int) -> None:
-        self.known.discard(storage)
-        self.now -= size
 
 
 def _answers(plan: Plan, config: TrainConfig) -> int:
@@ -225,7 +198,7 @@ def _activations(plan: Plan, config: TrainConfig) -> int:
 def _count_activations(plan: Plan, config: TrainConfig, resolution: int) -> int:
     family = plan.base.family
     dtype = torch.float32 if config.mixed_precision == "no" else torch.bfloat16
-    with FakeTensorMode(), _default_dtype(dtype):
+    with FakeTensorMode(), default_dtype(dtype):
         denoiser = type(family.denoiser).from_config(family.denoiser.config).train()
         layers = {
             name.partition(".")[2]: shape for name, shape in plan.shapes.items() if family.role(name) == "denoiser"
@@ -239,73 +212,6 @@ def _count_activations(plan: Plan, config: TrainConfig, resolution: int) -> int:
             shift.requires_grad_(True)
         slim(denoiser)
         inputs = family.stand_in(config.train_batch_size, resolution)
-        with _counting(denoiser, family.checkpointed, config.gradient_checkpointing) as count:
+        with kept_for_backward(denoiser, family.checkpointed, config.gradient_checkpointing) as count:
             family.predict(denoiser, *inputs)
     return count()
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
-def _counting(model: nn.Module, redone: tuple[type[nn.Module], ...], checkpointing: bool) -> Iterator[Any]:
-    """Within it, what `model` keeps for its backward pass is added up; yields a function that tells how much.
-
-    With checkpointing, a block of the kinds `redone` keeps its input alone, and the largest block's own tensors live while it is redone.
-    """
-    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-    kept: list[Tensor] = []  # holds them, so that no storage is counted twice or reused
-    seen: set[int] = set()
-    held: list[Tensor] = []  # the same for the inputs of blocks
-    received: set[int] = set()
-    outside = 0
-    blocks: list[tuple[int, int]] = []  # bytes of input, bytes kept within
-    inside: list[int] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        nonlocal outside
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own and storage._cdata not in seen:
-            seen.add(storage._cdata)
-            kept.append(tensor)
-            if inside:
-                inside[-1] += storage.nbytes()
-            else:
-                outside += storage.nbytes()
-        return tensor
-
-    def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        inside.append(0)
-
-    def leave(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        given = 0
-        for value in (*inputs, *named.values()):
-            if isinstance(value, Tensor) and value.untyped_storage()._cdata not in own | received:
-                received.add(value.untyped_storage()._cdata)  # what all blocks are told is kept once
-                held.append(value)
-                given += value.untyped_storage().nbytes()
-        blocks.append((given, inside.pop()))
-
-    handles = []
-    for module in model.modules():
-        if isinstance(module, redone):
-            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, with_kwargs=True)]
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield (
-                lambda: (
-                    outside + sum(given for given, _ in blocks) + max((own for _, own in blocks), default=0)
-                    if checkpointing
-                    else outside + sum(own for _, own in blocks)
-                )
-            )
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -6,8 +6,8 @@ from pathlib import Path
 from torch import Tensor
 
 from svfit_dreambooth.adapter.file import Adapter, read_adapter
+from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.bases.names import check_held
-from svfit_dreambooth.bases.opening import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import same_base
 from svfit_dreambooth.method.weights import chosen, joined

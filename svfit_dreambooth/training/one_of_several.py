@@ -11,7 +11,7 @@ from typing import Literal
 from accelerate import Accelerator
 from torch import Tensor
 
-from svfit_dreambooth.bases.opening import BaseModel
+from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.evaluation.features import Features
 from svfit_dreambooth.method.basis import fingerprint, weight_hashes

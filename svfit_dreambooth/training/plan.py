@@ -11,8 +11,9 @@ from torch import Tensor
 
 from svfit_dreambooth.adapter.file import Adapter
 from svfit_dreambooth.bases.devices import MIXED_PRECISION, available_memory
+from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.bases.names import as_asked
-from svfit_dreambooth.bases.opening import BaseModel, check_base_model, open_base_model
+from svfit_dreambooth.bases.opening import check_base_model, open_base_model
 from svfit_dreambooth.bases.outline import outline_base_model
 from svfit_dreambooth.method.decomposition import matrix_shape
 from svfit_dreambooth.method.word import word_pieces

@@ -16,7 +16,7 @@ from torch import nn
 from svfit_dreambooth.adapter.describe import annotate_adapter, base_metadata
 from svfit_dreambooth.adapter.file import Adapter, read_adapter, save_adapter
 from svfit_dreambooth.bases.devices import MIXED_PRECISION, is_out_of_memory
-from svfit_dreambooth.bases.opening import BaseModel
+from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.bases.quantizing import empty
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import NotWritten

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from svfit_dreambooth.adapter.file import Adapter
 from svfit_dreambooth.bases.devices import MIXED_PRECISION
-from svfit_dreambooth.bases.opening import BaseModel
+from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.evaluation.features import Features, open_features
 from svfit_dreambooth.files import write_atomically

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from svfit_dreambooth import folders
 from svfit_dreambooth.bases.family import Conditions
-from svfit_dreambooth.bases.opening import BaseModel
+from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import write_atomically
 from svfit_dreambooth.method.basis import fingerprint

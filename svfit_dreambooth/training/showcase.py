@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from svfit_dreambooth.bases.devices import default_device
-from svfit_dreambooth.bases.opening import BaseModel
+from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.evaluation.measures import as_text, table
 from svfit_dreambooth.evaluation.metrics import diversity, drift, subject_fidelity
 from svfit_dreambooth.evaluation.protocol import (

@@ -11,7 +11,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from svfit_dreambooth.bases.opening import BaseModel, check_base_model
+from svfit_dreambooth.bases.model import BaseModel
+from svfit_dreambooth.bases.opening import check_base_model
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.targets import svfit_layers
 from svfit_dreambooth.method.word import word_embedding
