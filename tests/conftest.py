@@ -34,6 +34,14 @@ pytest_plugins = ["web_stand_ins"]  # fixtures of the page's tests
 torch.set_num_threads(1)  # the models are too small for more, and test runs share the machine
 
 
+LONG = ("test_web_browser", "test_fleet")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest come first: begun last, they would keep one process busy while the others have nothing left."""
+    items.sort(key=lambda item: item.module.__name__ not in LONG)
+
+
 def pytest_collection_finish():
     """What was imported stays: every run clears memory, which need not walk through all of torch each time."""
     gc.collect()

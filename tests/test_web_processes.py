@@ -8,8 +8,10 @@ from svfit_dreambooth.web.rooms.processes import created_at, is_running, working
 
 def test_a_process_is_known_again(tmp_path):
     config, other = tmp_path / "job.yaml", tmp_path / "other.yaml"
-    child = subprocess.Popen([sys.executable, "-c", "input()", str(config)], stdin=subprocess.PIPE)
+    script = "print(flush=True); input()"
+    child = subprocess.Popen([sys.executable, "-c", script, str(config)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
+        child.stdout.readline()  # only then does the system know its whole command line
         created = created_at(child.pid)
         assert is_running(child.pid, created, config) and is_running(child.pid, created + 0.5, other)
         assert is_running(child.pid, created - 3600, config) and is_running(child.pid, None, config)
