@@ -43,7 +43,7 @@ def delta(weight, shift, **options):
     return U.double() * shift @ Vh.double()
 
 
-@pytest.mark.parametrize("size", [768, 1280])
+@pytest.mark.parametrize("size", [768, pytest.param(1280, marks=pytest.mark.slow)])
 def test_an_adapter_means_the_same_on_every_copy_of_its_base(size):
     weight = steep_weight(size)
     shift = torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -57,7 +57,7 @@ def test_an_adapter_means_the_same_on_every_copy_of_its_base(size):
     assert error(delta(weight, shift, driver="svd")) < 1e-3
 
 
-@pytest.mark.parametrize("size", [768, 1280])
+@pytest.mark.parametrize("size", [768, pytest.param(1280, marks=pytest.mark.slow)])
 def test_a_bfloat16_copy(size):
     """Exact from a float16 file; from a float32 file, the close-lying directions of the tail rotate."""
     weight = steep_weight(size)

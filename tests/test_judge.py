@@ -26,6 +26,7 @@ def test_attributes_on_fresh_renderings(judge):
     assert min(shares.values()) >= 0.96, shares
 
 
+@pytest.mark.slow
 def test_individuals_are_told_apart(judge):
     assert identity_accuracy(*identity_pairs(judge, 150, seed=5), judge.threshold) >= 0.95
 

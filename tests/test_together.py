@@ -76,7 +76,12 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+SLOW = ("accumulated", "word")
+
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in VARIANTS]
+)
 def test_each_adapter_is_that_of_its_own_run(configs, variant):
     options = VARIANTS[variant]
     names = ("dog", "mug")
