@@ -102,8 +102,11 @@ def _paint(page: Page) -> None:
 
 def _take(page: Page, path: Path) -> None:
     """The whole page as a PNG of few colours, so that the repository stays small."""
-    page.evaluate("window.scrollTo(0, 0)")
-    page.screenshot(path=path, full_page=True)
+    seen = page.viewport_size or {"width": WIDTH, "height": 900}
+    page.set_viewport_size({**seen, "height": page.evaluate("document.documentElement.scrollHeight")})
+    time.sleep(2)  # bars that stay in sight move to the end
+    page.screenshot(path=path)
+    page.set_viewport_size(seen)
     with Image.open(path) as picture:
         small = picture.convert("RGB").quantize(128, dither=Image.Dither.NONE)
     small.save(path, optimize=True)
