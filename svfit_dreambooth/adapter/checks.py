@@ -1,12 +1,14 @@
-"""What an adapter file must be before its values are read: each refusal is one sentence.  Used by adapter.py only."""
+"""What an adapter file must be before its values are read: each refusal is one sentence."""
 
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from svfit_dreambooth.errors import SVFitError
@@ -55,6 +57,19 @@ def check_container(path: Path) -> int:
     if head[8:] == b"{":
         raise SVFitError(f"The header of '{path}' claims {header_bytes} bytes, {MAX_HEADER_BYTES} is the limit here.")
     raise SVFitError(f"'{path}' isn't a safetensors file: name the .safetensors file that training wrote.")
+
+
+@contextmanager
+def container(path: Path) -> Iterator[Any]:
+    """The safetensors file at `path`, open.  Raises SVFitError for what is none, and where it cannot be read within."""
+    check_container(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SVFitError:  # a ValueError, too, which says what it has to say
+        raise
+    except (SafetensorError, OSError, ValueError) as error:
+        raise SVFitError(f"'{path}' is damaged or cut short ({error}): copy or download it again.") from None
 
 
 def other_kind(keys: Iterable[str]) -> str | None:

@@ -52,6 +52,8 @@ class StoredBase:
             network = open_network(
                 self.name, self.folder, part, class_of(self.name, part, self.index), self.variant, dtype
             )
+        except SVFitError:  # a ValueError, too, which says what it has to say
+            raise
         except (OSError, ValueError, SafetensorError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise SVFitError(f"the {part} of {self.name} cannot be opened: {reason}") from error

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from svfit_dreambooth.adapter.checks import check_container
+from svfit_dreambooth.adapter.checks import container
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.sharing.lora_names import DOWN, UP, Layout, Place
 
@@ -108,12 +108,8 @@ def lora_changes(
 
 def is_lora(path: Path) -> bool:
     """Whether the file at `path` is a safetensors file that holds a LoRA.  Raises SVFitError as `check_container`."""
-    check_container(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return any(key.endswith(tuple(DOWN.values())) for key in file.keys())  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise SVFitError(f"'{path}' is damaged or cut short ({error}): copy or download it again.") from None
+    with container(path) as file:
+        return any(key.endswith(tuple(DOWN.values())) for key in file.keys())  # noqa: SIM118
 
 
 def describe_lora(path: Path) -> dict[str, Any]:

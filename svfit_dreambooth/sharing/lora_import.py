@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, isfinite
 from tqdm.auto import tqdm
 
-from svfit_dreambooth.adapter.checks import check_container, other_kind
+from svfit_dreambooth.adapter.checks import check_container, container, other_kind
 from svfit_dreambooth.adapter.file import Adapter
 from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.errors import SVFitError
@@ -109,19 +109,15 @@ def kin_of_lora(path: Path) -> bool:
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors in float32, checked, and the metadata."""
-    check_container(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys, metadata = list(file.keys()), dict(file.metadata() or {})
-            kind = other_kind(keys)
-            if kind in OTHER_METHODS or any(DORA.search(key) for key in keys):
-                raise SVFitError(
-                    f"{path} is a {kind if kind in OTHER_METHODS else 'DoRA'}, whose change is no product of two "
-                    "matrices: only plain LoRAs are imported."
-                )
-            tensors = {key: file.get_tensor(key).float() for key in keys}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise SVFitError(f"'{path}' is damaged or cut short ({error}): copy or download it again.") from None
+    with container(path) as file:
+        keys, metadata = list(file.keys()), dict(file.metadata() or {})
+        kind = other_kind(keys)
+        if kind in OTHER_METHODS or any(DORA.search(key) for key in keys):
+            raise SVFitError(
+                f"{path} is a {kind if kind in OTHER_METHODS else 'DoRA'}, whose change is no product of two "
+                "matrices: only plain LoRAs are imported."
+            )
+        tensors = {key: file.get_tensor(key).float() for key in keys}
     for key, tensor in tensors.items():
         if not isfinite(tensor).all():
             raise SVFitError(f"{key} in {path} holds NaN or infinity: the file cannot be used.")

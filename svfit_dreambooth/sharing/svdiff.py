@@ -14,11 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from svfit_dreambooth.adapter.checks import FORMAT, check_container, other_kind
+from svfit_dreambooth.adapter.checks import FORMAT, container, other_kind
 from svfit_dreambooth.adapter.file import Adapter
 from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.errors import SVFitError
@@ -105,13 +104,9 @@ def _files(path: Path) -> list[Path]:
 
 def _read(path: Path) -> dict[str, Tensor]:
     """Module path -> delta (k,), float32, checked."""
-    check_container(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys, metadata = list(file.keys()), file.metadata() or {}
-            deltas = {key.removesuffix(SUFFIX): file.get_tensor(key).float() for key in keys if key.endswith(SUFFIX)}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise SVFitError(f"'{path}' is damaged or cut short ({error}): copy or download it again.") from None
+    with container(path) as file:
+        keys, metadata = list(file.keys()), file.metadata() or {}
+        deltas = {key.removesuffix(SUFFIX): file.get_tensor(key).float() for key in keys if key.endswith(SUFFIX)}
     if not keys or len(deltas) < len(keys):
         kind = "an SVFit adapter already" if metadata.get("format") == FORMAT else f"a {other_kind(keys)}"
         what = f"{kind}, " if metadata.get("format") == FORMAT or other_kind(keys) not in (None, "SVDiff") else ""
