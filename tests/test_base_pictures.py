@@ -59,6 +59,11 @@ def test_painted_once_a_base_and_prompt(base, tiny_base, tmp_path, monkeypatch):
     assert torch.equal(painted(base, tmp_path, [*WORDS, "a cat"])[:2], first) and asked == ["a cat"]
     picture_files(base, WORDS, 16, torch.float32, tmp_path)[0].write_bytes(b"damaged")
     assert torch.equal(painted(base, tmp_path), first) and asked == ["a cat", WORDS[0]]
+    path = picture_files(base, WORDS, 16, torch.float32, tmp_path)[1]
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 64  # another number, in a file that can be read
+    path.write_bytes(content)
+    assert torch.equal(painted(base, tmp_path), first) and asked == ["a cat", *WORDS[:2]]
 
 
 def test_another_base_paints_its_own(base, tiny_base, tmp_path):

@@ -13,26 +13,22 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.evaluation.protocol import UNRELATED_PROMPTS
-from svfit_dreambooth.files import write_atomically
 from svfit_dreambooth.method.targets import svfit_layers
 from svfit_dreambooth.photos.captions import shuffled
 from svfit_dreambooth.photos.reading import Photo
 from svfit_dreambooth.training.base_pictures import kept_prompts
 from svfit_dreambooth.training.class_pictures import usable_class_pictures
+from svfit_dreambooth.training.kept import keep, kept
 from svfit_dreambooth.training.optimizer import needs_sensitivity
 from svfit_dreambooth.training.plan import Plan
 from svfit_dreambooth.training.sensitivity import asked_prompts
 from svfit_dreambooth.training.watch import validation_prompts
 
 logger = logging.getLogger(__name__)
-
-FORMAT = "svfit-encoded-1"
 
 Answer: TypeAlias = dict[str, Tensor]
 Ask: TypeAlias = Callable[[Any, Callable[[], Answer]], Answer]
@@ -124,26 +120,15 @@ def photo_captions(plan: Plan, photos: Sequence[Photo], prompt: str, of_class: b
 
 def _read(path: Path) -> Answer | None:
     """The answer that is kept there; None for none, and with a warning for a damaged one."""
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, "pt") as file:
-            told = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dictionary
-            if (file.metadata() or {}).get("format") == FORMAT and file.metadata()["sha256"] == _checksum(told):
-                return told
-    except (OSError, KeyError, SafetensorError):
-        pass
-    logger.warning("%s is damaged, its answer is asked for again.", path)
-    return None
+    known = kept(path)
+    if known is None and path.is_file():
+        logger.warning("%s is damaged, its answer is asked for again.", path)
+    return None if known is None else known[0]
 
 
 def _keep(path: Path, answer: Answer) -> None:
     """A full disk is a warning: the run goes on, and one that resumes it asks again."""
     try:
-        write_atomically(path, save(answer, {"format": FORMAT, "sha256": _checksum(answer)}))
+        keep(path, answer)
     except (SVFitError, OSError) as error:
         logger.warning("an answer of the base is not kept: %s", error)
-
-
-def _checksum(answer: Answer) -> str:
-    return hashlib.sha256(save(answer)).hexdigest()

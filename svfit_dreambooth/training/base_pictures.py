@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -20,10 +18,10 @@ from svfit_dreambooth import folders
 from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.evaluation.reference import world_prompts
-from svfit_dreambooth.files import write_atomically
 from svfit_dreambooth.painting.generate import generate
 from svfit_dreambooth.photos.crops import as_pixel_values
 from svfit_dreambooth.training.class_pictures import is_flat, placed
+from svfit_dreambooth.training.kept import keep, kept
 
 logger = logging.getLogger(__name__)
 
@@ -155,14 +153,12 @@ def base_picture_report(
 
 def _read(path: Path) -> Tensor | None:
     """The kept latents; None where there are none, or damaged ones."""
-    try:
-        return load_file(path)["latents"].float()
-    except (OSError, SafetensorError, KeyError):
-        return None
+    known = kept(path)
+    return None if known is None else known[0]["latents"].float()
 
 
 def _write(path: Path, latents: Tensor) -> None:
     try:
-        write_atomically(path, save({"latents": latents.contiguous()}))
+        keep(path, {"latents": latents.contiguous()})
     except SVFitError as error:
         logger.warning("the base's picture is not kept, the next run paints it again: %s", error)

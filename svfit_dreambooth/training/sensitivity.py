@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -31,10 +29,10 @@ from svfit_dreambooth import folders
 from svfit_dreambooth.bases.family import Conditions
 from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.files import write_atomically
 from svfit_dreambooth.method.basis import fingerprint
 from svfit_dreambooth.method.decomposition import Rank
 from svfit_dreambooth.training.base_pictures import STEPS, base_latents, plain_prompts
+from svfit_dreambooth.training.kept import keep, kept
 from svfit_dreambooth.training.probing import gradient, probed
 
 logger = logging.getLogger(__name__)
@@ -98,9 +96,9 @@ def base_sensitivity(
     facts = json.dumps([base.digest, prints, *how])
     folder = Path(cache_dir or folders.cache_dir()) / "sensitivity"
     path = folder / f"{hashlib.sha256(facts.encode()).hexdigest()}.safetensors"
-    known = read_sensitivity(path) if path.is_file() else None
-    if known is not None:
-        return known
+    if (known := kept(path)) is not None:
+        values, measures = known
+        return Sensitivity(values, *json.loads(measures))
     on_measuring(COST.format(pictures=len(prompts), steps=STEPS, passes=PASSES))
     latents = base_latents(base, prompts, resolution, device, dtype, cache_dir)  # (pictures, channels, h, w)
     found = _measured(
@@ -108,7 +106,7 @@ def base_sensitivity(
         rank=rank, energy=energy, cache_dir=cache_dir,
     )  # fmt: skip
     try:
-        write_atomically(path, _to_bytes(found))
+        keep(path, found.values, json.dumps([found.power, found.error]))
     except SVFitError as error:
         logger.warning("the sensitivity is not kept, the next start measures it again: %s", error)
     return found
@@ -178,26 +176,3 @@ def _answer(
 
 def _generator(number: int, purpose: str) -> torch.Generator:
     return torch.Generator().manual_seed(2 * number + (purpose == "signs"))
-
-
-def _to_bytes(found: Sensitivity) -> bytes:
-    facts = json.dumps([found.power, found.error])
-    metadata = {"version": VERSION, "facts": facts, "sha256": _checksum(found.values, facts)}
-    return save(found.values, metadata)
-
-
-def read_sensitivity(path: Path) -> Sensitivity | None:
-    """What `path` holds; None where it is damaged or of another version."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dictionary
-            if metadata.get("version") != VERSION or metadata["sha256"] != _checksum(values, metadata["facts"]):
-                return None
-            return Sensitivity(values, *json.loads(metadata["facts"]))
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _checksum(values: Mapping[str, Tensor], facts: str) -> str:
-    return hashlib.sha256(save(dict(values)) + facts.encode()).hexdigest()
