@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from svfit_dreambooth.bases.families import family_of
 from svfit_dreambooth.bases.family import Family
-from svfit_dreambooth.bases.networks import check_latent_unit
+from svfit_dreambooth.bases.networks import UNITS, check_latent_unit
 from svfit_dreambooth.bases.quantizing import empty
 from svfit_dreambooth.bases.stable_diffusion import StableDiffusion
 from svfit_dreambooth.bases.stored import StoredBase
@@ -54,7 +54,7 @@ class BaseModel:
         if self.stored is not None:
             return self.stored.print(*self.stored.parts)
         vae = pipeline.vae
-        unit = [vae.config.get(name) for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")]
+        unit = [vae.config.get(name) for name in UNITS]
         digest = hashlib.sha256(repr([family.prediction_type, unit]).encode())
         for component, network in {**family.networks, "vae": vae}.items():
             for name, value in network.state_dict().items():

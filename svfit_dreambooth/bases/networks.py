@@ -26,9 +26,7 @@ def open_networks(name: str, folder: Path, family: type[Family], variant: str | 
     None for a text encoder that the family can do without and the base lacks, and for its tokenizer.
     Raises SVFitError where a file lacks weights of its network or holds others than those.
     """
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    for part in network_names(index, family):
-        check_part(name, folder, part, index)
+    index = checked_index(name, folder, family)
     return {
         part: open_network(name, folder, part, class_of(name, part, index), variant)
         for part in network_names(index, family)
@@ -37,13 +35,19 @@ def open_networks(name: str, folder: Path, family: type[Family], variant: str | 
 
 def outline_networks(name: str, folder: Path, family: type[Family]) -> dict[str, Any]:
     """As `open_networks`, on the meta device: networks with shapes and without numbers."""
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    for part in network_names(index, family):
-        check_part(name, folder, part, index)
+    index = checked_index(name, folder, family)
     return {
         part: outline_network(str(folder), part, class_of(name, part, index), local_files_only=True)
         for part in network_names(index, family)
     } | absent_parts(index, family)
+
+
+def checked_index(name: str, folder: Path, family: type[Family]) -> dict[str, Any]:
+    """The model_index.json of the base `name` in `folder`, whose networks `check_part` finds nothing wrong with."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    for part in network_names(index, family):
+        check_part(name, folder, part, index)
+    return index
 
 
 def check_part(name: str, folder: Path, part: str, index: Mapping[str, Any]) -> None:
@@ -81,8 +85,6 @@ def open_network(
     Raises SVFitError where its files lack weights of it or hold others than those: libraries would fill the one with
     random numbers and drop the other.
     """
-    if issubclass(kind, ModelMixin):
-        check_unquantized(name, part, kind.load_config(folder / part, local_files_only=True))
     module, found = kind.from_pretrained(
         folder / part,
         variant=variant,
