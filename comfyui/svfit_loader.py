@@ -54,7 +54,7 @@ class SVFitLoader:
         if content.learned_words:
             words = ", ".join(word.word for word in content.learned_words)
             raise SVFitError(
-                f"{adapter} has learned the word {words}, which this node cannot load: export a merged model."
+                f"{adapter} has learned the word {words}, which this node cannot load: export a LoRA or a merged model."
             )
         if clip is None and (content.clip_skip or any(_part(name) == "text_encoder" for name in content.shifts)):
             raise SVFitError(f"{adapter} changes how prompts are read too: connect a CLIP.")

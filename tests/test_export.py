@@ -11,7 +11,6 @@ from diffusers import LCMScheduler
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_loading import make_adapter, paint
-from test_word import with_word
 
 from svfit_dreambooth import load_adapter, save_adapter, unload_adapter
 from svfit_dreambooth.bases.families import find_projections
@@ -225,14 +224,6 @@ def test_the_adapter_is_never_replaced(base, path):
 def test_a_place_that_cannot_be_written(base, path):
     with pytest.raises(SVFitError, match="can't be written"):
         export_lora(path, base, path / "folder" / "out.safetensors")
-
-
-def test_a_learned_word_has_no_place_in_a_lora(base, tmp_path):
-    adapter = save_adapter(with_word(base.pipeline), tmp_path / "dog.safetensors")
-    with pytest.raises(SVFitError, match="has learned the word sks, for which a LoRA has no place"):
-        export_lora(adapter, base, tmp_path / "out.safetensors")
-    exported = export_lora(adapter, base, tmp_path / "out.safetensors", without_words=True)
-    assert exported.measured_error < 1e-3 and all(name.startswith("unet.") for name in exported.plan.ranks)
 
 
 def test_another_base_is_refused(path, tmp_path):

@@ -42,10 +42,10 @@ def make_adapter(pipeline, seed=0, rank=None, components=("unet", "text_encoder"
     return Adapter(shifts=shifts, base_model="tiny", base_fingerprint=fingerprint(weights), title=f"adapter{seed}")
 
 
-def paint(pipeline, **options):
+def paint(pipeline, prompt="a photo of sks dog", **options):
     return torch.tensor(
         pipeline(
-            "a photo of sks dog",
+            prompt,
             num_inference_steps=2,
             generator=torch.Generator().manual_seed(0),
             output_type="np",

@@ -1,5 +1,6 @@
 """What happens between the steps: bad numbers, signals, full disks, deleted photos, looks, trackers."""
 
+import json
 import math
 import os
 import shutil
@@ -500,9 +501,19 @@ def test_a_tracker_that_is_not_installed_says_so(config, monkeypatch):
 
 
 def test_a_lora_is_written_beside_the_adapter(config):
-    result = train(TrainConfig(**config, also="kohya"))
-    lora = load_file(Path(config["output_dir"]) / "my-dog-kohya.safetensors")
+    """With its learned word and its cards; a later run sets all of it aside."""
+    pictures = {"final_pictures": True, "num_inference_steps": 1, "max_train_steps": 2}
+    result = train(TrainConfig(**{**config, **pictures}, also="kohya", learned_word="sks"))
+    folder = Path(config["output_dir"])
+    lora = load_file(folder / "my-dog-kohya.safetensors")
     assert any(name.startswith("lora_unet_") for name in lora) and "LoRA: " in result.summary()
+    assert set(load_file(folder / "my-dog-kohya-sks.safetensors")) == {"my-dog-kohya-sks"}
+    assert "in other programs write my-dog-kohya-sks in its place" in result.summary()
+    card = json.loads((folder / "my-dog-kohya.json").read_text(encoding="utf-8"))
+    assert card["activation text"] == "a photo of my-dog-kohya-sks dog"
+    assert (folder / "my-dog-kohya.preview.png").is_file()
+    train(TrainConfig(**config))
+    assert not list(folder.glob("my-dog-kohya*")) and len(list(folder.glob("earlier/001/my-dog-kohya*"))) == 4
     with pytest.raises(SVFitError, match="also is 'zip'"):
         TrainConfig(also="zip")
 

@@ -1,6 +1,7 @@
 """The tab of adapters: sums of several, LoRAs for other programs."""
 
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
@@ -35,9 +36,13 @@ def test_what_the_page_cannot_do_alone_it_offers(home, tiny_base, photo_folder, 
         )  # fmt: skip
         library.add(folder, train(config).adapter_path)
     layout = next(iter(LAYOUTS))
-    with pytest.raises(gr.Error, match="^'word has learned the word sks, .* tick “Leave out learned words”"):
-        LoraMaker(home).make("word", layout, "", False, request)
-    assert "compared with the adapter" in LoraMaker(home).make("word", layout, "", True, request)[0]
+    said, button = LoraMaker(home).make("word", layout, "", False, request)
+    assert "in other programs write word-lora-sks in its place" in said
+    with ZipFile(button.value["path"]) as packed:
+        assert sorted(packed.namelist()) == ["word-lora-sks.safetensors", "word-lora.safetensors"]
+    said, button = LoraMaker(home).make("word", layout, "", True, request)
+    assert "compared with the adapter" in said and "word-lora-sks" not in said
+    assert button.value["path"].endswith("word-lora.safetensors")
     assert Shelf(home).combine(["word", "keys"], "0.5 0.25", "of different layers", 0, request) == 1
     assert home.studio.line.is_free
     both = read_adapter(folder / "of-different-layers.safetensors")

@@ -21,7 +21,11 @@ def add_file_commands(commands: Any) -> None:
     export.add_argument("--rank", type=int, help="keep so many directions a layer, the strongest; default: all")
     export.add_argument("--error", type=float, help="keep as few as leave no layer off by more, such as 0.01")
     export.add_argument("--dtype", choices=["float16", "float32"], default="float16")
-    export.add_argument("--without_words", action="store_true", help="leave out a learned word, if it has no place")
+    export.add_argument(
+        "--without_words",
+        action="store_true",
+        help="leave out learned words: beside a LoRA they are files of their own",
+    )
     export.add_argument("--allow_other_base", action="store_true", help="use the adapter on a relative of its base")
     export.add_argument("--overwrite", action="store_true", help="replace the output if it is there already")
     add_base(export)
@@ -61,7 +65,6 @@ def _export(options: argparse.Namespace) -> None:
     from svfit_dreambooth.adapter.file import read_adapter
     from svfit_dreambooth.adapter.source import split_strength
     from svfit_dreambooth.files import check_output, size_text
-    from svfit_dreambooth.sharing.cards import write_cards
     from svfit_dreambooth.sharing.export import export_lora, lora_path
     from svfit_dreambooth.sharing.merged_model import check_merged_output, export_merged, merged_bytes
 
@@ -97,9 +100,7 @@ def _export(options: argparse.Namespace) -> None:
         on_plan=lambda plan: print("\n".join(plan.lines()), flush=True),
         **common,
     )
-    print(exported.summary())
-    if options.format == "kohya":
-        print(printable("\n".join(write_cards(exported.path, read_adapter(path))), keep="\n"))
+    print(printable("\n".join(exported.lines()), keep="\n"))
 
 
 def _import(options: argparse.Namespace) -> None:

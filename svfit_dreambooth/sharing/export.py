@@ -1,15 +1,16 @@
 """Adapters for other programs: as a LoRA, in kohya's or diffusers' layout.
 
 An adapter's change of a layer, U diag(shift) Vh, is a LoRA already: up = U diag(shift), down = Vh.  What is written is
-opened again, and compared with the adapter, before it gets its name.
+opened again, and compared with the adapter, before it gets its name.  Beside it lie the learned words, as embedding
+files, and what generators show of it.
 """
 
 import hashlib
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,6 +27,14 @@ from svfit_dreambooth.method.targets import svfit_layers
 from svfit_dreambooth.painting.loading import load_adapter, unload_adapter
 from svfit_dreambooth.painting.matching import adapted_weights
 from svfit_dreambooth.painting.registry import loaded_adapters
+from svfit_dreambooth.sharing.cards import write_cards
+from svfit_dreambooth.sharing.embedding import (
+    Embedding,
+    called_elsewhere,
+    embedding_tensors,
+    embeddings_beside,
+    write_embedding,
+)
 from svfit_dreambooth.sharing.lora_file import lora_changes, pack_layer, peft_metadata
 from svfit_dreambooth.sharing.lora_metadata import hashes, lora_metadata
 from svfit_dreambooth.sharing.lora_names import Layout, Place, lora_places
@@ -44,6 +53,17 @@ class LoraExport:
     file_bytes: int
     measured_error: float  # of the file's change against the adapter's, all layers together, relative
     worst_error: float  # the largest of one layer's
+    embeddings: list[Embedding] = field(default_factory=list)  # the learned words
+    cards: list[str] = field(default_factory=list)  # what became of the files that generators show, in lines
+
+    def lines(self) -> list[str]:
+        """All that was written, in plain words."""
+        return [self.summary(), *(embedding.line() for embedding in self.embeddings), *self.cards]
+
+    def show(self, adapter: Adapter) -> None:
+        """Writes what generators show of the LoRA, anew where `adapter` has got a picture since."""
+        if self.plan.layout == "kohya":
+            self.cards = write_cards(self.path, called_elsewhere(adapter, self.embeddings))
 
     def summary(self) -> str:
         """In one line."""
@@ -72,8 +92,8 @@ def export_lora(
     """Writes the adapter at `adapter_path` as a LoRA for the layers of `base`, whose pipeline carries no adapter.
 
     `output`: a .safetensors file, or a folder for it; see `files.check_output` for what may be replaced.  `scale`: strength, built in.
-    `rank`, `error`, `dtype`: see `plan_lora`.  `without_words`: leave out learned words, for which LoRA files have no
-    place; otherwise an adapter with one is refused.  `on_plan` is told what the file will hold and weigh before the
+    `rank`, `error`, `dtype`: see `plan_lora`.  A learned word becomes a file of its own beside the LoRA, see `embedding`,
+    unless `without_words` leaves it out.  Beside the layout "kohya" lie a picture and notes, see `cards`.  `on_plan` is told what the file will hold and weigh before the
     work starts.  The pipeline is afterwards as before.
     Raises SVFitError for an adapter of another base (unless `allow_other_base`), values that do not fit, a place that
     cannot be written, and a file that does not read back as the adapter; then nothing is left behind.
@@ -82,13 +102,12 @@ def export_lora(
     pipeline = base.pipeline
     if loaded_adapters(pipeline):
         raise SVFitError("the pipeline carries adapters already: unload them before exporting.")
-    if adapter.learned_words and not without_words:
-        words = ", ".join(word.word for word in adapter.learned_words)
-        raise SVFitError(
-            f"{adapter_path} has learned the word {words}, for which a LoRA has no place: export a merged model, or "
-            "add without_words and lose that part of the likeness."
-        )
     path = check_output(lora_path(output, adapter_path, layout), ".safetensors", [adapter_path], overwrite)
+    stem = Path(adapter_path).stem if path.name in FILE_NAME.values() else path.stem
+    embeddings = [] if without_words else embeddings_beside(path, stem, adapter)
+    for embedding in embeddings:
+        check_output(embedding.path, ".safetensors", [adapter_path, path], overwrite)
+    words = [(embedding, embedding_tensors(embedding, base, scale)) for embedding in embeddings]
     shifts = {name: scale * shift for name, shift in adapter.shifts.items()}
     shapes = layer_shapes(base, adapter)
     places = lora_places(shifts, layout, base.family)
@@ -100,9 +119,11 @@ def export_lora(
         pipeline, adapter, scale, "export", allow_other_base=allow_other_base, basis_cache_dir=basis_cache_dir
     )
     try:
-        return _write(path, plan, places, base, adapter, scale)
+        export = _write(path, plan, places, base, called_elsewhere(adapter, embeddings), scale, words)
     finally:
         unload_adapter(pipeline, name)
+    export.show(adapter)
+    return export
 
 
 def layer_shapes(base: BaseModel, adapter: Adapter) -> dict[str, tuple[int, int]]:
@@ -132,7 +153,13 @@ def _adapted_layers(base: BaseModel) -> dict[str, SVFitLayer]:
 
 
 def _write(
-    path: Path, plan: LoraPlan, places: Mapping[str, Place], base: BaseModel, adapter: Adapter, scale: float
+    path: Path,
+    plan: LoraPlan,
+    places: Mapping[str, Place],
+    base: BaseModel,
+    adapter: Adapter,
+    scale: float,
+    words: Sequence[tuple[Embedding, dict[str, Tensor]]],
 ) -> LoraExport:
     layers = _adapted_layers(base)
     together: dict[str, list[str]] = {}  # layer of the file -> ours in it
@@ -165,13 +192,15 @@ def _write(
         del tensors
         total, worst = _compare(temporary, plan, layers, places)
         share(temporary)
+        for embedding, rows in words:
+            write_embedding(embedding, rows, metadata)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise SVFitError(f"'{path}' can't be written ({error}): choose another place.") from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-    return LoraExport(path, plan, path.stat().st_size, total, worst)
+    return LoraExport(path, plan, path.stat().st_size, total, worst, [embedding for embedding, _ in words])
 
 
 def _part(layer: SVFitLayer, kept: Tensor, place: Place) -> tuple[Tensor, Tensor, Tensor]:

@@ -206,7 +206,8 @@ def _put_words(base: BaseModel, adapter: Adapter, scale: float) -> None:
             if len(pieces) > 1:
                 raise SVFitError(
                     f"the adapter has learned the word {word.word!r}, which is {len(pieces)} tokens that other words "
-                    "share, so it has no place in a model: add without_words and lose that part of the likeness."
+                    "share, so it has no place in a model: export a LoRA, beside which it is an embedding, or add "
+                    "without_words and lose that part of the likeness."
                 )
             weight = base.family.components[component].get_input_embeddings().weight  # type: ignore[operator]
             weight[pieces[0]] += (scale * delta[0]).to(weight)

@@ -4,6 +4,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -158,7 +159,12 @@ class RunFolder:
 
     def _results(self) -> list[Path]:
         """The files named after the adapter that a run may leave."""
-        return [] if self.adapter_name is None else [self.adapter, self.sheet, *map(self.lora, LORA_KINDS)]
+        if self.adapter_name is None:
+            return []
+        loras = [self.lora(kind) for kind in LORA_KINDS]
+        cards = [lora.with_suffix(end) for lora in loras for end in (".preview.png", ".json")]
+        words = [path for lora in loras for path in self.path.glob(f"{escape(lora.stem)}-*{lora.suffix}")]
+        return [self.adapter, self.sheet, *loras, *cards, *words]
 
     def make_room(self) -> bool:
         """Deletes own checkpoints but the newest, then what looks have left; whether there was something to delete.

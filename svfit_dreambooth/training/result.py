@@ -20,7 +20,7 @@ from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.bases.quantizing import empty
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import NotWritten
-from svfit_dreambooth.sharing.export import export_lora
+from svfit_dreambooth.sharing.export import LoraExport, export_lora
 from svfit_dreambooth.sharing.hub import push_adapter
 from svfit_dreambooth.training.curves import plot_run
 from svfit_dreambooth.training.ending import Ending, training_record
@@ -170,10 +170,11 @@ def finish(result: TrainResult) -> None:
             logger.warning("stopped after the last step: pictures and LoRA are left out.")
         return
     result.base.to("cpu")
+    lora: LoraExport | None = None
     with stop_signals(at_once=True):
         if config.also is not None:
             with warned(f"there is no LoRA for {config.also}", path):
-                result.extras.append(_export(result))
+                lora = _export(result)
         if config.final_pictures:
             with warned("the pictures at the end are missing", path):
                 result.base = stored_base(plan, result.base)
@@ -181,6 +182,10 @@ def finish(result: TrainResult) -> None:
                 if "modelspec.thumbnail" not in read_adapter(path).metadata:
                     annotate_adapter(path, thumbnail=result.showing.first)
                     result.file_bytes = path.stat().st_size
+                    if lora is not None:
+                        lora.show(read_adapter(path))
+    if lora is not None:
+        result.extras += [f"LoRA: {lora.summary()}; {lora.plan.lines()[1]}", *lora.lines()[1:]]
     result.base.to("cpu")
 
 
@@ -233,22 +238,19 @@ def stored_base(plan: Plan, base: BaseModel) -> BaseModel:
     return base
 
 
-def _export(result: TrainResult) -> str:
-    """Writes the LoRA that `also` asks for; returns what it is, in a plain line."""
+def _export(result: TrainResult) -> LoraExport:
+    """Writes the LoRA that `also` asks for."""
     plan, config = result.plan, result.plan.config
     result.base = stored_base(plan, result.base)
-    export = export_lora(
+    return export_lora(
         result.adapter_path,
         result.base,
         plan.folder.lora(str(config.also)),
         cast(Literal["kohya", "diffusers"], config.also),
         error=ALSO_ERROR,
-        without_words=True,
         overwrite=True,  # of the run that is resumed
         basis_cache_dir=config.basis_cache_dir,
     )
-    without = f", without the word {config.learned_word}" if config.learned_word else ""
-    return f"LoRA{without}: {export.summary()}; {export.plan.lines()[1]}"
 
 
 def publish(result: TrainResult) -> None:

@@ -1,7 +1,10 @@
 """An adapter as a LoRA for other programs: its size first, then the file."""
 
 import html
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import gradio as gr
 
@@ -42,16 +45,9 @@ class LoraMaker:
     ) -> tuple[str, Any]:
         """Writes it, compared with the adapter; then it can be downloaded."""
         libraries()
-        from svfit_dreambooth.adapter.file import read_adapter
         from svfit_dreambooth.sharing.export import export_lora
 
         path = library.find(self.app.visitor(request).library, name or "")
-        words = ", ".join(word.word for word in read_adapter(path).learned_words)
-        if words and not without_words:
-            raise SVFitError(
-                f"{path.stem} has learned the word {words}, for which a LoRA has no place: tick “Leave out learned "
-                "words” to lose that part of the likeness."
-            )
         output = place_to_serve(self.app.workspace, f"{path.stem}-lora.safetensors")
         said: list[str] = []
         with self.app.studio.bare(path) as base:
@@ -65,6 +61,13 @@ class LoraMaker:
                 on_plan=lambda plan: said.extend(plan.lines()),
             )
         said.append(f"read back and compared with the adapter: {done.measured_error:.1e} off in all")
+        for embedding in done.embeddings:
+            said.append(
+                f"the learned word {embedding.word.word} is {embedding.path.name}, for the folder embeddings: in other "
+                f"programs write {embedding.called} in its place, in ComfyUI embedding:{embedding.called}"
+            )
+        if done.embeddings:
+            output = _packed(output.with_suffix(".zip"), [done.path, *(each.path for each in done.embeddings)])
         return _lines(said), gr.DownloadButton(value=str(output), interactive=True)
 
 
@@ -80,7 +83,7 @@ def build_export(app: App) -> gr.Dropdown:
             adapter = gr.Dropdown([], label="Adapter", interactive=True)
             layout = gr.Dropdown(list(LAYOUTS), value=next(iter(LAYOUTS)), label="Made", interactive=True)
             rank = gr.Textbox(label="Rank", placeholder="all: exact; fewer: smaller", max_lines=1)
-        without_words = gr.Checkbox(False, label="Leave out learned words, for which a LoRA has no place")
+        without_words = gr.Checkbox(False, label="Leave out learned words, which come as files of their own")
         said = gr.Markdown(elem_classes="note")
         with gr.Row(elem_classes="actions"):
             plan = gr.Button("How large?", size="sm")
@@ -90,6 +93,14 @@ def build_export(app: App) -> gr.Dropdown:
     plan.click(maker.plan, [adapter, layout, rank], [said, download], **shown)
     make.click(maker.make, [adapter, layout, rank, without_words], [said, download], **shown)
     return adapter
+
+
+def _packed(path: Path, files: Sequence[Path]) -> Path:
+    """Files that belong together, as one."""
+    with ZipFile(path, "w") as packed:
+        for file in files:
+            packed.write(file, file.name)
+    return path
 
 
 def _layout(name: str) -> Any:
