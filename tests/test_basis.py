@@ -18,7 +18,6 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method import basis
 from svfit_dreambooth.method.basis import (
     cached_files,
-    clear_cache,
     fingerprint,
     is_ambiguous,
     model_basis,
@@ -235,17 +234,6 @@ def test_two_processes_at_once(tmp_path):
         assert all(torch.equal(x, y) for x, y in zip(first[name], second[name], strict=True))
     assert len(cached_files(tmp_path)) == 6
     assert not list((tmp_path / "basis").glob("*.tmp"))
-
-
-def test_clear_cache_removes_bases_only(tmp_path):
-    model_basis({"unet.a": torch.randn(12, 20)}, cache_dir=tmp_path)
-    folder = tmp_path / "basis"
-    (folder / "notes.txt").write_text("mine")
-    save_file({"unet.a.shift": torch.ones(3)}, folder / "dog.safetensors")
-    save_file({"unet.a.shift": torch.ones(3)}, folder / f"{'a' * 64}.safetensors")
-    count, freed = clear_cache(tmp_path)
-    assert count == 1 and freed > 0 and not cached_files(tmp_path)
-    assert {path.name for path in folder.iterdir()} == {"notes.txt", "dog.safetensors", f"{'a' * 64}.safetensors"}
 
 
 @pytest.mark.parametrize("damage", ["zeros", "nan", "one direction", "signs", "another layer"])

@@ -180,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.set_defaults(run=_generate)
 
     commands.add_parser("fleet", help="train many subjects on many workers, here or on a cluster", add_help=False)
-    cache = commands.add_parser("cache", help="list or clear the decomposed bases on this disk")
+    cache = commands.add_parser("cache", help="what is kept on this disk of bases, and for which; or clear it")
     cache.add_argument("--clear", action="store_true", help="delete them; they are computed again when needed")
     cache.add_argument("--basis_cache_dir", type=Path, help="default: $SVFIT_CACHE or the user's cache folder")
     cache.set_defaults(run=_cache)
@@ -255,13 +255,14 @@ def _begin(options: argparse.Namespace) -> Any:
 
 
 def _cache(options: argparse.Namespace) -> None:
+    from svfit_dreambooth.files import size_text
     from svfit_dreambooth.folders import cache_dir
-    from svfit_dreambooth.method.basis import cached_files, clear_cache
+    from svfit_dreambooth.training.cache import cached, clear_cache, summed
 
     folder = options.basis_cache_dir or cache_dir()
-    if options.clear:
-        count, freed = clear_cache(folder)
-        print(f"{count} decomposed weights deleted, {freed / 1e6:.1f} MB freed in {folder}")
-    else:
-        files = cached_files(folder)
-        print(f"{len(files)} decomposed weights, {sum(size for _, size in files) / 1e6:.1f} MB in {folder}")
+    found = clear_cache(folder) if options.clear else cached(folder)
+    for entry in summed(found):
+        print(printable(f"{entry.kind:26}{entry.count:>7,} files{size_text(entry.size):>10}   {entry.base}"))
+    total = size_text(sum(entry.size for entry in found))
+    done = f"deleted from {folder}: {total} freed" if options.clear else f"in {folder}: {total}"
+    print(printable(f"{len(found):,} files {done}"))

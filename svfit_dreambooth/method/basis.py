@@ -16,7 +16,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -316,16 +316,3 @@ def _is_foreign(path: Path) -> bool:
             return sorted(file.keys()) != ["S", "Ut", "Vh"]
     except (SafetensorError, OSError):
         return False
-
-
-def clear_cache(cache_dir: Path | None = None) -> tuple[int, int]:
-    """Deletes the cached bases, and nothing else; returns how many files and bytes they were."""
-    files: Iterable[tuple[Path, int]] = cached_files(cache_dir)
-    count = freed = 0
-    for path, size in files:
-        try:
-            path.unlink()
-        except OSError as error:
-            raise SVFitError(f"{path} cannot be deleted ({error.strerror}): remove it by hand.") from error
-        count, freed = count + 1, freed + size
-    return count, freed

@@ -110,7 +110,7 @@ def base_latents(
                     "mixed_precision bf16 or no."
                 )
             found[number] = latents.float()
-            _write(places[number], latents)
+            _write(places[number], latents, base.name)
     if flat:
         logger.warning(
             "%d of %d pictures that the base painted show nothing (black or one colour).", flat, len(missing)
@@ -157,8 +157,8 @@ def _read(path: Path) -> Tensor | None:
     return None if known is None else known[0]["latents"].float()
 
 
-def _write(path: Path, latents: Tensor) -> None:
+def _write(path: Path, latents: Tensor, base: str) -> None:
     try:
-        keep(path, {"latents": latents.contiguous()})
+        keep(path, {"latents": latents.contiguous()}, json.dumps({"base": base}))
     except SVFitError as error:
         logger.warning("the base's picture is not kept, the next run paints it again: %s", error)

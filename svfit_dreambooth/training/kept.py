@@ -32,6 +32,16 @@ def kept(path: Path) -> tuple[dict[str, Tensor], str] | None:
     return (tensors, facts) if whole else None
 
 
+def note_of(path: Path) -> str | None:
+    """The text beside kept tensors, which are not looked at; "" where the file is damaged, None for somebody else's."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError):
+        return ""
+    return metadata.get("facts", "") if metadata.get("format") == FORMAT else None
+
+
 def _checksum(tensors: Mapping[str, Tensor], facts: str) -> str:
     """Over names, types, shapes and numbers of all tensors, and the text."""
     return hashlib.sha256(save(dict(tensors)) + facts.encode()).hexdigest()

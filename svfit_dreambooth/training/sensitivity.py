@@ -37,7 +37,7 @@ from svfit_dreambooth.training.probing import gradient, probed
 
 logger = logging.getLogger(__name__)
 
-VERSION = "1"
+VERSION = "2"
 PASSES = 40  # backward passes of one example each; the error of F_i falls with their square root
 PICTURES = 6  # of the base's own
 EMPTY_EVERY = 4  # one pass in so many has the empty prompt, which guidance asks too
@@ -92,13 +92,14 @@ def base_sensitivity(
     resolution = min(resolution or base.resolution, base.resolution)
     prompts = asked_prompts(base.name)
     prints = {component: own["sha256"] for component, own in fingerprint(weights, hashes).items()}
-    how = [VERSION, prompts, STEPS, PASSES, resolution, str(dtype), rank, energy]
+    how = [VERSION, prompts, STEPS, PASSES, base.guidance_scale, resolution, str(dtype), rank, energy]
     facts = json.dumps([base.digest, prints, *how])
     folder = Path(cache_dir or folders.cache_dir()) / "sensitivity"
     path = folder / f"{hashlib.sha256(facts.encode()).hexdigest()}.safetensors"
     if (known := kept(path)) is not None:
         values, measures = known
-        return Sensitivity(values, *json.loads(measures))
+        measured = json.loads(measures)
+        return Sensitivity(values, measured["power"], measured["error"])
     on_measuring(COST.format(pictures=len(prompts), steps=STEPS, passes=PASSES))
     latents = base_latents(base, prompts, resolution, device, dtype, cache_dir)  # (pictures, channels, h, w)
     found = _measured(
@@ -106,7 +107,7 @@ def base_sensitivity(
         rank=rank, energy=energy, cache_dir=cache_dir,
     )  # fmt: skip
     try:
-        keep(path, found.values, json.dumps([found.power, found.error]))
+        keep(path, found.values, json.dumps({"base": base.name, "power": found.power, "error": found.error}))
     except SVFitError as error:
         logger.warning("the sensitivity is not kept, the next start measures it again: %s", error)
     return found
