@@ -10,7 +10,7 @@ from svfit_dreambooth import load_adapter, read_adapter
 from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import canonical_weight
-from svfit_dreambooth.method.targets import matrix_layers
+from svfit_dreambooth.method.targets import canonical_name, matrix_layers
 from svfit_dreambooth.sharing.svdiff import import_svdiff
 
 
@@ -25,7 +25,8 @@ def canonical_pipeline():
 
 def svdiff_file(model, path, scale=0.3, prefix="", everything=False):
     generator = torch.Generator().manual_seed(0)
-    modules = model.named_modules() if everything else ((n, e[2]) for n, e in matrix_layers(model).items())
+    whole = ((canonical_name(model, name), module) for name, module in model.named_modules())
+    modules = whole if everything else ((n, e[2]) for n, e in matrix_layers(model).items())
     tensors = {}
     for name, module in modules:
         weight = getattr(module, "weight", None)
@@ -92,6 +93,32 @@ def test_norms_are_refused_or_left_out_when_asked(tmp_path):
     assert len(result.adapter.shifts) == len(matrix_layers(base.pipeline.unet))
     assert "unet.conv_norm_out" in result.unfit and "not taken over" in result.lines()[1]
     load_adapter(base.pipeline, result.adapter)
+
+
+def test_the_text_encoder_as_trainers_write_it(tmp_path):
+    """With embeddings, norms, and a token that some add: its layers are taken over, the rest is named with its share."""
+    base = BaseModel("tiny", canonical_pipeline())
+    file = tmp_path / "spectral_shifts_te.safetensors"
+    tensors = svdiff_file(base.pipeline.text_encoder, file, everything=True)
+    assert "text_model.embeddings.token_embedding.delta" in tensors
+    save_file(tensors | {"modifier_tokens.<new1>": torch.ones(24)}, file)
+    with pytest.raises(
+        SVFitError, match=r"\(2 Embedding, \d+ LayerNorm, 1 added token\), \d+\.\d% of the whole change"
+    ):
+        import_svdiff(file, base)
+    result = import_svdiff(tmp_path, base, partial=True)
+    layers = matrix_layers(base.pipeline.text_encoder)
+    assert set(result.adapter.shifts) == {f"text_encoder.{name}" for name in layers}
+    linear = sum(tensors[f"{name}.delta"].double().square().sum() for name in layers)
+    whole = sum(delta.double().square().sum() for delta in tensors.values())
+    assert result.left_out == pytest.approx((1 - linear / whole).sqrt().item()) and "added token" in result.lines()[1]
+    theirs = canonical_pipeline()
+    apply_svdiff(theirs.text_encoder, tensors)
+    before = paint(base.pipeline)
+    load_adapter(base.pipeline, result.adapter)
+    expected = paint(theirs)
+    assert (before - expected).abs().max() > 0.02
+    assert (paint(base.pipeline) - expected).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize(

@@ -42,10 +42,12 @@ class LayerNames:
 
 
 def canonical_name(model: nn.Module, path: str) -> str:
-    """The name that published checkpoints give to the layer at `path` of `model`."""
+    """The name that published checkpoints give to the layer, or the norm or embedding, at `path` of `model`."""
     parts = [part for part in path.split(".") if part not in ("base_layer", "_orig_mod", "module")]
     name = ".".join(parts)
-    if name.startswith("encoder.layers.") and type(_unwrapped(model)).__name__.startswith("CLIPText"):
+    if name.startswith(("encoder.layers.", "embeddings.", "final_layer_norm")) and type(
+        _unwrapped(model)
+    ).__name__.startswith("CLIPText"):
         name = "text_model." + name
     return name
 

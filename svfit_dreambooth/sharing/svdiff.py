@@ -2,8 +2,8 @@
 
 SVDiff (Han et al. 2023, arXiv 2303.11305) computes W' = U diag(relu(S + delta)) Vh for every weight of a model, also
 embeddings and norms.  Its public trainers save `spectral_shifts.safetensors` (UNet) and
-`spectral_shifts_te.safetensors` (text encoder), one tensor `<module path>.delta` a weight.  An adapter has room for
-linear layers and convolutions only.
+`spectral_shifts_te.safetensors` (text encoder), one tensor `<module path>.delta` a weight; some of them also the
+embeddings of tokens that they added, `modifier_tokens.<token>`.  An adapter has room for linear layers and convolutions only.
 
 The directions are not quite the same either: SVDiff decomposes the weight as stored, an adapter's basis is that of the
 canonical weight (see basis.py).  So the change of the weight is computed, D = U diag(relu(S + delta) - S) Vh, and
@@ -27,6 +27,7 @@ from svfit_dreambooth.method.targets import canonical_name, check_plain, matrix_
 from svfit_dreambooth.sharing.imports import Import, kinds
 
 SUFFIX = ".delta"
+ADDED_TOKEN = "modifier_tokens."
 FILES = {"unet": "spectral_shifts.safetensors", "text_encoder": "spectral_shifts_te.safetensors"}
 
 
@@ -42,6 +43,7 @@ def import_svdiff(
     """
     shifts: dict[str, Tensor] = {}
     unfit: dict[str, str] = {}
+    left_out = 0.0  # square of the change of the weights that have no place
     weights: dict[str, Tensor] = {}
     components = base.family.components
     for file in _files(Path(path)):
@@ -50,6 +52,9 @@ def import_svdiff(
         layers = {name: layer for name, (_, _, layer) in matrix_layers(components[component]).items()}
         others = {canonical_name(components[component], name) for name, _ in components[component].named_modules()}
         for name, delta in deltas.items():
+            if name.startswith(ADDED_TOKEN):
+                unfit[f"{component}.{name}"] = "added token"
+                continue
             if not delta.any():
                 continue
             if name in layers and delta.shape == (min(as_matrix(layers[name].weight).shape),):
@@ -63,15 +68,19 @@ def import_svdiff(
                     f"{min(shape)} here: it was made for another base model."
                 )
             elif name in others:
+                left_out += delta.double().square().sum().item()
                 unfit[f"{component}.{name}"] = type(
                     components[component].get_submodule(_real(components, component, name))
                 ).__name__
             else:
                 raise SVFitError(f"{file} changes {name}, which the {component} of {base.name} lacks: name its base.")
+    total = left_out + sum(delta.double().square().sum().item() for delta in shifts.values())
+    share = (left_out / total) ** 0.5 if total else 0.0
     if unfit and not partial:
         raise SVFitError(
             f"{len(unfit)} of {len(unfit) + len(shifts)} tensors in {path} do not fit an adapter ({kinds(unfit)}), "
-            "and without them its pictures would differ: add partial to take over the other layers alone.",
+            f"{share:.1%} of the whole change, and without them its pictures would differ: add partial to take over the "
+            "other layers alone.",
             "partial",
         )
     if not shifts:
@@ -84,7 +93,7 @@ def import_svdiff(
         training={"imported_from": "SVDiff", "left_out": len(unfit), "lost": round(lost, 5)},
         architecture=base.architecture,
     )
-    return Import(adapter, unfit, lost)
+    return Import(adapter, unfit, lost, left_out=share)
 
 
 def _real(components: Mapping[str, torch.nn.Module], component: str, name: str) -> str:
@@ -106,19 +115,20 @@ def _read(path: Path) -> dict[str, Tensor]:
     """Module path -> delta (k,), float32, checked."""
     with container(path) as file:
         keys, metadata = list(file.keys()), file.metadata() or {}
-        deltas = {key.removesuffix(SUFFIX): file.get_tensor(key).float() for key in keys if key.endswith(SUFFIX)}
+        known = [key for key in keys if key.endswith(SUFFIX) or key.startswith(ADDED_TOKEN)]
+        deltas = {key.removesuffix(SUFFIX): file.get_tensor(key).float() for key in known}
     if not keys or len(deltas) < len(keys):
         kind = "an SVFit adapter already" if metadata.get("format") == FORMAT else f"a {other_kind(keys)}"
         what = f"{kind}, " if metadata.get("format") == FORMAT or other_kind(keys) not in (None, "SVDiff") else ""
         raise SVFitError(f"{path} is {what}no SVDiff file: the names of its tensors do not end in {SUFFIX!r}.")
     for name, delta in deltas.items():
-        if delta.ndim != 1 or not torch.isfinite(delta).all():
+        if (delta.ndim != 1 and not name.startswith(ADDED_TOKEN)) or not torch.isfinite(delta).all():
             raise SVFitError(f"{name}{SUFFIX} in {path} is no vector of finite numbers: the file cannot be used.")
     return deltas
 
 
 def _component(file: Path, deltas: Mapping[str, Tensor], components: Mapping[str, torch.nn.Module]) -> str:
-    text = all(name.startswith("text_model.") for name in deltas)
+    text = all(name.startswith(("text_model.", ADDED_TOKEN)) for name in deltas)
     component = "text_encoder" if text or file.name == FILES["text_encoder"] else "unet"
     if component not in components:
         raise SVFitError(f"{file} changes the {component}, which this base lacks.")
