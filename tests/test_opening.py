@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -13,9 +14,12 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from single_file import save_single_file
 
+from svfit_dreambooth import TrainConfig
 from svfit_dreambooth.bases.names import as_asked
 from svfit_dreambooth.bases.opening import open_base_model
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.painting.generate import generate
+from svfit_dreambooth.training.definite import with_base
 
 WEIGHTS = {
     "unet": "diffusion_pytorch_model.safetensors",
@@ -327,17 +331,17 @@ def test_a_folder_without_a_network_or_with_a_quantised_one_is_refused(tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("name", "scheduler", "told", "guidance"),
+    ("name", "scheduler", "told", "steps", "guidance", "sign"),
     [
-        ("sd-turbo", None, None, 1.0),
-        ("SDXL_Lightning_4step", None, None, 1.0),
-        ("LCM_dream", None, 8, 8.0),
-        ("dream", LCMScheduler, None, 1.0),
-        ("hyperion", None, None, 7.5),
-        ("turbosquid", None, None, 7.5),
+        ("sd-turbo", None, None, 4, 1.0, "its name says turbo"),
+        ("SDXL_Lightning_8step", None, None, 8, 1.0, "its name says lightning"),
+        ("dream", None, 8, 4, 8.0, "its denoiser is told the guidance"),
+        ("dream", LCMScheduler, None, 4, 1.0, "its sampler is LCMScheduler"),
+        ("hyperion-8steps", None, None, 25, 7.5, None),
+        ("turbosquid", None, None, 25, 7.5, None),
     ],
 )
-def test_bases_distilled_for_few_steps(tiny_base, tmp_path, caplog, name, scheduler, told, guidance):
+def test_bases_distilled_for_few_steps(tiny_base, tmp_path, caplog, name, scheduler, told, steps, guidance, sign):
     folder = shutil.copytree(tiny_base, tmp_path / name)
     if scheduler is not None:
         pipeline = tiny_pipeline()
@@ -348,5 +352,17 @@ def test_bases_distilled_for_few_steps(tiny_base, tmp_path, caplog, name, schedu
         )
     if told is not None:
         tiny_unet(time_cond_proj_dim=told).save_pretrained(folder / "unet")
-    assert open_base_model(str(folder)).guidance_scale == guidance
-    assert ("calls itself distilled for few steps" in caplog.text) == (guidance != 7.5)
+    base = open_base_model(str(folder))
+    assert (base.num_inference_steps, base.guidance_scale) == (steps, guidance)
+    said = [record.message for record in caplog.records if "was distilled" in record.message]
+    assert len(said) == (sign is not None)
+    if sign is not None:
+        assert f"({sign}): num_inference_steps {steps} and guidance_scale {guidance:g} are taken" in said[0]
+    if told is None:
+        (picture,) = generate(base, ["a dog"], height=16, width=16)
+        assert picture.settings["num_inference_steps"] == steps and picture.settings["guidance_scale"] == guidance
+        (picture,) = generate(base, ["a dog"], height=16, width=16, num_inference_steps=2, guidance_scale=3)
+        assert picture.settings["num_inference_steps"] == 2 and picture.settings["guidance_scale"] == 3
+        config = TrainConfig(guidance_scale=None, dry_run=True)
+        assert with_base(config, base).num_inference_steps == steps
+        assert with_base(replace(config, num_inference_steps=7), base).num_inference_steps == 7

@@ -224,8 +224,8 @@ def test_train_reload_kill_stop_resume_paint_download(server, visit, tmp_path):
 
 
 def paint_one(page):
-    for id, value in (("#count", 1), ("#steps", 2)):
-        page.locator(f"{id} input[type=number]").fill(str(value))
+    page.locator("#count input[type=number]").fill("1")
+    fill(page, "#steps", 2)
     page.locator("#prompt textarea").press("Control+Enter")
     says(page, "#generate-status", "1 picture done")
 

@@ -67,6 +67,7 @@ class Family(ABC):
     original_names: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     checkpointed: ClassVar[tuple[type[nn.Module], ...]]  # the blocks that gradient checkpointing runs again
     guidance_scale: float  # that suits
+    num_inference_steps: ClassVar[int] = 25  # denoising steps that suit a base that was not distilled
     no_prompt: ClassVar[str] = ""  # what stands for no negative prompt
 
     def __init__(self, pipeline: Any) -> None:

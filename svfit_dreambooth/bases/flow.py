@@ -27,6 +27,7 @@ class FlowTransformer(Family):
     timestep_sampling: ClassVar[str] = "uniform"  # as the base's own LoRA script draws them, see `noising.Flow`
     tokens_per_latent: ClassVar[float] = 1  # a quarter where the denoiser itself sees 2 x 2 latents as one
     guidance_argument: ClassVar[str] = "guidance_scale"  # of the pipeline
+    few_steps: ClassVar[int] = 4  # denoising steps that suit a base that was distilled
     unguided: ClassVar[float] = 1.0  # up to this guidance the negative prompt has no say
     no_negative_prompt: ClassVar[str | None] = None  # the family's name, and why it takes no negative prompt
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +13,9 @@ from torch import Tensor, nn
 
 from svfit_dreambooth.bases.families import family_of
 from svfit_dreambooth.bases.family import Family
+from svfit_dreambooth.bases.few_steps import FewSteps, few_steps
 from svfit_dreambooth.bases.networks import UNITS, check_latent_unit
 from svfit_dreambooth.bases.quantizing import empty
-from svfit_dreambooth.bases.stable_diffusion import StableDiffusion
 from svfit_dreambooth.bases.stored import StoredBase
 from svfit_dreambooth.method.basis import weight_hash
 from svfit_dreambooth.method.decomposition import as_matrix
@@ -26,7 +25,6 @@ from svfit_dreambooth.method.weights import Lazy, joined
 
 logger = logging.getLogger(__name__)
 
-FEW_STEPS = re.compile(r"(?<![a-z])(turbo|lightning|lcm|hyper)(?![a-z])", re.IGNORECASE)
 SAMPLE = 64  # values of each weight that the digest looks at, at least
 
 
@@ -68,17 +66,19 @@ class BaseModel:
         return self.family.resolution
 
     @property
-    def few_steps(self) -> bool:
-        """Whether a Stable Diffusion says, by its name or its sampler, that it was distilled to paint in a few steps."""
-        said = FEW_STEPS.search(self.name) or type(self.pipeline.scheduler).__name__ == "LCMScheduler"
-        return bool(said) and isinstance(self.family, StableDiffusion)
+    def few_steps(self) -> FewSteps | None:
+        """What suits a base that was distilled to paint in a few steps; None: nothing says that it was."""
+        return few_steps(self.name, self.family)
 
     @property
     def guidance_scale(self) -> float:
-        """Guidance that suits the base: 1, which is none, where that was distilled too; 8 where the denoiser is told it."""
-        if not self.few_steps:
-            return self.family.guidance_scale
-        return 1.0 if self.family.denoiser.config.time_cond_proj_dim is None else 8.0
+        """Guidance that suits the base: 1, which is none, where that was distilled too."""
+        return self.family.guidance_scale if self.few_steps is None else self.few_steps.guidance_scale
+
+    @property
+    def num_inference_steps(self) -> int:
+        """Denoising steps that suit the base."""
+        return self.family.num_inference_steps if self.few_steps is None else self.few_steps.num_inference_steps
 
     @property
     def architecture(self) -> str:

@@ -156,12 +156,14 @@ def open_base_model(
         _ = model.digest  # of the weights as they are stored
         files.quantize_denoiser(model.family.denoiser)
     exchange_autoencoder(model, pretrained_vae_model_name_or_path, local_files_only)
-    if model.few_steps:
+    if (suits := model.few_steps) is not None:
         logger.warning(
-            "%s calls itself distilled for few steps: num_inference_steps 1 to 8 suits it, and guidance_scale %g is taken "
-            "unless you give another; to train, take the base that it was made from.",
+            "%s was distilled to paint in a few steps (%s): num_inference_steps %d and guidance_scale %g are taken unless "
+            "you give others.",
             model.name,
-            model.guidance_scale,
+            suits.sign,
+            suits.num_inference_steps,
+            suits.guidance_scale,
         )
     return model
 

@@ -38,6 +38,7 @@ class ZImage(FlowTransformer):
     original_names = ORIGINAL
     checkpointed = (ZImageTransformerBlock,)
     guidance_scale = 5.0
+    few_steps = 9  # as its authors paint
     tokens_per_latent = 0.25
     unguided = 0.0
     timestep_sampling = "shifted"

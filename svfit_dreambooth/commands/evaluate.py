@@ -27,7 +27,9 @@ def add_evaluate(commands: Any) -> None:
     evaluate.add_argument("--clip_path", help="folder or hub id of a CLIP model: prompts, drift; default: the judge")
     evaluate.add_argument("--num_images", type=int, default=4, help="pictures of each prompt (default: 4)")
     evaluate.add_argument("--seed", type=int, default=0, help="of the first picture, counting up (default: 0)")
-    evaluate.add_argument("--num_inference_steps", type=int, default=25, help="denoising steps (default: 25)")
+    evaluate.add_argument(
+        "--num_inference_steps", type=int, help="denoising steps; default: what suits the base, mostly 25"
+    )
     evaluate.add_argument("--guidance_scale", type=float, help="default: what suits the base, 7.5 for Stable Diffusion")
     evaluate.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     add_base(evaluate)

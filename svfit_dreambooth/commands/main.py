@@ -158,7 +158,9 @@ def _parser() -> argparse.ArgumentParser:
     add_base(generate)
     generate.add_argument("--num_images", type=int, help="pictures of each prompt (default: 4)")
     generate.add_argument("--seed", type=int, help="seed of the first picture, counting up (default: 0)")
-    generate.add_argument("--num_inference_steps", type=int, default=25, help="denoising steps (default: 25)")
+    generate.add_argument(
+        "--num_inference_steps", type=int, help="denoising steps; default: what suits the base, mostly 25"
+    )
     generate.add_argument("--guidance_scale", type=float, help="default: what suits the base, 7.5 for Stable Diffusion")
     generate.add_argument("--height", type=int, help="pixels; default: the base's")
     generate.add_argument("--width", type=int, help="pixels; default: the base's")

@@ -121,7 +121,7 @@ def generate(
     *,
     num_images: int = 1,
     seed: int = 0,
-    num_inference_steps: int = 25,
+    num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     negative_prompt: str | None = None,
     prompt_weights: bool = False,
@@ -136,7 +136,7 @@ def generate(
     """`num_images` pictures of every prompt with the adapters that `model` carries.
 
     Image i of each prompt starts from noise of the seed `seed + i`, drawn on the CPU, whatever the other pictures
-    are.  `guidance_scale`: None takes the base's own; `height`, `width` in pixels: None takes the base's.
+    are.  `num_inference_steps`, `guidance_scale`: None takes the base's own; `height`, `width` in pixels: None takes the base's.
     `scheduler`: a name of `SAMPLERS`; None takes the base's.  `begin`: a picture to paint from instead of noise, whose shape
     the pictures then have where no size is given.
     `prompt_weights`: "ball++" and "(red ball)1.3" in a prompt weigh, see `prompt_arguments`.
@@ -150,6 +150,7 @@ def generate(
     own = (model.resolution, model.resolution) if begin is None else begin.size(_multiple(model), model.resolution)
     height, width = height or own[1], width or own[0]
     guidance_scale = model.guidance_scale if guidance_scale is None else guidance_scale
+    num_inference_steps = model.num_inference_steps if num_inference_steps is None else num_inference_steps
     if begin is not None:
         begin.check_steps(num_inference_steps)
     check_numbers(model, num_images, seed, num_inference_steps, guidance_scale, height, width)

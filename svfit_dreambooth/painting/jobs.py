@@ -129,7 +129,7 @@ def paint_jobs(
     jobs: Sequence[Job],
     *,
     batch_size: int = 4,
-    num_inference_steps: int = 25,
+    num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     prompt_weights: bool = False,
     clip_skip: int | None = None,
@@ -146,6 +146,7 @@ def paint_jobs(
     model = shelf.model
     height, width = height or model.resolution, width or model.resolution
     guidance_scale = model.guidance_scale if guidance_scale is None else guidance_scale
+    num_inference_steps = model.num_inference_steps if num_inference_steps is None else num_inference_steps
     if batch_size < 1:
         raise SVFitError(f"batch_size is {batch_size}: give 1 or more.")
     for job in jobs:

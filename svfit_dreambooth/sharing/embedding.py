@@ -67,9 +67,10 @@ def embeddings_beside(lora: Path, stem: str, adapter: Adapter) -> list[Embedding
 def called_elsewhere(adapter: Adapter, embeddings: list[Embedding]) -> Adapter:
     """`adapter` with the prompt that calls its subject in other programs."""
     prompt = adapter.instance_prompt
-    for embedding in embeddings if prompt else ():
-        whole = rf"(?<!\w){re.escape(embedding.word.word)}(?!\w)"
-        prompt = re.sub(whole, lambda _, name=embedding.called: name, prompt, flags=re.IGNORECASE)
+    for embedding in embeddings:
+        if prompt is not None:
+            whole = rf"(?<!\w){re.escape(embedding.word.word)}(?!\w)"
+            prompt = re.sub(whole, embedding.called, prompt, flags=re.IGNORECASE)  # file names have no backslash
     return replace(adapter, instance_prompt=prompt)
 
 

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 CACHE_VERSION = 1
 SEED = 70_000  # of the first picture; away from the seeds of looks and measures
-STEPS = 10  # denoising steps of each
+STEPS = 10  # denoising steps of each, at most
 CLASS_PICTURES = 8
 PLAIN_PROMPTS = (
     "a photo of an old man with a grey beard",
@@ -99,7 +99,7 @@ def base_latents(
         for number in tqdm(missing, desc="painting pictures of the base", unit="picture"):
             (picture,) = generate(
                 base, [prompts[number]], seed=SEED + number, height=resolution, width=resolution,
-                num_inference_steps=STEPS,
+                num_inference_steps=_steps(base),
             )  # fmt: skip
             flat += is_flat(picture.image)
             mean, _ = base.family.encode_images(as_pixel_values(picture.image)[None])  # (1, channels, h, w)
@@ -127,10 +127,14 @@ def picture_files(
 ) -> list[Path]:
     """Where `base_latents` keeps each of its pictures."""
     folder = Path(cache_dir or folders.cache_dir()) / "base_pictures" / base.digest
-    how = [CACHE_VERSION, resolution, STEPS, base.guidance_scale, str(dtype)]
+    how = [CACHE_VERSION, resolution, _steps(base), base.guidance_scale, str(dtype)]
     how += [base.family.clip_skip] * (base.family.clip_skip > 0)
     keys = [json.dumps([*how, SEED + number, prompt]) for number, prompt in enumerate(prompts)]
     return [folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors" for key in keys]
+
+
+def _steps(base: BaseModel) -> int:
+    return min(STEPS, base.num_inference_steps)
 
 
 def base_picture_report(

@@ -37,11 +37,11 @@ def check_objective(config: TrainConfig, base: BaseModel) -> None:
     if not family.adaptable_text_encoders and (config.train_text_encoder or config.learned_word is not None):
         given = "train_text_encoder" if config.train_text_encoder else f"learned_word {config.learned_word!r}"
         raise SVFitError(f"{given} does not work on {base.name}, whose text encoder is not adapted: leave it out.")
-    if family.undistilled is not None:
+    if base.few_steps is not None:
         logger.warning(
             "%s was distilled to paint in a few steps, and training it undoes some of that: train on %s.",
             base.name,
-            family.undistilled,
+            family.undistilled or "the base that it was made from",
         )
 
 
@@ -76,6 +76,7 @@ def with_base(config: TrainConfig, base: BaseModel) -> TrainConfig:
         validation_steps=looks,
         patience=(PATIENCE if looks == "auto" else 0) if config.patience is None else config.patience,
         resolution=resolution,
+        num_inference_steps=config.num_inference_steps or base.num_inference_steps,
         guidance_scale=base.guidance_scale if config.guidance_scale is None else config.guidance_scale,
     )
 

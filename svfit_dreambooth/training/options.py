@@ -262,7 +262,9 @@ class WatchOptions:
     validation_prompts: list[str] | None = option(
         None, "Prompts to paint on the way and at the end; None: the subject in four places."
     )
-    num_inference_steps: int = option(25, "Denoising steps of these pictures.", least=1, most=1000)
+    num_inference_steps: int = option(
+        None, "Denoising steps of these pictures; None: what suits the base, 25 for most.", least=1, most=1000
+    )
     guidance_scale: float | None = option(None, "Guidance of these pictures; None: the base's own.", least=0, most=1000)
     dino_path: str | None = option(
         None,

@@ -36,7 +36,7 @@ class Endpoints:
         seed: float, num_inference_steps: float, guidance_scale: float, width: float,
         height: float, scheduler: str, request: gr.Request,
     ) -> Iterator[list[tuple[str, str]]]:  # fmt: skip
-        """Paints; adapters: {"name in the library": strength}; 0 as guidance or size: as suits. Returns PNG files."""
+        """Paints; adapters: {"name in the library": strength}; 0 as steps, guidance or size: as suits. Returns PNG files."""
         visitor = self.app.visitor(request)
         if not isinstance(adapters or {}, dict):
             raise SVFitError(
@@ -52,7 +52,7 @@ class Endpoints:
             negative_prompt=negative_prompt or "",
             num_images=_whole("num_images", num_images),
             seed=_whole("seed", seed),
-            num_inference_steps=_whole("num_inference_steps", num_inference_steps),
+            num_inference_steps=_whole("num_inference_steps", num_inference_steps or 0) or None,
             guidance_scale=_number("guidance_scale", guidance_scale or 0) or None,
             width=_whole("width", width or 0) or None,
             height=_whole("height", height or 0) or None,
@@ -167,7 +167,7 @@ def build_endpoints(app: App) -> None:
             gr.Textbox("", label="negative_prompt"),
             gr.Number(1, label="num_images"),
             gr.Number(0, label="seed"),
-            gr.Number(25, label="num_inference_steps"),
+            gr.Number(0, label="num_inference_steps"),
             gr.Number(0, label="guidance_scale"),
             gr.Number(0, label="width"),
             gr.Number(0, label="height"),

@@ -35,7 +35,7 @@ class Order:
     negative_prompt: str = ""
     num_images: int = 1
     seed: int = 0
-    num_inference_steps: int = 25
+    num_inference_steps: int | None = None  # None: what suits the base
     guidance_scale: float | None = None  # None: the base's own
     width: int | None = None  # None: the base's own
     height: int | None = None
@@ -86,7 +86,7 @@ def check(order: Order) -> None:
         ("number of pictures", order.num_images, MAX_PICTURES),
         ("number of pictures in all", order.num_images * len(order.cells), MAX_PICTURES),
         *(
-            ("number of steps", cell.num_inference_steps or order.num_inference_steps, MAX_STEPS)
+            ("number of steps", cell.num_inference_steps or order.num_inference_steps or 1, MAX_STEPS)
             for cell in order.cells
         ),
         ("width", order.width or 1, MAX_PIXELS),

@@ -67,6 +67,7 @@ def _samples(model: Any, loaded: Loaded, tickets: Sequence[Ticket]) -> tuple[lis
     called = dict(zip(files, names, strict=True))
     own = tickets[0].order.settings(tickets[0].left[0][0])
     steps, guidance = own["num_inference_steps"], own["guidance_scale"]
+    steps = model.num_inference_steps if steps is None else steps
     guidance = model.guidance_scale if guidance is None else guidance
     height, width = own["height"] or model.resolution, own["width"] or model.resolution
     samples = []

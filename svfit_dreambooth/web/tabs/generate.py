@@ -8,7 +8,7 @@ import gradio as gr
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web.rooms import library
 from svfit_dreambooth.web.rooms.app import App
-from svfit_dreambooth.web.rooms.orders import AS_TRAINED, MAX_STEPS
+from svfit_dreambooth.web.rooms.orders import AS_TRAINED
 from svfit_dreambooth.web.tabs.cards import readable
 from svfit_dreambooth.web.tabs.compare import AXES, GRID, MODES, NOTHING
 from svfit_dreambooth.web.tabs.gallery import UNSELECTED
@@ -80,9 +80,10 @@ def build_generate(app: App, page: gr.Blocks) -> GenerateTab:
                 count = gr.Slider(
                     1, 12, 4, step=1, label="Pictures", min_width=130, elem_id="count", buttons=[], **OPEN
                 )
-                steps = gr.Slider(
-                    1, MAX_STEPS, 25, step=1, label="Sampling steps", min_width=130, elem_id="steps", buttons=[], **OPEN
-                )
+                steps = gr.Textbox(
+                    label="Sampling steps", placeholder="as suits the base", max_lines=1, min_width=130,
+                    elem_id="steps", **OPEN,
+                )  # fmt: skip
             with gr.Row():
                 seed = gr.Number(0, label="Seed", precision=0, min_width=110, elem_id="seed", **OPEN)
                 new_seed = gr.Checkbox(True, label="A new seed each time", min_width=130, elem_id="new-seed", **OPEN)
@@ -177,7 +178,7 @@ def build_generate(app: App, page: gr.Blocks) -> GenerateTab:
     page.load(painting.recall, None, kept[1:], **PRIVATE)
     for field in kept:
         blurred = field.input if field is sampler else getattr(field, "blur", field.input)
-        leave = field.release if field in (count, steps) else blurred
+        leave = field.release if field is count else blurred
         leave(painting.remember, kept, None, queue=False, **PRIVATE)
     adapters.change(painting.fill_in, [adapters, prompt, filled], [prompt, filled], **PRIVATE)
     upload.upload(painting.upload, [upload, adapters], adapters, **PRIVATE)

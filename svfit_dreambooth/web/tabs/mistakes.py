@@ -69,9 +69,9 @@ def _told(markup: bool) -> Iterator[None]:
 for_programs = functools.partial(plainly, markup=False)
 
 
-def number(name: str, text: str | None) -> int | float | None:
+def number(name: str, text: str | int | None) -> int | float | None:
     """What a field of the form holds; None where it was left empty.  Raises SVFitError for anything but a number."""
-    text = (text or "").strip()
+    text = "" if text is None else str(text).strip()
     try:
         value = float(text) if text else None
     except ValueError:
@@ -83,7 +83,7 @@ def number(name: str, text: str | None) -> int | float | None:
     return int(value) if value == int(value) and name != "Learning rate" else value
 
 
-def whole(name: str, text: str | None) -> int | None:
+def whole(name: str, text: str | int | None) -> int | None:
     """The same for a number without fraction."""
     value = number(name, text)
     if value is not None and value != int(value):

@@ -159,7 +159,7 @@ class Painter:
             negative_prompt=(negative or "").strip(),
             num_images=int(count),
             seed=random.randrange(SEEDS) if new_seed or seed is None else int(seed) % 2**63,
-            num_inference_steps=int(steps),
+            num_inference_steps=whole("Sampling steps", steps),
             guidance_scale=number("Guidance", guidance),
             width=whole("Width", width),
             height=whole("Height", height),

@@ -42,7 +42,7 @@ def take_up(app: App, visitor: Visitor, settings: dict[str, Any]) -> tuple[Any, 
         settings["negative_prompt"],
         gr.Dropdown([AS_TRAINED, *bases.names()], value=shown),
         gr.Dropdown(choices, value=list(found)),
-        settings["num_inference_steps"],
+        str(settings["num_inference_steps"]),
         f"{settings['guidance_scale']:g}",
         settings["seed"],
         False,  # no new seed

@@ -166,7 +166,7 @@ def _advanced() -> list[Any]:
             seed = _field("Seed", "0", info="Fixes all chance.")
         with gr.Row():
             every = _field("Pictures on the way", "as suits", info="Steps between them.", elem_id="train-every")
-            painting = _field("Their steps", "25", info="Denoising steps.", elem_id="train-painting")
+            painting = _field("Their steps", "as suits", info="Denoising steps.", elem_id="train-painting")
         prompts = gr.Textbox(
             label="Prompts of those pictures", placeholder="four places where it has no photo", lines=2, max_lines=6,
             info="One a line, with its word.",
