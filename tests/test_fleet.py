@@ -4,12 +4,16 @@ import dataclasses
 import json
 import os
 import random
+import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import deque
 from contextlib import nullcontext
 from functools import partial
+from itertools import repeat
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +25,12 @@ from PIL import Image
 from svfit_dreambooth import TrainConfig, read_adapter, train
 from svfit_dreambooth.commands.main import main
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.fleet.fleet import MOST_LOSSES, Fleet, Means, Turn, cluster, room, run_fleet, steps_made
+from svfit_dreambooth.fleet.cluster import Means, cluster, room
+from svfit_dreambooth.fleet.fleet import MOST_LOSSES, MOST_SETBACKS, Fleet, Turn, run_fleet, steps_made
+from svfit_dreambooth.fleet.worker import Report
+from svfit_dreambooth.training.checkpoints import list_checkpoints
+from svfit_dreambooth.training.events import Phase, Stepped
+from svfit_dreambooth.training.journal import RunFolder
 from svfit_dreambooth.training.subjects import subject_configs, subject_folders
 
 NAME = "ray::Worker"
@@ -42,15 +51,23 @@ def workers():
 
 
 class Killer(threading.Thread):
-    """Kills a worker `times` times, at random moments while `folder` is being trained into."""
+    """Kills a worker `times` times, at random moments of its life: while it starts, trains, or writes.
 
-    def __init__(self, times, between, seed=0):
+    A worker lives longer than its start takes, on average, however busy the machine is: nothing would ever get done
+    otherwise.  The start is measured first, until a subject has made a step.
+    """
+
+    def __init__(self, times, configs, seed=0):
         super().__init__(daemon=True)
-        self.times, self.between, self.random, self.killed, self.over = times, between, random.Random(seed), 0, False
+        self.times, self.configs, self.random, self.killed, self.over = times, configs, random.Random(seed), 0, False
 
     def run(self):
+        began = time.monotonic()
+        while not any(steps_made(config) for config in self.configs) and not self.over:
+            time.sleep(0.05)
+        start = time.monotonic() - began
         while self.killed < self.times and not self.over:
-            time.sleep(self.random.uniform(*self.between))
+            time.sleep(self.random.uniform(0.1, 1.1) * start)
             try:
                 victims = [each for each in workers() if each.status() != psutil.STATUS_ZOMBIE]
                 if victims:
@@ -77,24 +94,52 @@ def configs_of(folder, tiny_base, out, steps):
     return subject_configs(subject_folders(folder), common)[0]
 
 
+def checkpoint_steps(config):
+    return [int(path.stem[5:]) for path in list_checkpoints(RunFolder(config.output_dir, None).checkpoints)]
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="kills as Unix does")
-def test_two_kills(tiny_base, tmp_path, monkeypatch):
-    """One before the first checkpoint of a subject, one after one: nothing is lost, and nothing is made twice."""
+def test_two_kills_and_a_stop(tiny_base, tmp_path, monkeypatch):
+    """Killed before the first checkpoint of a subject and after one, and told to stop: nothing is lost or made twice."""
     monkeypatch.setattr("svfit_dreambooth.fleet.fleet.LOOK_SECONDS", 0.02)
     folder, out = make_subjects(tmp_path / "subjects", 2), tmp_path / "out"
-    configs, at = configs_of(folder, tiny_base, out, 30), [1, 7]
+    first, second = configs = configs_of(folder, tiny_base, out, 100)
 
-    def kill(under_way):
-        if at and any(
-            steps_made(config) >= at[0] for config in under_way if config.adapter_name == f"sks-thing-{2 - len(at)}"
-        ):
-            (victim,) = workers()
-            victim.kill()
-            at.pop(0)
+    def at(config, step, act):
+        """An `on_look` that acts once, when the run of `config` has come to `step`."""
+        left = [act]
 
-    reports = run_fleet(configs, Means(workers=1, cpus_per_worker=1, gpus_per_worker=0), on_look=kill)
-    assert [(report.state, report.workers_lost) for report in reports] == [("finished", 1)] * 2, reports
-    assert not at and not workers()
+        def look(under_way):
+            names = [each.adapter_name for each in under_way]
+            if left and config.adapter_name in names and steps_made(config) >= step:
+                left.pop()()
+
+        return look
+
+    def both(*looks):
+        return lambda under_way: [look(under_way) for look in looks]
+
+    def kill():
+        (victim,) = workers()
+        victim.kill()
+
+    def stop():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    means = Means(workers=1, cpus_per_worker=1, gpus_per_worker=0)
+    with cluster(None) as ray:
+        monkeypatch.setattr("svfit_dreambooth.fleet.fleet.cluster", lambda address: nullcontext(ray))
+        reports = run_fleet(configs, means, on_look=both(at(first, 1, kill), at(first, 12, stop)))
+        told = {report.subject: (report.state, report.workers_lost, report.message) for report in reports}
+        assert told == {
+            first.adapter_name: ("stopped", 1, None), second.adapter_name: ("stopped", 0, "not begun.")
+        }  # fmt: skip
+        assert checkpoint_steps(first)[-1] == steps_made(first) >= 12  # the step at which it was told
+        reports = run_fleet(configs, means, on_look=at(second, 7, kill))
+        assert [(report.state, report.workers_lost) for report in reports] == [("finished", 0), ("finished", 1)], (
+            reports
+        )
+    assert not workers()
     assert_bit_equal(reports, configs, tmp_path)
 
 
@@ -102,7 +147,7 @@ def test_two_kills(tiny_base, tmp_path, monkeypatch):
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="kills as Unix does")
 def test_twenty_kills_at_random_moments(tiny_base, tmp_path):
     configs = configs_of(make_subjects(tmp_path / "subjects", 12), tiny_base, tmp_path / "out", 300)
-    killer = Killer(20, (1, 8))
+    killer = Killer(20, configs)
     killer.start()
     reports = run_fleet(configs, Means(workers=2, cpus_per_worker=1, gpus_per_worker=0))
     killer.over = True
@@ -110,6 +155,39 @@ def test_twenty_kills_at_random_moments(tiny_base, tmp_path):
     assert [report.state for report in reports] == ["finished"] * 12, reports
     assert killer.killed == 20 and not workers()
     assert_bit_equal(reports, configs, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="signals as Unix does")
+def test_ctrl_c_at_the_command(tiny_base, tmp_path):
+    """The terminal sends it to all processes of the command; every one of two workers saves what it has learnt."""
+    folder, out = make_subjects(tmp_path / "subjects", 3), tmp_path / "out"
+    command = [sys.executable, "-m", "svfit_dreambooth", "fleet", str(folder), "--output_dir", str(out)]
+    command += ["--pretrained_model_name_or_path", str(tiny_base), "--max_train_steps", "100000", "--resolution", "16"]
+    command += ["--train_batch_size", "1", "--validation_steps", "0", "--no_final_pictures", "--workers", "2"]
+    command += ["--checkpointing_steps", "100000", "--fixed_loss_examples", "0", "--learning_rate", "0.01"]
+    configs = [TrainConfig(output_dir=str(out / f"sks-thing-{i}"), adapter_name=f"sks-thing-{i}") for i in range(3)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while process.poll() is None and not all(steps_made(config) > 3 for config in configs[:2]):
+        time.sleep(0.2)
+    inside = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)
+    lines, said = process.communicate(timeout=120)
+    told = {line["subject"]: line for line in map(json.loads, lines.splitlines())}
+    assert process.returncode == 0 and {line["state"] for line in told.values()} == {"stopped"}, said
+    assert told["sks-thing-2"]["message"] == "not begun." and "to go on: the same command" in said
+    for config in configs[:2]:
+        assert checkpoint_steps(config) == [steps_made(config)] == [told[config.adapter_name]["steps"]]
+        assert read_adapter(told[config.adapter_name]["adapter"]).training["steps"] == steps_made(config)
+    assert not psutil.wait_procs(inside, timeout=10)[1]
+
+
+class Hired(SimpleNamespace):
+    """What Ray calls a worker."""
+
+    __hash__ = object.__hash__
 
 
 class Here:
@@ -130,7 +208,9 @@ class Here:
 
     def hire(self, worker):
         self.hired += 1
-        return SimpleNamespace(train=SimpleNamespace(remote=lambda configs: partial(worker.train, configs)))
+        return Hired(
+            **{name: SimpleNamespace(remote=partial(partial, getattr(worker, name))) for name in ("open", "train")}
+        )
 
     def wait(self, answers, timeout):
         print("(raylet) what happens to workers")  # as Ray's own threads do
@@ -143,16 +223,55 @@ class Here:
         pass
 
 
-class Dying(Here):
-    """Its workers run out of memory each time."""
+class Script(Here):
+    """Its workers do as they are told, one function after the other."""
 
-    def get(self, answer):
-        raise MemoryError
+    def __init__(self, openings, trainings):
+        super().__init__()
+        self.openings, self.trainings = iter(openings), iter(trainings)
+
+    def hire(self, worker):
+        self.hired += 1
+        return Hired(
+            open=SimpleNamespace(remote=lambda config: next(self.openings)),
+            train=SimpleNamespace(remote=lambda configs: partial(next(self.trainings), configs)),
+        )
+
+
+def opened():
+    return "here", 1
+
+
+def out_of_memory(*_):
+    raise MemoryError
+
+
+def finished(configs):
+    return [Report(config.adapter_name, "finished", config.output_dir) for config in configs]
+
+
+def dies_at(step, doing=None):
+    def train(configs):
+        folder = RunFolder(configs[0].output_dir, configs[0].adapter_name)
+        folder.note(Stepped(step) if doing is None else Phase(doing, time.time(), step))
+        raise ConnectionError("The worker died unexpectedly.")
+
+    return train
+
+
+def reports_of(script, folder):
+    turn, reports = Turn([TrainConfig(output_dir=str(folder), adapter_name="dog")]), []
+    fleet = Fleet(script, Means(), deque([turn]), reports.append)
+    while fleet.step():
+        pass
+    fleet.dismiss()
+    return reports
 
 
 def test_the_command_repeats_nothing_and_passes_bad_folders(tiny_base, tmp_path, monkeypatch, capsys):
     here = Here()
     monkeypatch.setattr("svfit_dreambooth.fleet.fleet.cluster", lambda address: nullcontext(here))
+    monkeypatch.setattr("svfit_dreambooth.fleet.worker.whereabouts", opened)
     folder, out = make_subjects(tmp_path / "subjects", 1), tmp_path / "out"
     command = ["fleet", str(folder), "--output_dir", str(out), "--pretrained_model_name_or_path", str(tiny_base)]
     command += ["--max_train_steps", "2", "--resolution", "16", "--train_batch_size", "1", "--validation_steps", "0"]
@@ -175,16 +294,58 @@ def test_the_command_repeats_nothing_and_passes_bad_folders(tiny_base, tmp_path,
     assert os.stat(first["adapter"]).st_mtime_ns == written
 
 
-def test_a_subject_that_workers_always_die_of_is_given_up_in_plain_words(tmp_path):
-    dying, reports = Dying(), []
-    turn = Turn([TrainConfig(output_dir=str(tmp_path), adapter_name="dog")])
-    fleet = Fleet(dying, Means(), deque([turn]), reports.append)
-    while fleet.step():
-        pass
-    fleet.dismiss()
-    (report,) = reports
-    assert dying.hired == report.workers_lost == MOST_LOSSES and report.state == "failed"
-    assert "5 workers in a row ran out of memory at it without getting beyond step 0" in report.message
+@pytest.mark.parametrize(
+    ("death", "message"),
+    [
+        (out_of_memory, "5 workers in a row ran out of memory at it after step 0: give workers more memory"),
+        (dies_at(50, "looking"), "5 workers in a row were killed or crashed at it after step 50: give"),
+    ],
+)
+def test_a_subject_that_workers_always_die_of_is_given_up_in_plain_words(death, message, tmp_path):
+    script = Script(repeat(opened), repeat(death))
+    (report,) = reports_of(script, tmp_path)
+    assert script.hired == report.workers_lost == MOST_LOSSES and report.state == "failed"
+    assert report.message.startswith(message)
+
+
+def test_a_subject_whose_workers_die_anywhere_is_not_given_up(tmp_path):
+    """Also where they get no further for long, as checkpoints are rare."""
+    places = [90, 3, 60, 60, 60, 60, 20, 88, 7, 7, 1]
+    (report,) = reports_of(Script(repeat(opened), [*map(dies_at, places), finished]), tmp_path)
+    assert (report.state, report.workers_lost) == ("finished", len(places))
+
+
+def test_a_subject_that_gets_no_further_is_given_up_in_the_end(tmp_path):
+    script = Script(repeat(opened), map(dies_at, [90, *map(int, "123456789" * 9)]))
+    (report,) = reports_of(script, tmp_path)
+    assert report.workers_lost == MOST_SETBACKS and "without getting beyond step 90: find out" in report.message
+
+
+def test_workers_that_die_while_they_open_the_base_say_nothing_about_a_subject(tmp_path):
+    openings = [*[out_of_memory] * (MOST_LOSSES - 1), opened] * 2
+    (report,) = reports_of(Script(openings, [dies_at(1), finished]), tmp_path)
+    assert (report.state, report.workers_lost) == ("finished", 1)
+    with pytest.raises(SVFitError, match="5 workers in a row ran out of memory before they had opened the base"):
+        reports_of(Script(repeat(out_of_memory), []), tmp_path)
+
+
+def test_a_base_that_cannot_be_opened_ends_a_fleet_in_its_own_sentence(tmp_path):
+    class Remote(KeyError):
+        cause = SVFitError("there is no base here.")
+
+    def open_none():
+        raise Remote
+
+    with pytest.raises(SVFitError, match=r"^there is no base here\.$"):
+        reports_of(Script([open_none], []), tmp_path)
+
+
+def test_subjects_of_a_worker_that_was_told_to_end_go_on(tmp_path):
+    def stopped(configs):
+        return [Report(config.adapter_name, "stopped", config.output_dir) for config in configs]
+
+    (report,) = reports_of(Script(repeat(opened), [stopped, finished]), tmp_path)
+    assert (report.state, report.workers_lost) == ("finished", 1)
 
 
 def test_room_for_workers():
@@ -202,8 +363,14 @@ def test_room_for_workers():
             room({"CPU": 8.0}, means, 20)
 
 
-def test_a_cluster_that_is_not_there():
-    with pytest.raises(SVFitError, match=r"no Ray cluster answers at address 127\.0\.0\.1:1 "), cluster("127.0.0.1:1"):
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:1", "ray://127.0.0.1:1", "[::1]:1", "127.0.0.1:99999", "no such host:1"]
+)
+def test_a_cluster_that_is_not_there(address):
+    with (
+        pytest.raises(SVFitError, match=rf"^no Ray cluster answers at address {re.escape(address)} "),
+        cluster(address),
+    ):
         pass
 
 

@@ -38,7 +38,8 @@ def fleet(arguments: Sequence[str], names: set[str]) -> None:
 
     from svfit_dreambooth.commands.arguments import OPTION_NAMES, parse_runs
     from svfit_dreambooth.commands.subjects import at_once
-    from svfit_dreambooth.fleet.fleet import Means, run_fleet
+    from svfit_dreambooth.fleet.cluster import Means
+    from svfit_dreambooth.fleet.fleet import run_fleet
     from svfit_dreambooth.fleet.worker import Report
     from svfit_dreambooth.training.subjects import subject_configs, subject_folders
 
@@ -93,7 +94,8 @@ def table(reports: Sequence["Report"]) -> list[str]:
         lost = f", {report.workers_lost} workers lost" if report.workers_lost else ""
         lines.append(printable(f"{report.subject:<{width}}  {report.state}{lost}  {said}"))
     counts = Counter(report.state for report in reports)
-    return [*lines, ", ".join(f"{counts[state]} {state}" for state in order if counts[state])]
+    lines.append(", ".join(f"{counts[state]} {state}" for state in order if counts[state]))
+    return [*lines, "to go on: the same command"] if counts["stopped"] else lines
 
 
 def _number(given: dict[str, Any], name: str, kind: type[int] | type[float]) -> Any:

@@ -10,6 +10,8 @@ from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.training.config import TrainConfig
 from svfit_dreambooth.training.one_of_several import Outcome
 from svfit_dreambooth.training.plan import open_run_base
+from svfit_dreambooth.training.result import plain_memory_errors
+from svfit_dreambooth.training.signals import stop_signals
 from svfit_dreambooth.training.together import as_stored, train_alone, train_together
 
 
@@ -35,25 +37,44 @@ class Report:
 class Worker:
     """Trains what it is told to; the base stays open from one subject to the next."""
 
-    def __init__(self) -> None:
-        self.base: BaseModel | None = None
+    base: BaseModel
+    used = False  # whether the base has been trained on
+
+    def open(self, config: TrainConfig) -> tuple[str, int]:
+        """Opens the base of `config`; says which process of which machine this is.
+
+        Raises SVFitError for a base that cannot be opened.
+        """
+        with plain_memory_errors():
+            self.base = open_run_base(config)
+        return whereabouts()
 
     def train(self, configs: Sequence[TrainConfig]) -> list[Report]:
-        """Trains the subjects of `configs`: one as its own command would, to the bit; several in one run."""
+        """Trains the subjects of `configs`: one as its own command would, to the bit; several in one run.
+
+        SIGTERM ends it as it ends a single run: what was learnt is saved, and the subjects are "stopped".
+        """
         started = time.perf_counter()
-        if self.base is None:
-            self.base = open_run_base(configs[0])
         try:
-            outcomes = (
-                [train_alone(configs[0], self.base)] if len(configs) == 1 else train_together(configs, base=self.base)
-            )
-        finally:
-            self.base = as_stored(self.base, configs[0])
+            with stop_signals(at_once=True):
+                if self.used:
+                    self.base = as_stored(self.base, configs[0])
+                self.used = True
+                outcomes = (
+                    [train_alone(configs[0], self.base)]
+                    if len(configs) == 1
+                    else train_together(configs, base=self.base)
+                )
+        except KeyboardInterrupt:  # between what may be saved
+            return [Report(str(config.adapter_name), "stopped", config.output_dir) for config in configs]
         return [_report(outcome, round(time.perf_counter() - started, 1)) for outcome in outcomes]
 
-    def process(self) -> int:
-        """The number of the worker's process."""
-        return os.getpid()
+
+def whereabouts() -> tuple[str, int]:
+    """Ray's name for the machine, and the number of the process."""
+    import ray
+
+    return ray.get_runtime_context().get_node_id(), os.getpid()
 
 
 def _report(outcome: Outcome, seconds: float) -> Report:
