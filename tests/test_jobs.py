@@ -227,6 +227,10 @@ def test_the_command(tiny_base, adapters, tmp_path, capsys):
         (["--jobs", "j.jsonl", "--adapter", "a"], 'write "adapters" into its lines'),
         (["--jobs", "j.jsonl"], "cannot be read"),
         (["--jobs", "j.jsonl", "--dtype", "bfloat16"], "too coarse"),
+        (
+            ["--jobs", "j.jsonl", "--adapter_memory", "nan"],
+            "error: --adapter_memory is nan: give a number of MB above 0.",
+        ),
         (["--prompt", "a", "--batch_size", "2"], "error: --batch_size goes with --jobs alone"),
         ([], "error: there is nothing to paint: give a --prompt, or a file of --jobs."),
     ],

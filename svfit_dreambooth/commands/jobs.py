@@ -43,7 +43,10 @@ def generate_jobs(options: argparse.Namespace) -> None:
 
     if options.dtype == "bfloat16":
         raise SVFitError("dtype bfloat16 is too coarse to tell an adapter's base by: give float16.", "dtype")
-    most = MOST_BYTES if options.adapter_memory is None else int(1e6 * options.adapter_memory)
+    megabytes = options.adapter_memory
+    if megabytes is not None and not 0 < megabytes < 1e9:
+        raise SVFitError(f"adapter_memory is {megabytes:g}: give a number of MB above 0.", "adapter_memory")
+    most = MOST_BYTES if megabytes is None else int(1e6 * megabytes)
     files = AdapterFiles(most)
     jobs = read_jobs(options.jobs, files)
     model = open_for_jobs(
