@@ -27,14 +27,14 @@ from svfit_dreambooth import TrainConfig
 from svfit_dreambooth.bases.devices import default_device
 from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.method.basis import weight_hashes
+from svfit_dreambooth.subjects.shared import Shared
+from svfit_dreambooth.subjects.steps import Member, step_together
 from svfit_dreambooth.training.examples import Examples, encode_examples
 from svfit_dreambooth.training.loop import Loop
 from svfit_dreambooth.training.objective import Objective
 from svfit_dreambooth.training.optimizer import plan_steps
 from svfit_dreambooth.training.plan import Plan, open_run_base, prepare
 from svfit_dreambooth.training.processes import make_accelerator
-from svfit_dreambooth.training.shared import Shared
-from svfit_dreambooth.training.steps_together import Member, step_together
 from svfit_dreambooth.training.trainable import Trainable
 
 EXAMPLES: dict[str, Examples] = {}  # of every subject, by its name

@@ -28,10 +28,10 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.fleet.cluster import Means, cluster, room
 from svfit_dreambooth.fleet.fleet import MOST_LOSSES, MOST_SETBACKS, Fleet, Turn, run_fleet, steps_made
 from svfit_dreambooth.fleet.worker import Report
+from svfit_dreambooth.subjects.configs import subject_configs, subject_folders
 from svfit_dreambooth.training.checkpoints import list_checkpoints
 from svfit_dreambooth.training.events import Phase, Stepped
 from svfit_dreambooth.training.journal import RunFolder
-from svfit_dreambooth.training.subjects import subject_configs, subject_folders
 
 NAME = "ray::Worker"
 

@@ -21,8 +21,8 @@ from svfit_dreambooth.method.basis import fingerprint
 from svfit_dreambooth.painting.batches import Sample, paint_batch, read_words
 from svfit_dreambooth.painting.generate import generate
 from svfit_dreambooth.painting.loading import load_adapter, unload_adapter
+from svfit_dreambooth.subjects.together import train_together
 from svfit_dreambooth.training.config import TrainConfig
-from svfit_dreambooth.training.together import train_together
 from svfit_dreambooth.web.rooms.bases import Bases
 from svfit_dreambooth.web.rooms.orders import Cell, Order
 from svfit_dreambooth.web.rooms.studio import Studio

@@ -14,7 +14,8 @@ FLOORS = {
     "adapter": 1, "bases": 1, "photos": 1,
     "painting": 2, "evaluation": 2,
     "training": 3, "sharing": 3, "peft": 3,
-    "fleet": 4, "commands": 4, "web": 4,
+    "subjects": 4,
+    "fleet": 5, "commands": 5, "web": 5,
 }  # fmt: skip
 FOREIGN_FLAG = "commands/arguments.py"  # kohya's --unet_lr, which people may give by habit
 

@@ -11,6 +11,7 @@ from svfit_dreambooth import TrainConfig, read_adapter, train
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.evaluation.protocol import bundled_questions
 from svfit_dreambooth.method.basis import weight_hashes
+from svfit_dreambooth.subjects.together import train_together
 from svfit_dreambooth.training import base_pictures, keep_base
 from svfit_dreambooth.training.base_pictures import kept_prompts
 from svfit_dreambooth.training.checkpoints import run_identity
@@ -19,7 +20,6 @@ from svfit_dreambooth.training.events import Stepped
 from svfit_dreambooth.training.examples import encode_examples
 from svfit_dreambooth.training.keep_base import KeptBase, kept_batch_size
 from svfit_dreambooth.training.objective import Objective
-from svfit_dreambooth.training.together import train_together
 from svfit_dreambooth.training.trainable import Trainable
 
 CPU = torch.device("cpu")

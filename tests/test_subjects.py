@@ -6,7 +6,7 @@ from PIL import Image
 from svfit_dreambooth import TrainConfig, read_adapter
 from svfit_dreambooth.commands.main import main_train
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.training.subjects import subject_configs, subject_folders
+from svfit_dreambooth.subjects.configs import subject_configs, subject_folders
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from svfit_dreambooth import TrainConfig, read_adapter, train
 from svfit_dreambooth.bases.devices import MIXED_PRECISION
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.subjects.together import train_all, train_together
 from svfit_dreambooth.training.journal import RunFolder
 from svfit_dreambooth.training.loop import Loop
 from svfit_dreambooth.training.stepping import NotFinite
-from svfit_dreambooth.training.together import train_all, train_together
 
 SIZES = {"dog": [(40, 30), (24, 36), (32, 32)], "cat": [(32, 32), (30, 40)], "mug": [(32, 32)]}
 

@@ -41,7 +41,7 @@ def fleet(arguments: Sequence[str], names: set[str]) -> None:
     from svfit_dreambooth.fleet.cluster import Means
     from svfit_dreambooth.fleet.fleet import run_fleet
     from svfit_dreambooth.fleet.worker import Report
-    from svfit_dreambooth.training.subjects import subject_configs, subject_folders
+    from svfit_dreambooth.subjects.configs import subject_configs, subject_folders
 
     names.update((*OPTION_NAMES, *OWN))
     config, _, given = parse_runs(arguments, PROG, add_fleet)

@@ -9,9 +9,9 @@ from svfit_dreambooth.commands.wording import printable, with_dashes
 from svfit_dreambooth.errors import SVFitError
 
 if TYPE_CHECKING:
+    from svfit_dreambooth.subjects.together import Outcome
     from svfit_dreambooth.training.config import TrainConfig
     from svfit_dreambooth.training.plan import Plan
-    from svfit_dreambooth.training.together import Outcome
 
 AT_ONCE = 8
 
@@ -35,7 +35,7 @@ def add_subjects(parser: argparse.ArgumentParser) -> None:
 
 def several(config: "TrainConfig", folders: Sequence[str], given: dict[str, Any]) -> list[Path]:
     """The folders of photos that a command names.  Raises SVFitError where it names them in two ways, or in none."""
-    from svfit_dreambooth.training.subjects import subject_folders
+    from svfit_dreambooth.subjects.configs import subject_folders
 
     if "subjects" not in given:
         return [Path(folder).expanduser() for folder in folders]
@@ -56,8 +56,8 @@ def at_once(given: dict[str, Any], otherwise: int = AT_ONCE) -> int:
 
 def train_subjects(config: "TrainConfig", folders: Sequence[str], given: dict[str, Any], names: Iterable[str]) -> None:
     """Trains them, and prints what became of each.  Raises SVFitError in the end where one of them failed."""
-    from svfit_dreambooth.training.subjects import subject_configs
-    from svfit_dreambooth.training.together import train_all
+    from svfit_dreambooth.subjects.configs import subject_configs
+    from svfit_dreambooth.subjects.together import train_all
 
     configs, refused = subject_configs(several(config, folders, given), config)
     refusals = [f"{each.name}: failed: {each.message}" for each in refused]

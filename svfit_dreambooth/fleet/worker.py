@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from svfit_dreambooth.bases.model import BaseModel
+from svfit_dreambooth.subjects.subject import Outcome
+from svfit_dreambooth.subjects.together import as_stored, train_alone, train_together
 from svfit_dreambooth.training.config import TrainConfig
-from svfit_dreambooth.training.one_of_several import Outcome
 from svfit_dreambooth.training.plan import open_run_base
 from svfit_dreambooth.training.result import plain_memory_errors
 from svfit_dreambooth.training.signals import stop_signals
-from svfit_dreambooth.training.together import as_stored, train_alone, train_together
 
 
 @dataclass(frozen=True)

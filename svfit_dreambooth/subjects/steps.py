@@ -10,12 +10,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.subjects.shared import Own, Shared
 from svfit_dreambooth.training.checkpoints import TrainState
 from svfit_dreambooth.training.ending import Ending
 from svfit_dreambooth.training.events import Stepped
 from svfit_dreambooth.training.loop import Loop
 from svfit_dreambooth.training.objective import Draw, Loss, by_shape
-from svfit_dreambooth.training.shared import Own, Shared
 from svfit_dreambooth.training.signals import stop_signals
 from svfit_dreambooth.training.stepping import Losses, NotFinite
 

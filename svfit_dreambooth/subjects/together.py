@@ -16,9 +16,9 @@ from svfit_dreambooth.bases.opening import check_base_model
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.targets import svfit_layers
 from svfit_dreambooth.method.word import word_embedding
-from svfit_dreambooth.training.config import TrainConfig
-from svfit_dreambooth.training.estimate import estimate_memory
-from svfit_dreambooth.training.one_of_several import (
+from svfit_dreambooth.subjects.shared import Shared
+from svfit_dreambooth.subjects.steps import OnStep, complete_together
+from svfit_dreambooth.subjects.subject import (
     Known,
     Outcome,
     Subject,
@@ -30,20 +30,12 @@ from svfit_dreambooth.training.one_of_several import (
     save_subject,
     share_out_budget,
 )
+from svfit_dreambooth.training.config import TrainConfig
+from svfit_dreambooth.training.estimate import estimate_memory
 from svfit_dreambooth.training.plan import Plan, open_run_base
-from svfit_dreambooth.training.result import (
-    plain_memory_errors,
-)
-from svfit_dreambooth.training.run import (
-    ask_early,
-    measured,
-    note_start,
-    step_aside,
-    train,
-)
-from svfit_dreambooth.training.shared import Shared
+from svfit_dreambooth.training.result import plain_memory_errors
+from svfit_dreambooth.training.run import ask_early, measured, note_start, step_aside, train
 from svfit_dreambooth.training.signals import stop_signals
-from svfit_dreambooth.training.steps_together import OnStep, complete_together
 
 logger = logging.getLogger(__name__)
 

@@ -15,6 +15,8 @@ from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.evaluation.features import Features
 from svfit_dreambooth.method.basis import fingerprint, weight_hashes
+from svfit_dreambooth.subjects.shared import Own, Shared
+from svfit_dreambooth.subjects.steps import Member
 from svfit_dreambooth.training.checkpoints import Checkpoints, TrainState, resume_state, run_identity
 from svfit_dreambooth.training.config import TrainConfig
 from svfit_dreambooth.training.events import End
@@ -24,27 +26,9 @@ from svfit_dreambooth.training.loop import Loop
 from svfit_dreambooth.training.objective import Objective
 from svfit_dreambooth.training.plan import Plan, prepare
 from svfit_dreambooth.training.processes import accelerated
-from svfit_dreambooth.training.result import (
-    TrainResult,
-    end_of,
-    finish,
-    make_adapter,
-    publish,
-    save_result,
-)
-from svfit_dreambooth.training.run import (
-    asked,
-    begin,
-    encoded,
-    look_adapters,
-    phase,
-    shared_out,
-    steps_of,
-    told_in,
-)
+from svfit_dreambooth.training.result import TrainResult, end_of, finish, make_adapter, publish, save_result
+from svfit_dreambooth.training.run import asked, begin, encoded, look_adapters, phase, shared_out, steps_of, told_in
 from svfit_dreambooth.training.sensitivity import Sensitivity
-from svfit_dreambooth.training.shared import Own, Shared
-from svfit_dreambooth.training.steps_together import Member
 from svfit_dreambooth.training.watch import Watch
 
 logger = logging.getLogger(__name__)

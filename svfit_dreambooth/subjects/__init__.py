@@ -1,0 +1,1 @@
+"""Several subjects in one run: above training, which knows one."""
