@@ -8,6 +8,7 @@ from PIL import Image
 
 gr = pytest.importorskip("gradio", reason="gradio is not installed")
 
+from flow_bases import tiny_klein
 from web_stand_ins import Request
 
 from svfit_dreambooth import read_adapter, save_adapter
@@ -225,6 +226,39 @@ def test_the_settings_of_a_run_are_taken_up_again(public, photo_folder):
     assert len(thumbs.value) == len(photo_files(visitor.photos)) > 0 and taken[:5] == ["dog", *form[:4]]
     assert draft.show(request)[4:] == tuple(taken)  # also when the page is opened again
     assert runs.submit(request, *taken)[0] == id  # the very same, so no second one
+
+
+def test_what_a_base_has_no_use_for_is_said_before_the_start(public, photo_folder, tiny_base):
+    request = Request("a" * 32)
+    draft, visitor = Draft(public), public.visitor(request)
+    runs, models = Runs(public, draft), public.studio.bases.models
+    add_photos(visitor.photos, sorted(photo_folder.glob("*.png")))
+    tiny_klein().save_pretrained(models / "klein")
+    shutil.copytree(tiny_base / "vae", models / "better-vae")
+    (models / "better-vae" / "model_index.json").touch()  # offered by its name
+    (models / "one.safetensors").touch()
+
+    def form(base, **changes):
+        return ["sks", "dog", base, "fast", *(changes.get(name) for name in ADVANCED)]
+
+    for base, changes, sentence in (
+        (tiny_base.name, {"clip_skip": "9"}, "^'“Clip skip” is 9: of the layers of this base"),
+        ("klein", {"clip_skip": "1"}, "“Clip skip” 1 is for Stable Diffusion"),
+        ("klein", {"pretrained_vae_model_name_or_path": "better-vae"}, "“Another autoencoder .VAE.” .* is for Stable"),
+        (tiny_base.name, {"pretrained_vae_model_name_or_path": "/etc"}, "no base model that is offered here"),
+        ("one.safetensors", {"quantize": "int8"}, "“Base in fewer bits” int8 needs a diffusers folder"),
+        (tiny_base.name, {"quantize": "int9"}, "“Base in fewer bits” is 'int9'"),
+    ):
+        with pytest.raises(gr.Error, match=sentence):
+            runs.submit(request, "dog", *form(base, **changes))
+    assert not public.jobs.listed(visitor)
+    id = runs.submit(
+        request, "dog", *form(tiny_base.name, clip_skip="1", pretrained_vae_model_name_or_path="better-vae")
+    )[0]
+    options = public.jobs.find(visitor, id).options
+    assert options["clip_skip"] == 1 and options["pretrained_vae_model_name_or_path"] == str(models / "better-vae")
+    *_, skip, vae, bits = runs.again(id, request)
+    assert (skip, vae, bits) == ("1", "better-vae", "as it is")
 
 
 def test_no_way_of_training_downloads_for_a_stranger(public, photo_folder, monkeypatch):

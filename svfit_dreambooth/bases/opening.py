@@ -88,12 +88,7 @@ def open_base_model(
     if quantize is not None:
         check_library(quantize)
     try:
-        if path.is_file() and quantize is not None:
-            raise SVFitError(
-                f"quantize {quantize} needs a diffusers folder or a hub id, from which single weights can be read again, "
-                f"and {name} is one file: save it as a folder first.",
-                "quantize",
-            )
+        check_quantizable(name, quantize)
         if path.is_file():
             family, prediction_type = read_single_file(path)
             kind = family.pipeline_class.__name__
@@ -168,6 +163,25 @@ def open_base_model(
     return model
 
 
+def check_quantizable(name: str, quantize: str | None) -> None:
+    """Raises SVFitError where the denoiser of the base `name` cannot be held in fewer bits."""
+    if quantize is not None and Path(name).is_file():
+        raise SVFitError(
+            f"quantize {quantize} needs a diffusers folder or a hub id, from which single weights can be read again, "
+            f"and {base_name(Path(name))} is one file: save it as a folder first.",
+            "quantize",
+        )
+
+
+def check_exchangeable(model: BaseModel, autoencoder: str) -> None:
+    """Raises SVFitError where `model` is of a family that keeps its own autoencoder."""
+    if not isinstance(model.family, StableDiffusion):
+        raise SVFitError(
+            f"pretrained_vae_model_name_or_path {autoencoder} is for Stable Diffusion 1.x, 2.x and XL: leave it out.",
+            "pretrained_vae_model_name_or_path",
+        )
+
+
 def exchange_autoencoder(model: BaseModel, name: str | None, local_files_only: bool = False) -> None:
     """Gives `model` the autoencoder `name`, see `open_autoencoder`; None: it keeps its own.
 
@@ -175,11 +189,7 @@ def exchange_autoencoder(model: BaseModel, name: str | None, local_files_only: b
     """
     if name is None:
         return
-    if not isinstance(model.family, StableDiffusion):
-        raise SVFitError(
-            f"pretrained_vae_model_name_or_path {name} is for Stable Diffusion 1.x, 2.x and XL: leave it out.",
-            "pretrained_vae_model_name_or_path",
-        )
+    check_exchangeable(model, name)
     model.pipeline.register_modules(vae=open_autoencoder(name, model.pipeline, local_files_only))
     model.vae_name = base_name(Path(name)) if Path(name).exists() else name
     model.family.check(name)  # of the units of latents

@@ -9,7 +9,8 @@ from svfit_dreambooth.bases.families import family_named
 from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.bases.names import DEFAULT_BASE, EMBEDDED_WEIGHTS, as_asked, base_name
 from svfit_dreambooth.bases.networks import class_of, outline_network
-from svfit_dreambooth.bases.opening import check_base_model
+from svfit_dreambooth.bases.opening import check_base_model, check_exchangeable, check_quantizable, is_cached
+from svfit_dreambooth.bases.quantizing import check_library
 from svfit_dreambooth.errors import SVFitError
 
 
@@ -50,3 +51,27 @@ def outline_base_model(
     )
     model.family.check(name)
     return model
+
+
+def check_wishes(
+    name: str,
+    *,
+    revision: str | None = None,
+    clip_skip: int | None = None,
+    pretrained_vae_model_name_or_path: str | None = None,
+    quantize: Any = None,
+) -> None:
+    """Raises SVFitError, before anything is opened, where the base `name` cannot be used in such a way.
+
+    A base whose configs are not on this disk cannot be asked.
+    """
+    if quantize is not None:
+        check_library(quantize)
+        check_quantizable(name, quantize)
+    here = name == DEFAULT_BASE or Path(name).is_dir() or is_cached(name, revision)
+    if not here or not (clip_skip or pretrained_vae_model_name_or_path):
+        return
+    model = outline_base_model(name, revision=revision)
+    model.family.read_earlier(clip_skip or 0)
+    if pretrained_vae_model_name_or_path is not None:
+        check_exchangeable(model, pretrained_vae_model_name_or_path)

@@ -87,6 +87,13 @@ class Bases:
             check_on_hub(place, options["revision"])
         return place, options.get("revision")
 
+    def resolve_autoencoder(self, name: str) -> str:
+        """The same for another autoencoder: a file or folder among the models, or a hub id."""
+        place, revision = self.resolve_for_run(name)
+        if revision is not None:
+            raise SVFitError(f"{name.strip()} names a revision, which is for base models alone: leave @{revision} out.")
+        return place
+
     def is_here(self, name: str) -> bool:
         """May what a file calls `name` be opened without a download that nobody asked for?"""
         libraries()

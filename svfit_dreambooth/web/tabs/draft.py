@@ -35,7 +35,7 @@ from svfit_dreambooth.web.rooms.memory import remember, remembered
 from svfit_dreambooth.web.rooms.progress import sum_up
 from svfit_dreambooth.web.rooms.workspace import Visitor
 from svfit_dreambooth.web.tabs.drawing import drawn_over, to_draw_on
-from svfit_dreambooth.web.tabs.form import ADVANCED, LABELS, NUMBERS, SWITCHES, in_form_words
+from svfit_dreambooth.web.tabs.form import ADVANCED, BITS, LABELS, NUMBERS, SWITCHES, VAE, bits_of, in_form_words
 from svfit_dreambooth.web.tabs.mistakes import number, plainly
 
 REMEMBERED = ("name", "word", "kind", "base", "preset", *ADVANCED)
@@ -173,6 +173,9 @@ class Draft:
         }
         for name, value in zip(ADVANCED, advanced, strict=True):
             options[name] = number(LABELS[name], value) if name in NUMBERS else value
+        if str(options[VAE] or "").strip():
+            options[VAE] = self.app.studio.bases.resolve_autoencoder(options[VAE])
+        options["quantize"] = bits_of(options["quantize"])
         if prompts := [line.strip() for line in (options["validation_prompts"] or "").splitlines() if line.strip()]:
             options["validation_prompts"] = prompts
         if not (options["with_prior_preservation"] or options["keep_base"]):
@@ -181,7 +184,9 @@ class Draft:
         if subject is not None and place == DEFAULT_BASE:
             options["instance_data_dir"] = str(SUBJECTS_FOLDER / subject)  # so that the run's judge knows the toy
         given = {n: value for n, value in options.items() if n in NAMES and value is not None and value != ""}
-        return {name: value for name, value in given.items() if value is not False}  # 0 is an answer, False is none
+        given = {name: value for name, value in given.items() if value is not False}  # 0 is an answer, False is none
+        _check_base(given)
+        return given
 
     def take_up(self, visitor: Visitor, job: Job) -> tuple[Any, ...]:
         """Thumbnails, remarks, selected, actions and the form, as they were for a run; photos where none are laid out."""
@@ -194,6 +199,8 @@ class Draft:
                 add_photos(visitor.photos, photo_files(self.app.jobs.folder / job.id / "photos"))
         words = job.instance_prompt.removeprefix("a photo of ").partition(" ")
         base = self.app.studio.bases.shown(job.base, options.get("revision"))
+        if VAE in options:
+            options = options | {VAE: self.app.studio.bases.shown(options[VAE])}
         advanced = [_as_written(options.get(name), name) for name in ADVANCED]
         form = (job.name, words[0], words[2], base, options.get("preset") or DEFAULT, *advanced)
         remember(visitor.folder, dict(zip(REMEMBERED, form, strict=True)))
@@ -255,8 +262,21 @@ class Draft:
         return paths[selected]
 
 
+def _check_base(options: dict[str, Any]) -> None:
+    """Raises SVFitError where the base has no use for what is asked of it, as far as it is on this disk."""
+    asked = {
+        name: options[name] for name in ("revision", "clip_skip", VAE, "quantize") if options.get(name) is not None
+    }
+    if asked.keys() - {"revision"}:
+        from svfit_dreambooth.bases.outline import check_wishes
+
+        check_wishes(options["pretrained_model_name_or_path"], **asked)
+
+
 def _as_written(value: Any, name: str) -> Any:
     """An option as its field of the form has it."""
+    if name == "quantize":
+        return value or next(iter(BITS))
     if name == "mixed_precision":
         return value or "no"
     if isinstance(value, bool) or name in SWITCHES:

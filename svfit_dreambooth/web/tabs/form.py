@@ -23,9 +23,14 @@ LABELS = {
     "gradient_checkpointing": "Less memory, slower",
     "with_prior_preservation": "Keep others of its kind apart",
     "keep_base": "Leave the rest as it is",
+    "clip_skip": "Clip skip",
+    "pretrained_vae_model_name_or_path": "Another autoencoder (VAE)",
+    "quantize": "Base in fewer bits",
 }
 ADVANCED = tuple(LABELS)
-NUMBERS = ADVANCED[:2] + ADVANCED[3:8]
+NUMBERS = (*ADVANCED[:2], *ADVANCED[3:8], "clip_skip")
+VAE = "pretrained_vae_model_name_or_path"
+BITS = {"as it is": None, "int8": "int8", "fp8": "fp8", "nf4": "nf4"}  # of the base's denoiser, as the form offers them
 SWITCHES = ("train_text_encoder", "random_flip", "gradient_checkpointing", "with_prior_preservation")
 ELSEWHERE = {
     "pretrained_model_name_or_path": "Base model",
@@ -35,6 +40,13 @@ ELSEWHERE = {
     "instance_data_dir": "the photos",
 }
 ORDINARY = ("rank", "seed", "resolution", "preset")  # words that a sentence may use in their own sense
+
+
+def bits_of(offered: str | None) -> str | None:
+    """What a choice of BITS stands for.  Raises SVFitError for any other word."""
+    if offered is not None and offered not in BITS:
+        raise SVFitError(f"“{LABELS['quantize']}” is {offered!r}: choose one of those offered.")
+    return None if offered is None else BITS[offered]
 
 
 def in_form_words(sentence: str, parameters: tuple[str, ...] = ()) -> str:

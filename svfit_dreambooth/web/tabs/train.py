@@ -12,7 +12,7 @@ from svfit_dreambooth.web.rooms.progress import Progress
 from svfit_dreambooth.web.tabs.curve import loss_plot
 from svfit_dreambooth.web.tabs.draft import Draft
 from svfit_dreambooth.web.tabs.drawing import COLOUR
-from svfit_dreambooth.web.tabs.form import ADVANCED
+from svfit_dreambooth.web.tabs.form import ADVANCED, BITS
 from svfit_dreambooth.web.tabs.generate import PRIVATE, GenerateTab
 from svfit_dreambooth.web.tabs.run_list import ON_LOAD
 from svfit_dreambooth.web.tabs.runs import NONE, Runs
@@ -181,9 +181,18 @@ def _advanced() -> list[Any]:
         keep = gr.Checkbox(
             False, label="Leave the rest as it is (held to what the model paints now): 1.7 times as long",
         )  # fmt: skip
+        with gr.Row():
+            skip = _field("Clip skip", "0", info="Last layers of CLIP left out: 1 is what others call 2.")
+            vae = gr.Textbox(
+                label="Another autoencoder (VAE)", placeholder="the base's own", max_lines=1, min_width=150,
+                info="A hub id, or one of the models here.",
+            )  # fmt: skip
+        bits = gr.Radio(
+            list(BITS), value=next(iter(BITS)), label="Base in fewer bits", info="For transformer bases larger than the memory."
+        )  # fmt: skip
     return [
         steps, rate, rank, resolution, batch, every, painting, seed, prompts, precision, text, flip, checkpointing, prior,
-        keep,
+        keep, skip, vae, bits,
     ]  # fmt: skip
 
 
