@@ -133,7 +133,9 @@ def table_height(table: Table) -> float:
     return 0.9 + 0.27 * len(table[0])
 
 
-def draw_table(part: Any, title: str, table: Table, by_block: list[float], norm: str | None = None) -> None:
+def draw_table(
+    part: Any, title: str, table: Table, by_block: list[float], norm: str | None = None, bars_title: str = "by block"
+) -> None:
     """`table` as colours, beside them a bar for each of its rows; `norm`: of the colours, None: from 0 on."""
     rows, columns, cells = table
     heat, bars = part.subplots(1, 2, sharey=True, width_ratios=[2, 1])
@@ -143,7 +145,7 @@ def draw_table(part: Any, title: str, table: Table, by_block: list[float], norm:
     heat.set_title(title, fontsize=10, loc="left")
     part.colorbar(image, ax=heat, pad=0.01)
     bars.barh(range(len(rows)), by_block, color=AFTER)
-    bars.set_title("by block", fontsize=10, loc="left")
+    bars.set_title(bars_title, fontsize=10, loc="left")
     bars.tick_params(labelsize=8, labelleft=False)
 
 

@@ -14,6 +14,11 @@ from svfit_dreambooth.training.sensitivity import Sensitivity
 
 HEAVIEST = 10  # layers that are named
 DRAWN = 5  # of them, value by value
+EXPLAINED = (
+    "F: the mean square by which the base's answers change where one singular value of a layer is shifted by 1; "
+    "dark parts are trained in small steps."
+)
+ATTENTIONS = "attn1: self-attention, attn2: attention to the prompt; q, k, v, out: their projections."
 
 
 def describe_sensitivity(found: Sensitivity) -> dict[str, Any]:
@@ -51,23 +56,30 @@ def plot_sensitivity(found: Sensitivity, title: str, path: str | Path) -> Path:
     """
     described = describe_sensitivity(found)
     table = block_table(found.values, lambda parts: float(sum(part.double().sum() for part in parts)) / found.power)
-    figure, parts = figure_of([table_height(table), 3.4])
+    figure, parts = figure_of([0.5, table_height(table), 4.4])
+    terms = [ATTENTIONS] if "attn1 q" in table[1] else []
+    parts[0].text(0.01, 0.6, "\n".join([EXPLAINED, *terms]), fontsize=9, va="center")
     shares = [row["share"] for row in described["blocks"].values()]
-    draw_table(parts[0], f"{title}: what carries its answers (sum of F, logarithmic)", table, shares, norm="log")
-    single, together = parts[1].subplots(1, 2)
+    title = f"{title}: sum of F by block and projection, relative to the answers, logarithmic"
+    draw_table(parts[1], title, table, shares, norm="log", bars_title="share of all F")
+    single, together = parts[2].subplots(1, 2)
     for name in list(described["layers"])[:DRAWN]:
         own = found.values[name].double().numpy() / found.power
-        single.plot(np.arange(1, len(own) + 1), own, lw=0.9, label=name if len(name) < 50 else f"...{name[-47:]}")
+        single.plot(np.arange(1, len(own) + 1), own, lw=0.9, label=name)
     single.set(yscale="log")
-    single.set_title("F of the heaviest layers, relative to the answers", fontsize=8, loc="left")
+    single.set_title(f"the {min(DRAWN, len(found.values))} heaviest layers, value by value", fontsize=10, loc="left")
     single.set_xlabel("number of the singular value, largest first", fontsize=8)
-    single.legend(fontsize=6, frameon=False)
+    single.set_ylabel("F, relative to the answers", fontsize=8)
+    single.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.17))
     every = np.sort(np.concatenate([own.double().numpy() for own in found.values.values()]))[::-1]
     together.plot(np.arange(1, len(every) + 1), every.cumsum() / every.sum(), color=AFTER, lw=1.5)
-    together.axhline(0.5, color=BEFORE, lw=0.8)
-    together.set(xscale="log")
-    together.set_title("share of all F that so many values carry", fontsize=8, loc="left")
-    together.set_xlabel("values, heaviest first", fontsize=8)
+    half = described["total"]["half"]
+    together.plot([1, half, half], [0.5, 0.5, 0], color=BEFORE, lw=0.8)
+    together.annotate(f" half of it in {half:,} of {len(every):,}", (half, 0.25), fontsize=8, va="center")
+    together.set(xscale="log", ylim=(0, 1.02))
+    together.set_title("how few values carry the base", fontsize=10, loc="left")
+    together.set_xlabel("so many values, heaviest first", fontsize=8)
+    together.set_ylabel("carry this share of all F", fontsize=8)
     for axes in (single, together):
         axes.tick_params(labelsize=8)
     return save_figure(figure, Path(path))
