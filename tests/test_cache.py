@@ -8,7 +8,6 @@ from safetensors.torch import save_file
 from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.commands.main import main
 from svfit_dreambooth.method.basis import cached_files
-from svfit_dreambooth.training import base_pictures
 from svfit_dreambooth.training import sensitivity as room
 from svfit_dreambooth.training.cache import ANY_BASE, UNKNOWN, cached, clear_cache, summed
 from svfit_dreambooth.training.kept import keep
@@ -20,7 +19,7 @@ def used(tmp_path, monkeypatch):
     """A cache that a run on the base "tiny" has used."""
     monkeypatch.setattr(room, "PICTURES", 2)
     monkeypatch.setattr(room, "PASSES", 2)
-    monkeypatch.setattr(base_pictures, "STEPS", 1)
+    monkeypatch.setattr(room, "STEPS", 1)
     pipeline = tiny_pipeline()
     pipeline.set_progress_bar_config(disable=True)
     base = BaseModel("tiny", pipeline)

@@ -7,7 +7,6 @@ import torch
 from PIL import Image
 
 from svfit_dreambooth.commands.main import main
-from svfit_dreambooth.training import base_pictures
 from svfit_dreambooth.training import sensitivity as room
 from svfit_dreambooth.training.sensitivity import Sensitivity
 from svfit_dreambooth.training.sensitivity_report import describe_sensitivity, plot_sensitivity
@@ -41,7 +40,7 @@ def test_shares_and_how_few_values_carry_half():
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(room, "PICTURES", 1)
-    monkeypatch.setattr(base_pictures, "STEPS", 1)
+    monkeypatch.setattr(room, "STEPS", 1)
     monkeypatch.setattr(room, "PASSES", 2)
 
 

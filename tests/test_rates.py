@@ -10,7 +10,7 @@ import torch
 from conftest import tiny_pipeline
 
 from svfit_dreambooth.bases.model import BaseModel
-from svfit_dreambooth.training import base_pictures, optimizer
+from svfit_dreambooth.training import optimizer
 from svfit_dreambooth.training import sensitivity as room
 from svfit_dreambooth.training.sensitivity import base_sensitivity
 
@@ -56,7 +56,7 @@ def test_the_sensitivity_sees_through_the_rescaling(tmp_path, monkeypatch):
     """A value that is a times as large, of a layer whose answers the next one divides by a, matters a^-2 times as much."""
     monkeypatch.setattr(room, "PICTURES", 1)
     monkeypatch.setattr(room, "PASSES", 4)
-    monkeypatch.setattr(base_pictures, "STEPS", 1)
+    monkeypatch.setattr(room, "STEPS", 1)
     plain, other = quiet(tiny_pipeline()), quiet(tiny_pipeline())
     rescale_base(other)
     products, factors = [], []

@@ -10,7 +10,6 @@ from flow_bases import tiny_klein
 from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.method.basis import model_basis
 from svfit_dreambooth.method.targets import apply_svfit, remove_svfit, svfit_layers
-from svfit_dreambooth.training import base_pictures
 from svfit_dreambooth.training import sensitivity as room
 from svfit_dreambooth.training.sensitivity import base_sensitivity
 
@@ -21,7 +20,7 @@ CPU = torch.device("cpu")
 def few(monkeypatch):
     """Few pictures and passes; what was measured so is not mistaken for the real thing."""
     monkeypatch.setattr(room, "PICTURES", 2)
-    monkeypatch.setattr(base_pictures, "STEPS", 2)
+    monkeypatch.setattr(room, "STEPS", 2)
     monkeypatch.setattr(room, "PASSES", 6)
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from svfit_dreambooth.adapter.file import read_adapter
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.training import base_pictures, checkpoints
+from svfit_dreambooth.training import checkpoints
 from svfit_dreambooth.training import sensitivity as room
 from svfit_dreambooth.training.checkpoints import list_checkpoints
 from svfit_dreambooth.training.config import TrainConfig, config_to_yaml
@@ -21,7 +21,7 @@ from svfit_dreambooth.training.run import train
 @pytest.fixture
 def config(tiny_base, photo_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(room, "PICTURES", 1)
-    monkeypatch.setattr(base_pictures, "STEPS", 1)
+    monkeypatch.setattr(room, "STEPS", 1)
     monkeypatch.setattr(room, "PASSES", 3)
     return {
         "pretrained_model_name_or_path": str(tiny_base),

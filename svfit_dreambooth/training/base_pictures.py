@@ -82,14 +82,17 @@ def base_latents(
     device: torch.device,
     dtype: torch.dtype,
     cache_dir: str | Path | None = None,
+    *,
+    steps: int | None = None,
 ) -> Tensor:
     """The base's own pictures of `prompts`, (prompts, channels, h, w), float32 on the CPU, in the denoiser's unit.
 
-    Squares of `resolution` pixels; number i starts from noise of the seed `SEED + i`.  What is missing in `cache_dir`
+    Squares of `resolution` pixels; number i starts from noise of the seed `SEED + i`, and takes `steps` denoising steps at
+    most, None: `STEPS`.  What is missing in `cache_dir`
     (None: `folders.cache_dir()`) is painted on `device`, the denoiser in `dtype`, in which that is left.  The base is
     known by `BaseModel.digest`, which must have been asked for before any cast.
     """
-    places = picture_files(base, prompts, resolution, dtype, cache_dir)
+    places = picture_files(base, prompts, resolution, dtype, cache_dir, steps=steps)
     found = [_read(path) for path in places]
     missing = [number for number, latents in enumerate(found) if latents is None]
     if not missing:
@@ -99,7 +102,7 @@ def base_latents(
         for number in tqdm(missing, desc="painting pictures of the base", unit="picture"):
             (picture,) = generate(
                 base, [prompts[number]], seed=SEED + number, height=resolution, width=resolution,
-                num_inference_steps=_steps(base),
+                num_inference_steps=_steps(base, steps),
             )  # fmt: skip
             flat += is_flat(picture.image)
             mean, _ = base.family.encode_images(as_pixel_values(picture.image)[None])  # (1, channels, h, w)
@@ -124,17 +127,19 @@ def picture_files(
     resolution: int,
     dtype: torch.dtype,
     cache_dir: str | Path | None = None,
+    *,
+    steps: int | None = None,
 ) -> list[Path]:
     """Where `base_latents` keeps each of its pictures."""
     folder = Path(cache_dir or folders.cache_dir()) / "base_pictures" / base.digest
-    how = [CACHE_VERSION, resolution, _steps(base), base.guidance_scale, str(dtype)]
+    how = [CACHE_VERSION, resolution, _steps(base, steps), base.guidance_scale, str(dtype)]
     how += [base.family.clip_skip] * (base.family.clip_skip > 0)
     keys = [json.dumps([*how, SEED + number, prompt]) for number, prompt in enumerate(prompts)]
     return [folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors" for key in keys]
 
 
-def _steps(base: BaseModel) -> int:
-    return min(STEPS, base.num_inference_steps)
+def _steps(base: BaseModel, most: int | None) -> int:
+    return min(most or STEPS, base.num_inference_steps)
 
 
 def base_picture_report(

@@ -31,7 +31,7 @@ from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import fingerprint
 from svfit_dreambooth.method.decomposition import Rank
-from svfit_dreambooth.training.base_pictures import STEPS, base_latents, plain_prompts
+from svfit_dreambooth.training.base_pictures import base_latents, plain_prompts
 from svfit_dreambooth.training.kept import keep, kept
 from svfit_dreambooth.training.probing import gradient, probed
 
@@ -40,10 +40,11 @@ logger = logging.getLogger(__name__)
 VERSION = "2"
 PASSES = 40  # backward passes of one example each; the error of F_i falls with their square root
 PICTURES = 6  # of the base's own
+STEPS = 5  # denoising steps of each, at most: noise is added to them anyway
 EMPTY_EVERY = 4  # one pass in so many has the empty prompt, which guidance asks too
 COST = (
     "measuring how much each value matters, once for this base and these layers: {pictures} pictures of "
-    "{steps} steps and {passes} passes, about the time of 40 steps of batch 4"
+    "{steps} steps and {passes} passes, about the time of 30 steps of batch 4"
 )
 
 
@@ -92,7 +93,8 @@ def base_sensitivity(
     resolution = min(resolution or base.resolution, base.resolution)
     prompts = asked_prompts(base.name)
     prints = {component: own["sha256"] for component, own in fingerprint(weights, hashes).items()}
-    how = [VERSION, prompts, STEPS, PASSES, base.guidance_scale, resolution, str(dtype), rank, energy]
+    steps = min(STEPS, base.num_inference_steps)
+    how = [VERSION, prompts, steps, PASSES, base.guidance_scale, resolution, str(dtype), rank, energy]
     facts = json.dumps([base.digest, prints, *how])
     folder = Path(cache_dir or folders.cache_dir()) / "sensitivity"
     path = folder / f"{hashlib.sha256(facts.encode()).hexdigest()}.safetensors"
@@ -100,8 +102,8 @@ def base_sensitivity(
         values, measures = known
         measured = json.loads(measures)
         return Sensitivity(values, measured["power"], measured["error"])
-    on_measuring(COST.format(pictures=len(prompts), steps=STEPS, passes=PASSES))
-    latents = base_latents(base, prompts, resolution, device, dtype, cache_dir)  # (pictures, channels, h, w)
+    on_measuring(COST.format(pictures=len(prompts), steps=steps, passes=PASSES))
+    latents = base_latents(base, prompts, resolution, device, dtype, cache_dir, steps=steps)  # (pictures, c, h, w)
     found = _measured(
         base, prompts, latents, targets, weights, hashes, device, dtype, checkpointing,
         rank=rank, energy=energy, cache_dir=cache_dir,
