@@ -4,7 +4,8 @@ It needs this package in ComfyUI's Python, and takes adapters from the folders w
 file's shifts become weight patches, W + strength * U diag(shift) Vh, along the directions of the loaded model, which
 are decomposed at the first use and cached on disk.  The node lists adapters alone; ComfyUI's own LoRA loader lists them
 too, reports success and changes nothing, so use this one.  Stable Diffusion 1.x, 2.x and SDXL, in float32 or float16;
-FLUX.2-klein, Z-Image, Qwen-Image, FLUX.1 and Stable Diffusion 3, in bfloat16 too, which need no CLIP.
+FLUX.2-klein, Z-Image, Qwen-Image, FLUX.1, Stable Diffusion 3, Chroma, Lumina 2 and PixArt-Sigma, in bfloat16 too, which
+need no CLIP.
 
 Written from ComfyUI's published interface (model patches, the maps from LoRA names to weights) and tested against a
 stand-in of it, not in ComfyUI itself.

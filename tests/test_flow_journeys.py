@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import offload_sequentially
 from diffusers.hooks import apply_group_offloading
-from flow_bases import tiny_flux1, tiny_klein, tiny_qwen_image, tiny_sd3, tiny_z_image
+from flow_bases import BASES, SIDES, tiny_klein
 from test_features import clip  # noqa: F401 - a fixture
 from test_processes import ROOT, on_two_processes
 from web_stand_ins import paint as paint_order
@@ -27,13 +27,6 @@ from svfit_dreambooth.web.rooms.bases import Bases
 from svfit_dreambooth.web.rooms.orders import Cell, Order
 from svfit_dreambooth.web.rooms.studio import Studio
 
-BASES = {
-    "klein": tiny_klein,
-    "z-image": tiny_z_image,
-    "qwen-image": tiny_qwen_image,
-    "flux-1": tiny_flux1,
-    "sd3": tiny_sd3,
-}
 CPU = torch.device("cpu")
 
 
@@ -120,9 +113,10 @@ def test_pictures_of_a_batch_are_those_painted_alone(name):
         Sample(*read_words(model, prompt, None, {"dog": strength}, model.guidance_scale)[:1], seed, {"dog": strength})
         for prompt, strength, seed in (("a dog", 1.0, 1), ("a cat at the beach", 0.0, 2))
     ]
-    common = {"num_inference_steps": 2, "height": 16, "width": 16}
+    side = SIDES.get(name, 16)
+    common = {"num_inference_steps": 2, "height": side, "width": side}
     if samples[0].kind != samples[1].kind:
-        assert name == "qwen-image"  # whose prompts have a length of their own: these are painted one by one
+        assert name in ("qwen-image", "chroma")  # whose prompts have a length of their own: painted one by one
         return
     together = paint_batch(model, samples, **common)
     alone = [paint_batch(model, [sample], **common)[0] for sample in samples]

@@ -25,6 +25,9 @@ OF_A_FAMILY = {  # beginning of modelspec's architecture -> the licence of the f
     "Flux.2-klein-4b": APACHE,
     "Z-Image": APACHE,
     "Qwen-Image": APACHE,
+    "chroma": APACHE,
+    "lumina-2": APACHE,
+    "pixart-sigma": OPENRAIL_2,
 }
 OF_A_BASE = {  # name of a base -> its licence; fine-tunes of these have their own
     "toybox": APACHE,

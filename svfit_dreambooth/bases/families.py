@@ -5,11 +5,16 @@ from collections.abc import Mapping, Sequence
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from svfit_dreambooth.bases.chroma import Chroma
 from svfit_dreambooth.bases.family import Family
 from svfit_dreambooth.bases.flux1 import Flux1
 from svfit_dreambooth.bases.flux2 import Flux2Klein
+from svfit_dreambooth.bases.krea2 import Krea2
+from svfit_dreambooth.bases.lumina2 import Lumina2
 from svfit_dreambooth.bases.names import DEFAULT_BASE
+from svfit_dreambooth.bases.pixart_sigma import PixArtSigma
 from svfit_dreambooth.bases.qwen_image import QwenImage
+from svfit_dreambooth.bases.sana import Sana
 from svfit_dreambooth.bases.sdxl import SDXL
 from svfit_dreambooth.bases.stable_diffusion import StableDiffusion
 from svfit_dreambooth.bases.stable_diffusion_3 import StableDiffusion3
@@ -19,7 +24,20 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method import targets
 from svfit_dreambooth.method.decomposition import Rank
 
-FAMILIES: tuple[type[Family], ...] = (StableDiffusion, SDXL, Flux2Klein, ZImage, QwenImage, Flux1, StableDiffusion3)
+FAMILIES: tuple[type[Family], ...] = (
+    StableDiffusion,
+    SDXL,
+    Flux2Klein,
+    ZImage,
+    QwenImage,
+    Flux1,
+    StableDiffusion3,
+    Chroma,
+    Krea2,
+    Lumina2,
+    Sana,
+    PixArtSigma,
+)
 EMBEDDED: dict[str, type[Family]] = {DEFAULT_BASE: Toybox}  # known by the base's name, not by its pipeline
 
 

@@ -69,6 +69,7 @@ class Family(ABC):
     guidance_scale: float  # that suits
     num_inference_steps: ClassVar[int] = 25  # denoising steps that suit a base that was not distilled
     no_prompt: ClassVar[str] = ""  # what stands for no negative prompt
+    guided_together: ClassVar[bool] = True  # whether one call of the denoiser answers with and without the prompt
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
@@ -282,7 +283,8 @@ def posterior(vae: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
     encoded = vae.encode(pixel_values.to(vae.device, vae.dtype))
     if hasattr(encoded, "latent_dist"):
         return encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
-    return encoded.latents.float(), torch.zeros_like(encoded.latents, dtype=torch.float32)
+    latents = encoded.latent if hasattr(encoded, "latent") else encoded.latents  # as AutoencoderDC and Tiny call them
+    return latents.float(), torch.zeros_like(latents, dtype=torch.float32)
 
 
 def tokenizer_name(text_encoder: str) -> str:

@@ -1,4 +1,4 @@
-"""What transformer bases trained by flow matching have in common.
+"""What transformer bases have in common, most of which were trained by flow matching.
 
 Their text encoders hold billions of weights and are not adapted; their denoiser is the pipeline's `transformer`.
 """
@@ -15,21 +15,24 @@ from svfit_dreambooth.bases.family import Conditions, Family, Tokens, warn_of_cu
 from svfit_dreambooth.bases.noising import Flow
 from svfit_dreambooth.errors import SVFitError
 
+# of pipelines that else paint in a size of their own and cut the picture, and that take "" for no negative prompt
+EXACT_SIZE = {"use_resolution_binning": False, "negative_prompt": None}
 
-class FlowTransformer(Family):
-    """A family whose pipeline has a `transformer` and a flow matching sampler."""
+
+class TransformerFamily(Family):
+    """A family whose pipeline has a `transformer`, and text encoders that are asked once."""
 
     denoiser_name = "transformer"
     text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
     adaptable_text_encoders = False
     values_per_layer = 400  # a step of FLUX.2-klein then costs what it costs with a LoRA of rank 32
     denoiser_class: ClassVar[type[nn.Module]]
-    timestep_sampling: ClassVar[str] = "uniform"  # as the base's own LoRA script draws them, see `noising.Flow`
-    tokens_per_latent: ClassVar[float] = 1  # a quarter where the denoiser itself sees 2 x 2 latents as one
     guidance_argument: ClassVar[str] = "guidance_scale"  # of the pipeline
     few_steps: ClassVar[int] = 4  # denoising steps that suit a base that was distilled
+    painting_options: ClassVar[Mapping[str, Any]] = {}  # what the pipeline is called with beside
     unguided: ClassVar[float] = 1.0  # up to this guidance the negative prompt has no say
     no_negative_prompt: ClassVar[str | None] = None  # the family's name, and why it takes no negative prompt
+    bare: ClassVar[str] = ""  # marks a prompt that is read without the words that lead others, as negative ones may be
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
@@ -80,8 +83,8 @@ class FlowTransformer(Family):
             )
         texts = {"": words["prompt"]}
         if self.guided(guidance_scale):
-            texts["negative_"] = negative or self.no_prompt
-        arguments: dict[str, Any] = {self.guidance_argument: guidance_scale}
+            texts["negative_"] = self.bare + negative if negative else self.no_prompt
+        arguments: dict[str, Any] = {self.guidance_argument: guidance_scale, **self.painting_options}
         for kind, text in texts.items():
             told = self.as_arguments(self.conditions([text]))
             arguments |= {f"{kind}{name}": value for name, value in told.items()}
@@ -94,7 +97,10 @@ class FlowTransformer(Family):
     def as_arguments(self, conditions: Conditions) -> dict[str, Any]:
         """Conditions of one prompt as the pipeline is called with them."""
         device, dtype = self.pipeline._execution_device, self.denoiser.dtype
-        return {name: rows.to(device, dtype) for name, rows in conditions.items()}
+        return {
+            name: rows.to(device, dtype if rows.is_floating_point() else rows.dtype)
+            for name, rows in conditions.items()
+        }
 
     # pictures
 
@@ -111,7 +117,12 @@ class FlowTransformer(Family):
         """The pipeline's latents between its steps as `predict` takes them, for a picture of that size in pixels."""
         return latents
 
-    # the loss
+
+class FlowTransformer(TransformerFamily):
+    """One that was trained by flow matching, and has a sampler for that."""
+
+    timestep_sampling: ClassVar[str] = "uniform"  # as the base's own LoRA script draws them, see `noising.Flow`
+    tokens_per_latent: ClassVar[float] = 1  # a quarter where the denoiser itself sees 2 x 2 latents as one
 
     def noising(self, sampling: str | None = None) -> Flow:
         return Flow(sampling or self.timestep_sampling, self.shift)

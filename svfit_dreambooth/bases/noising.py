@@ -24,12 +24,17 @@ from svfit_dreambooth.errors import SVFitError
 class Diffusion:
     """A `Noising` by the schedule that a pipeline's sampler names."""
 
-    def __init__(self, sampler: Any) -> None:
-        """`sampler`: the scheduler of the base's pipeline.
+    def __init__(self, sampler: Any, sampling: str | None = None) -> None:
+        """`sampler`: the scheduler of the base's pipeline.  `sampling`: how timesteps are drawn, None: all alike.
 
-        Raises SVFitError for samplers of models that are trained otherwise (EDM, flow matching), and for bases that
+        Raises SVFitError for another `sampling`, for samplers of models that are trained otherwise (EDM, flow matching), and for bases that
         predict neither the noise nor v.
         """
+        if sampling not in (None, "uniform"):
+            raise SVFitError(
+                f"timestep_sampling {sampling} is for bases trained by flow matching: leave it out.",
+                "timestep_sampling",
+            )
         kind = type(sampler).__name__
         if kind.startswith(("EDM", "FlowMatch")):
             raise SVFitError(f"the base is sampled with {kind}, and models of that kind cannot be trained here.")

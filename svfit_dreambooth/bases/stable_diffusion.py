@@ -135,17 +135,12 @@ class StableDiffusion(Family):
         return {"prompt_embeds": encoders["text_encoder"](tokens["text_encoder"])[0]}  # (prompts, tokens, dim)
 
     def noising(self, sampling: str | None = None) -> Diffusion:
-        if sampling not in (None, "uniform"):
-            raise SVFitError(
-                f"timestep_sampling {sampling} is for bases trained by flow matching: leave it out.",
-                "timestep_sampling",
-            )
         if self.denoiser.config.time_cond_proj_dim is not None:
             raise SVFitError(
                 "the base was distilled to be told its guidance (time_cond_proj_dim in its config), which plain noise "
                 "does not teach: train on the base that it was made from, and paint on this one with allow_other_base."
             )
-        return Diffusion(self.pipeline.scheduler)
+        return Diffusion(self.pipeline.scheduler, sampling)
 
     @property
     def prediction_type(self) -> str:

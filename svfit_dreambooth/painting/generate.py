@@ -1,5 +1,7 @@
 """Prompt and adapters to pictures."""
 
+import inspect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from PIL import Image
 from svfit_dreambooth.adapter.file import read_adapter
 from svfit_dreambooth.adapter.source import check_finite, distinct_names, find_adapter
 from svfit_dreambooth.bases.devices import default_device
+from svfit_dreambooth.bases.family import Family
 from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.bases.names import DEFAULT_BASE, check_held, is_hub_id, split_revision
 from svfit_dreambooth.bases.opening import check_base_model, exchange_autoencoder, is_cached, open_base_model
@@ -272,15 +275,28 @@ def paint(
 
     `pipeline`: one on the same components that is called in the place of the model's.
     """
-    pipeline, family, stopped = pipeline or model.pipeline, model.family, False
+    pipeline, family, steps = pipeline or model.pipeline, model.family, itertools.count(1)
 
-    def after_step(pipeline: Any, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
-        nonlocal stopped
-        if on_denoising_step is not None and on_denoising_step(step + 1, pipeline.num_timesteps):
-            stopped = pipeline._interrupt = True  # the pipeline passes over the steps that are left
-        return tensors
+    def after_step(*told: Any) -> Any:
+        total = getattr(pipeline, "num_timesteps", None) or len(pipeline.scheduler.timesteps)
+        if on_denoising_step is not None and on_denoising_step(next(steps), total):
+            raise _Stopped
+        return told[-1]  # the tensors, as pipelines of today want them back
 
-    arguments |= {"num_images_per_prompt": 1, "callback_on_step_end": after_step}
+    newer = "callback_on_step_end" in inspect.signature(pipeline.__call__).parameters
+    arguments |= {"callback_on_step_end" if newer else "callback": after_step, "num_images_per_prompt": 1}
+    try:
+        return _paint(pipeline, family, arguments)
+    except _Stopped:
+        pipeline.maybe_free_model_hooks()
+        return None
+
+
+class _Stopped(Exception):
+    """The picture is no longer wanted."""
+
+
+def _paint(pipeline: Any, family: Family, arguments: dict[str, Any]) -> list[tuple[Image.Image, bool]]:
     unfiltered = getattr(pipeline, "safety_checker", None) is None
     if pipeline.vae.dtype != family.denoiser.dtype and unfiltered:  # see `Family.cast`
         latents = pipeline(**arguments, output_type="latent").images
@@ -289,7 +305,7 @@ def paint(
             for i, side in enumerate(("width", "height"))
         )
         images = family.decode_latents(latents, height, width)
-        return None if stopped else [(image, False) for image in images]
+        return [(image, False) for image in images]
     output = pipeline(**arguments)
     flags = getattr(output, "nsfw_content_detected", None) or [False] * len(output.images)
-    return None if stopped else [(image, bool(flag)) for image, flag in zip(output.images, flags, strict=True)]
+    return [(image, bool(flag)) for image, flag in zip(output.images, flags, strict=True)]

@@ -76,7 +76,8 @@ def adapter_mixes(pipeline: DiffusionPipeline, mixes: Sequence[Mix], merged_byte
         if prompts != len(mixes):
             raise SVFitError(f"{len(mixes)} mixes of adapters meet {prompts} prompts: give one mix for each prompt.")
         copies = call.arguments.get("num_images_per_prompt") or 1
-        lay_out(copies, 2 if call.arguments.get("do_classifier_free_guidance") else 1)
+        together = call.arguments.get("do_classifier_free_guidance") and family.guided_together
+        lay_out(copies, 2 if together else 1)
         encoding = True
         try:
             return encode(*args, **kwargs)

@@ -27,6 +27,8 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def samplers_of(pipeline: DiffusionPipeline) -> list[str]:
     """The names that go with the noise schedule of `pipeline`; none for flow-matching bases, which keep their own."""
+    if pipeline.scheduler.config.get("use_flow_sigmas"):
+        return []
     kinds = {kind.__name__ for kind in getattr(pipeline.scheduler, "compatibles", [])}
     return [name for name, (kind, _) in SAMPLERS.items() if kind in kinds]
 
