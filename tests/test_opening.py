@@ -272,6 +272,15 @@ def test_files_that_lack_a_weight(tmp_path, beginning):
         open_base_model(str(path), base_config=str(tmp_path / "configs"))
 
 
+@pytest.mark.parametrize(
+    "entry", ["double_blocks.0.img_attn.qkv.weight", "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"]
+)
+def test_single_files_of_transformers_are_told_from_damaged_ones(tmp_path, entry):
+    save_file({entry: torch.zeros(2, 2)}, tmp_path / "flux.safetensors")
+    with pytest.raises(SVFitError, match=f"holds a transformer, it has an entry {entry}, .*folder or hub id"):
+        open_base_model(str(tmp_path / "flux.safetensors"))
+
+
 def test_a_suffix_in_capitals_is_called_no_pickle(tmp_path):
     path = save_single_file(tiny_pipeline(), tmp_path / "a.safetensors").rename(tmp_path / "A.SAFETENSORS")
     with pytest.raises(SVFitError, match="rename it to A.safetensors"):
@@ -325,6 +334,10 @@ def test_a_folder_without_a_network_or_with_a_quantised_one_is_refused(tmp_path,
     ):
         open_base_model(str(tmp_path), one_at_a_time=one_at_a_time)
     save_file(tensors, weights)
+    (tmp_path / "tokenizer").rename(tmp_path / "elsewhere")
+    with pytest.raises(SVFitError, match="lacks its tokenizer, there is no such folder in it: give a whole model"):
+        open_base_model(str(tmp_path), one_at_a_time=one_at_a_time)
+    (tmp_path / "elsewhere").rename(tmp_path / "tokenizer")
     shutil.rmtree(tmp_path / "text_encoder")
     with pytest.raises(SVFitError, match="lacks its text_encoder, there is no text_encoder/config.json in it"):
         open_base_model(str(tmp_path), one_at_a_time=one_at_a_time)

@@ -43,10 +43,16 @@ def outline_networks(name: str, folder: Path, family: type[Family]) -> dict[str,
 
 
 def checked_index(name: str, folder: Path, family: type[Family]) -> dict[str, Any]:
-    """The model_index.json of the base `name` in `folder`, whose networks `check_part` finds nothing wrong with."""
+    """The model_index.json of the base `name` in `folder`, whose networks `check_part` finds nothing wrong with.
+
+    Raises SVFitError for a text encoder without its tokenizer.
+    """
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     for part in network_names(index, family):
         check_part(name, folder, part, index)
+        tokenizer = tokenizer_name(part)
+        if part in family.text_encoder_names and not (folder / tokenizer).is_dir():
+            raise SVFitError(f"{name} lacks its {tokenizer}, there is no such folder in it: give a whole model folder.")
     return index
 
 

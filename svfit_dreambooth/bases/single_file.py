@@ -13,6 +13,7 @@ from svfit_dreambooth.errors import SVFitError
 DENOISER_PREFIX = "model.diffusion_model."
 SDXL_KEY = "model.diffusion_model.label_emb."  # of its UNet, which is told sizes and crops
 EDM_KEYS = ("edm_mean", "edm_std", "edm_vpred.sigma_max")
+TRANSFORMERS = ("double_blocks.", "joint_blocks.", "transformer_blocks.", "layers.", "blocks.")  # their first entries
 REFINER_KEY = "conditioner.embedders.0.model."
 
 
@@ -27,6 +28,12 @@ def read_single_file(path: Path) -> tuple[type[Family], dict[str, Any] | None]:
             keys, metadata = set(file.keys()), file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
         raise SVFitError(f"{path} is no whole safetensors file ({error}): download it again.") from None
+    block = next((key for key in sorted(keys) if key.removeprefix(DENOISER_PREFIX).startswith(TRANSFORMERS)), None)
+    if block is not None:
+        raise SVFitError(
+            f"{path} holds a transformer, it has an entry {block}, and of Stable Diffusion 1, 2 and XL alone single files "
+            "can be opened: give that base's diffusers folder or hub id."
+        )
     if not any(key.startswith(DENOISER_PREFIX) for key in keys):
         raise SVFitError(
             f"{path} is no Stable Diffusion checkpoint, it holds no model.diffusion_model: give a whole one."

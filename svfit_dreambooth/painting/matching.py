@@ -13,7 +13,7 @@ from svfit_dreambooth.adapter.words import word_key
 from svfit_dreambooth.bases.families import family_of
 from svfit_dreambooth.bases.family import Family
 from svfit_dreambooth.bases.model import BaseModel
-from svfit_dreambooth.bases.names import check_held, split_revision
+from svfit_dreambooth.bases.names import check_held, split_revision, spoken
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import distance, same_base, weight_hashes
 from svfit_dreambooth.method.decomposition import as_matrix, matrix_shape
@@ -59,7 +59,10 @@ def adapted_weights(pipeline: DiffusionPipeline, adapter: Adapter, name: str) ->
     components = family.components
     weights: dict[str, Tensor] = {}
     if missing := set(adapter.components) - set(components):
-        raise SVFitError(f"the adapter {name!r} changes {', '.join(sorted(missing))}, which this pipeline lacks.")
+        raise SVFitError(
+            f"the adapter {name!r} changes {', '.join(sorted(missing))}, which this pipeline lacks: open the base that it "
+            f"was trained on, {spoken(adapter.base_model)}."
+        )
     for component in adapter.components:
         found = matrix_layers(components[component])
         for path, shift in adapter.component_shifts(component).items():

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from svfit_dreambooth.adapter.file import Adapter, read_adapter
 from svfit_dreambooth.bases.model import BaseModel
-from svfit_dreambooth.bases.names import check_held
+from svfit_dreambooth.bases.names import check_held, spoken
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import same_base
 from svfit_dreambooth.method.weights import chosen, joined
@@ -59,6 +59,12 @@ def check_initial(
     for learned in initial.learned_words:
         if learned.word != word:
             raise SVFitError(f"init_adapter {path} learned a word: add learned_word {learned.word}.")
+    lacking = sorted(set(initial.components) - set(base.family.networks))
+    if lacking:
+        raise SVFitError(
+            f"init_adapter {path} changes {lacking[0]}, which this base lacks: it was trained on "
+            f"{spoken(initial.base_model)}."
+        )
     missing = sorted(set(initial.shifts) - set(weights))
     if missing:
         raise SVFitError(
