@@ -46,11 +46,41 @@ def test_the_estimate_grows_with_what_costs_memory(run):
     assert half.networks < plain.networks and half.bases * 2 == plain.bases and half.activations < plain.activations
 
 
-def test_what_does_not_fit_comes_with_a_suggestion(run):
-    needed = estimate_memory(run).total
-    tight = estimate_memory(replace(run, free_memory=needed - 1))
-    assert not tight.fits and tight.lines()[1] == "this will hardly fit: use gradient_checkpointing."
-    assert "use a machine with more memory" in estimate_memory(replace(run, free_memory=1000)).lines()[1]
+def advice(run, free, **changes):
+    found = estimate_memory(replace(run, free_memory=free, config=replace(run.config, **changes)))
+    return found.lines()[1].removeprefix("this will hardly fit: ")
+
+
+def total(run, **changes):
+    return estimate_memory(replace(run, config=replace(run.config, **changes))).total
+
+
+def test_what_does_not_fit_comes_with_all_that_would_make_it_fit(run):
+    """Each by itself, the mildest value of an option, and none that would not."""
+    needed = total(run)
+    assert advice(run, needed - 1) == (
+        "use one of gradient_checkpointing, mixed_precision bf16, train_batch_size 1, rank 16."
+    )
+    alone = {
+        "gradient_checkpointing": total(run, gradient_checkpointing=True),
+        "mixed_precision bf16": total(run, mixed_precision="bf16"),
+        "train_batch_size 1": total(run, train_batch_size=1),
+        "rank 16": total(run, rank="16"),
+    }
+    for free in alone.values():
+        words = [word for word, size in alone.items() if size <= free]
+        assert advice(run, free) == f"use {'one of ' if len(words) > 1 else ''}{', '.join(words)}."
+
+
+def test_what_none_makes_fit_they_may_together(run):
+    least = min(total(run, gradient_checkpointing=True, mixed_precision="bf16"), total(run))
+    assert advice(run, least) == "use gradient_checkpointing mixed_precision bf16."
+    said = advice(run, 1000)
+    assert said.startswith(
+        "even gradient_checkpointing mixed_precision bf16 train_batch_size 1 rank 16 is too much, use"
+    )
+    spared = {"gradient_checkpointing": True, "mixed_precision": "bf16", "train_batch_size": 1, "rank": "16"}
+    assert advice(run, 1000, **spared) == "use a machine with more memory or a smaller base."
 
 
 def test_without_looks_autoencoder_and_text_encoder_leave_a_gpu_alone(tiny_run, monkeypatch):

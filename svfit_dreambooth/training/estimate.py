@@ -28,6 +28,7 @@ from svfit_dreambooth.training.slim import slim
 
 WORKSPACE = 1.15  # peak over sum, measured on the SD 1.5 architecture: gradients of activations, fragments
 COUNTED_OPTIONS = ("mixed_precision", "train_batch_size", "rank", "energy", "gradient_checkpointing")
+RANKS = (256, 64, 16)  # lower ones that are suggested
 RUNTIME = 600_000_000  # bytes of torch, diffusers and a device context themselves
 
 
@@ -73,30 +74,60 @@ class Estimate:
 def estimate_memory(plan: Plan) -> Estimate:
     """What `plan` will need, and a suggestion where that is more than is free on the device that it will use."""
     estimate = _estimate(plan, plan.config)
-    if estimate.fits:
-        return estimate
-    tried: dict[str, Any] = {}
-    words = []
-    no_looks = {"validation_steps": 0 if default_device().type != "cpu" else plan.config.validation_steps}
-    large = plan.base.family.values_per_layer is not None  # on small bases there is little to quantise
-    changes: list[tuple[dict[str, Any], str]] = [
-        (no_looks, "validation_steps 0"),
-        ({"gradient_checkpointing": True}, "gradient_checkpointing"),
-        ({"mixed_precision": "bf16"}, "mixed_precision bf16"),
-        ({"train_batch_size": 1}, "train_batch_size 1"),
-        *([({"quantize": kind}, f"quantize {kind}") for kind in ("int8", "nf4")] if large else []),
-        ({"resolution": (plan.config.resolution or 0) * 3 // 4 // 64 * 64 or plan.config.resolution}, "resolution"),
-    ]
-    for change, word in changes:
-        if all(getattr(plan.config, name) == value for name, value in change.items()):
-            continue
-        tried |= change
-        words.append(word if word != "resolution" else f"{word} {change['resolution']}")
-        if _estimate(plan, dataclasses.replace(plan.config, **tried)).fits:
-            estimate.suggestion = "use " + " ".join(words) + "."
-            return estimate
-    estimate.suggestion = f"even {' '.join(words)} is too much, use a machine with more memory or a smaller base."
+    if not estimate.fits:
+        estimate.suggestion = _suggestion(plan)
     return estimate
+
+
+def _suggestion(plan: Plan) -> str:
+    """Each option that by itself would make the run fit, with the mildest such value; else as many as it takes."""
+    changes = _changes(plan)
+    alone: dict[str, Any] = {}
+    for option, value in changes:
+        if option not in alone and _fits(plan, {option: value}):
+            alone[option] = value
+    if alone:
+        return f"use {'one of ' if len(alone) > 1 else ''}{', '.join(_words(alone))}."
+    together: dict[str, Any] = {}
+    for option, value in changes:
+        together[option] = value
+        if _fits(plan, together):
+            return f"use {' '.join(_words(together))}."
+    tried = f"even {' '.join(_words(together))} is too much, " if together else ""
+    return f"{tried}use a machine with more memory or a smaller base."
+
+
+def _changes(plan: Plan) -> list[tuple[str, Any]]:
+    """Options and values that need less memory, those first that cost least."""
+    config = plan.config
+    most = max((min(shape) for shape in plan.shapes.values()), default=0)
+    most = most if config.rank_value == "full" else min(most, config.rank_value)
+    smaller = (config.resolution or 0) * 3 // 4 // 64 * 64
+    changes = [
+        *([("validation_steps", 0)] if default_device().type != "cpu" else []),
+        ("gradient_checkpointing", True),
+        ("mixed_precision", "bf16"),
+        ("train_batch_size", 1),
+        # on small bases there is little to quantise
+        *([("quantize", "int8"), ("quantize", "nf4")] if plan.base.family.values_per_layer is not None else []),
+        *(("rank", str(rank)) for rank in RANKS if rank < most),
+        *([("resolution", smaller)] if smaller else []),
+    ]
+    given = {"quantize": ("nf4",), "mixed_precision": ("fp16",)}  # than which the others need no less
+    return [
+        (option, value)
+        for option, value in changes
+        if getattr(config, option) != value and getattr(config, option) not in given.get(option, ())
+    ]
+
+
+def _fits(plan: Plan, changes: dict[str, Any]) -> bool:
+    beside = {"budget": None, "energy": None} if "rank" in changes else {}  # which choose the values themselves
+    return _estimate(plan, dataclasses.replace(plan.config, **changes, **beside)).fits
+
+
+def _words(options: dict[str, Any]) -> list[str]:
+    return [name if value is True else f"{name} {value}" for name, value in options.items()]
 
 
 def _estimate(plan: Plan, config: TrainConfig) -> Estimate:
@@ -127,10 +158,13 @@ def _before(plan: Plan, config: TrainConfig) -> dict[str, int]:
         return {}
     encoders, vae = family.text_encoders.values(), family.pipeline.vae
     size = 4 if config.mixed_precision == "no" else 2  # as `answers.ask_prompts` opens them
-    return {
+    phases = {
         "prompts": size * sum(parameter.numel() for encoder in encoders for parameter in encoder.parameters()),
         "photos": 4 * sum(parameter.numel() for parameter in vae.parameters()) + _most_living(family, config),
     }
+    if config.quantize is not None and default_device().type == "cpu":  # where it is whole until it is quantised
+        phases["quantising"] = MIXED_PRECISION[config.mixed_precision].itemsize * _weights(family.denoiser)
+    return phases
 
 
 def _most_living(family: Family, config: TrainConfig) -> int:
