@@ -6,6 +6,7 @@ from diffusers import Krea2Transformer2DModel
 from flow_bases import tiny_krea2
 
 from svfit_dreambooth.bases.krea2 import KREA2, Krea2
+from svfit_dreambooth.bases.outline import outline_base_model
 from svfit_dreambooth.method.targets import find_projections
 
 
@@ -39,3 +40,10 @@ def test_the_distilled_one_names_its_sibling(family):
     assert family.undistilled is None and family.guidance_scale == 4.5
     assert turbo.shift_mu(64) == turbo.shift_mu(4096) == 1.15
     assert family.shift_mu(64) < family.shift_mu(4096)
+
+
+def test_what_its_folder_says_of_it_is_known_without_its_weights(tmp_path):
+    tiny_krea2(is_distilled=True).save_pretrained(tmp_path)
+    outline = outline_base_model(str(tmp_path))
+    assert outline.family.undistilled == "krea/Krea-2-Raw"
+    assert outline.pipeline.text_encoder_select_layers == (0, 1, 2)

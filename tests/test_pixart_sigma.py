@@ -10,6 +10,7 @@ from flow_bases import tiny_pixart
 from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.bases.opening import open_base_model
 from svfit_dreambooth.bases.pixart_sigma import PIXART, PixArtSigma
+from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.targets import find_projections
 from svfit_dreambooth.painting.generate import generate
 
@@ -21,7 +22,9 @@ def family():
 
 def test_the_real_size_holds_so_many_values():
     with torch.device("meta"):
-        transformer = PixArtTransformer2DModel(caption_channels=4096)  # the published one has the class's defaults else
+        transformer = PixArtTransformer2DModel(
+            caption_channels=4096, use_additional_conditions=False
+        )  # the published one has the class's defaults else
     found = find_projections(transformer, None, PIXART)
     assert sum(min(layer.weight.shape) for _, _, layer in found.values()) == 28 * 2 * 4 * 1152
     assert len(find_projections(transformer, ["feed-forward"], PIXART)) == 28 * 2
@@ -74,6 +77,13 @@ def test_steps_are_told_and_painting_stops(family):
     assert len(generate(model, ["a dog"], on_denoising_step=lambda *step: steps.append(step), **size)) == 1
     assert steps == [(1, 3), (2, 3), (3, 3)]
     assert generate(model, ["a dog"], on_denoising_step=lambda step, _: step == 2, **size) == []
+
+
+def test_a_base_that_is_told_sizes_is_refused(family):
+    family.check("plain")
+    family.denoiser.use_additional_conditions = True
+    with pytest.raises(SVFitError, match="alpha is told the sizes of pictures .*: give a PixArt-Sigma"):
+        family.check("alpha")
 
 
 def test_published_folders_call_their_network_by_an_older_name(family, tmp_path):

@@ -44,7 +44,17 @@ class Krea2(QwenImage):
     guidance_scale = 4.5
     guidance_argument = "guidance_scale"
     unguided = 0.0
+    few_steps = 8  # as its authors paint
     no_prompt = ""
+
+    @property
+    def denoiser(self) -> Any:
+        """The blocks that compare the layers of the encoder see every token of every prompt as a sample."""
+        network = super().denoiser
+        for layer in network.text_fusion.layerwise_blocks.modules():
+            if isinstance(layer, nn.Linear):
+                layer.folded = True  # type: ignore[assignment]  # see `method.layer`
+        return network
 
     @property
     def architecture(self) -> str:

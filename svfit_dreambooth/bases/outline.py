@@ -1,5 +1,6 @@
 """A base model without its weights: all that its configs and its tokenizer tell."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +38,27 @@ def outline_base_model(
         parts = {
             part: outline_network(source, part, class_of(name, part, index), **location)
             for part, kind in index.items()
-            if isinstance(kind, list) and kind[0] is not None and part not in without and part != "feature_extractor"
+            if _is_part(kind) and kind[0] is not None and part not in without and part != "feature_extractor"
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, SVFitError):
             raise
         reason = str(error).strip().partition("\n")[0]
         raise SVFitError(f"the configs of {name} cannot be read from this disk: {reason}") from error
-    absent = {part: None for part, kind in index.items() if isinstance(kind, list) and part not in parts}
+    absent = {part: None for part, kind in index.items() if _is_part(kind) and part not in parts}
+    taken = inspect.signature(family.pipeline_class.__init__).parameters
+    options = {name: value for name, value in index.items() if name in taken and not _is_part(value)}
     model = BaseModel(
         base_name(path) if path.exists() and name != DEFAULT_BASE else name + (f"@{revision}" if revision else ""),
-        family.pipeline_class(**parts, **(absent | without)),
+        family.pipeline_class(**parts, **(options | absent | without)),
     )
     model.family.check(name)
     return model
+
+
+def _is_part(entry: Any) -> bool:
+    """Whether an entry of a model_index.json names the library and the class of a part, rather than an option."""
+    return isinstance(entry, list) and len(entry) == 2 and all(isinstance(name, str | None) for name in entry)
 
 
 def check_wishes(

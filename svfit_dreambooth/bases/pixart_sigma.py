@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from svfit_dreambooth.bases.family import Conditions, Role, Tokens, warn_of_cut
 from svfit_dreambooth.bases.flow import EXACT_SIZE, TransformerFamily, side_by_side
 from svfit_dreambooth.bases.noising import Diffusion
+from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.targets import LayerNames
 
 PIXART = LayerNames(attention=(("to_q", "to_k", "to_v", "to_out.0"),), feed_forward=("ff.net.0.proj", "ff.net.2"))
@@ -37,6 +38,12 @@ class PixArtSigma(TransformerFamily):
     checkpointed = (BasicTransformerBlock,)
     guidance_scale = 4.5
     painting_options = EXACT_SIZE
+
+    def check(self, name: str) -> None:
+        if self.denoiser.use_additional_conditions:
+            raise SVFitError(
+                f"{name} is told the sizes of pictures (use_additional_conditions), as PixArt-Alpha is: give a PixArt-Sigma."
+            )
 
     @property
     def architecture(self) -> str:

@@ -61,9 +61,10 @@ class SVFitLayer(nn.Module):
     a step of 1e-3.
 
     `shift` may also be (batch, 1, r), a value of its own for every sample of a batch; a batch of another size raises
-    SVFitError.
+    SVFitError, unless the layer is `folded`.
     """
 
+    folded = False  # whether the network gives each sample several rows of the batch, side by side
     weight: Any  # nn.Parameter, as the layer's own class declares it
     bias: Any
     U: Tensor
@@ -99,10 +100,13 @@ class SVFitLayer(nn.Module):
         return self.weight.detach() if self.unmerged_weight is None else self.unmerged_weight
 
     def shift_of(self, input: Tensor) -> Tensor:
-        """The shift in the shape that the batch `input` needs: (r,), or (batch, 1, r) with as many samples."""
-        if self.shift.ndim == 3 and len(self.shift) != len(input):
+        """The shift in the shape that the batch `input` needs: (r,), or (batch, 1, r) with as many rows."""
+        if self.shift.ndim == 1 or len(self.shift) == len(input):
+            return self.shift
+        rows, left = divmod(len(input), len(self.shift))
+        if left or not self.folded:
             raise SVFitError(f"the shifts of {len(self.shift)} samples meet a batch of {len(input)}.")
-        return self.shift
+        return self.shift.repeat_interleave(rows, 0)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """U (out, r), Vh (r, in)."""
@@ -183,13 +187,14 @@ class SVFitLinear(SVFitLayer, nn.Linear):
         if self.unmerged_weight is not None:
             return nn.Linear.forward(self, input)
         each = self.shift_of(input).ndim == 3  # a weight for every sample, and its own tokens alone
-        weights = len(self.mixed.shifts) if self.mixed is not None else len(input) if each else 1
+        mixed = None if self.folded else self.mixed
+        weights = len(mixed.shifts) if mixed is not None else len(input) if each else 1
         tokens = input.numel() // self.in_features // weights
         training = torch.is_grad_enabled() and self.shift.requires_grad
         cheap = merged_is_cheaper(tokens, self.in_features, self.out_features, self.rank, training)
-        if self.mixed is not None:
-            mixed = self.mixed.weights(self.weight.detach(), self.U, self.Vh, cheap)
-            return self.forward_factored(input) if mixed is None else self.mixed.linear(input, mixed, self.bias)
+        if mixed is not None:
+            each_mix = mixed.weights(self.weight.detach(), self.U, self.Vh, cheap)
+            return self.forward_factored(input) if each_mix is None else mixed.linear(input, each_mix, self.bias)
         if cheap:
             return self.forward_merged(input)
         return self.forward_factored(input)
