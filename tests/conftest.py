@@ -206,6 +206,20 @@ def photo_folder(tmp_path_factory):
 
 
 @pytest.fixture
+def tiny_options(tiny_base, photo_folder, tmp_path):
+    """Options of a run on the tiny base with those photos, that paints nothing at its end."""
+    return {
+        "pretrained_model_name_or_path": str(tiny_base),
+        "instance_data_dir": str(photo_folder),
+        "instance_prompt": "a photo of sks dog",
+        "output_dir": str(tmp_path / "the run"),
+        "resolution": 16,
+        "train_batch_size": 2,
+        "final_pictures": False,
+    }
+
+
+@pytest.fixture
 def tiny_run(tiny_base, photo_folder, tmp_path):
     """A function of options to a prepared run on the tiny base with those photos."""
 

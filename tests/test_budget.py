@@ -153,19 +153,12 @@ def test_the_loader_on_the_page_takes_positions_and_kernels(tmp_path):
 
 
 @pytest.fixture
-def config(tiny_base, photo_folder, tmp_path, monkeypatch):
+def config(tiny_options, monkeypatch):
     monkeypatch.setattr("svfit_dreambooth.training.budget.SCORING_BATCHES", 2)
-    return {
-        "pretrained_model_name_or_path": str(tiny_base),
-        "instance_data_dir": str(photo_folder),
-        "instance_prompt": "a photo of sks dog",
-        "output_dir": str(tmp_path / "the run"),
+    return tiny_options | {
         "max_train_steps": 3,
-        "train_batch_size": 2,
-        "resolution": 16,
         "learning_rate": 0.05,
         "fixed_loss_examples": 4,
-        "final_pictures": False,
         "validation_steps": 0,
         "save_dtype": "float32",
     }

@@ -28,22 +28,16 @@ def base(tiny_base):
 
 
 @pytest.fixture
-def config(tiny_base, photo_folder, tmp_path):
-    return {
-        "pretrained_model_name_or_path": str(tiny_base),
-        "instance_data_dir": str(photo_folder),
-        "instance_prompt": "a photo of sks dog",
+def config(tiny_options, tmp_path):
+    return tiny_options | {
         "class_prompt": "a photo of a dog",
         "with_prior_preservation": True,
         "class_data_dir": str(tmp_path / "class"),
         "num_class_images": 3,
         "output_dir": str(tmp_path / "out"),
         "max_train_steps": 2,
-        "train_batch_size": 2,
-        "resolution": 16,
         "num_inference_steps": 1,
         "fixed_loss_examples": 0,
-        "final_pictures": False,
     }
 
 

@@ -19,19 +19,12 @@ from svfit_dreambooth.training.plan import Plan, prepare
 
 
 @pytest.fixture
-def config(tiny_base, photo_folder, tmp_path):
-    return {
-        "pretrained_model_name_or_path": str(tiny_base),
-        "instance_data_dir": str(photo_folder),
-        "instance_prompt": "a photo of sks dog",
-        "output_dir": str(tmp_path / "the run"),
+def config(tiny_options):
+    return tiny_options | {
         "max_train_steps": 6,
-        "train_batch_size": 2,
-        "resolution": 16,
         "fixed_loss_examples": 4,
         "learning_rate": 5e-2,
         "validation_steps": 0,
-        "final_pictures": False,
     }
 
 

@@ -106,17 +106,11 @@ def test_toybox_brings_its_judge_and_other_bases_nothing():
 
 
 @pytest.fixture
-def config(tiny_base, photo_folder, tmp_path):
-    return {
-        "pretrained_model_name_or_path": str(tiny_base),
-        "instance_data_dir": str(photo_folder),
-        "instance_prompt": "a photo of sks dog",
-        "output_dir": str(tmp_path / "the run"),
+def config(tiny_options):
+    return tiny_options | {
         "train_batch_size": 1,
-        "resolution": 16,
         "learning_rate": 0.05,
         "fixed_loss_examples": 0,
-        "final_pictures": False,
     }
 
 
