@@ -37,7 +37,7 @@ class Mixed:
     copies: int
     passes: int
     room: Room
-    kept: Tensor | None = None  # (mixes, out, in)
+    kept: Tensor | None = None  # (mixes, in, out)
 
     @property
     def samples(self) -> int:
@@ -45,17 +45,19 @@ class Mixed:
         return self.passes * len(self.shifts) * self.copies
 
     def weights(self, weight: Tensor, U: Tensor, Vh: Tensor, cheap: bool) -> Tensor | None:
-        """W_i of every mix, (mixes, out, in), of `weight` (out, in); kept where there is room.
+        """W_i^T of every mix, (mixes, in, out), of `weight` (out, in); kept where there is room.
 
-        `cheap`: whether they are worth computing for this call alone; None where they are not, and there is no room.
+        Transposed, which batched products like better.  `cheap`: whether they are worth computing for this call alone;
+        None where they are not, and there is no room.
         """
         if self.kept is None or self.kept.device != weight.device or self.kept.dtype != weight.dtype:
             size = len(self.shifts) * weight.numel() * weight.element_size()
             keep = self.kept is not None or self.room.take(size)
             if not (keep or cheap):
                 return None
-            made = delta(U, self.shifts.to(weight.device), Vh).to(weight.dtype)  # (mixes, out, in)
-            made += weight
+            rows = Vh.mT.contiguous()  # its product with shifts is one large matrix then
+            made = delta(rows, self.shifts.to(weight.device), U.mT).to(weight.dtype)  # (mixes, in, out)
+            made += weight.mT
             if not keep:
                 return made
             self.kept = made
@@ -65,14 +67,14 @@ class Mixed:
         """(samples, ..., in) -> (samples, ..., out): x_i W_i^T + b."""
         if len(input) != self.samples:
             raise SVFitError(f"the shifts of {self.samples} samples meet a batch of {len(input)}.")
-        mixes, out_features, in_features = weights.shape
+        mixes, in_features, out_features = weights.shape
         grouped = input.reshape(self.passes, mixes, -1, in_features)  # (passes, mixes, copies * tokens, in)
         if torch.is_grad_enabled():
-            output = torch.stack([torch.bmm(each, weights.mT) for each in grouped])
+            output = torch.stack([torch.bmm(each, weights) for each in grouped])
         else:  # spares the copy
             output = grouped.new_empty(*grouped.shape[:-1], out_features)
             for each, result in zip(grouped, output, strict=True):
-                torch.bmm(each, weights.mT, out=result)
+                torch.bmm(each, weights, out=result)
         if bias is not None:
             output += bias
         return output.view(*input.shape[:-1], out_features)
