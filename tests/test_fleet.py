@@ -194,8 +194,8 @@ class Here:
     """What a fleet asks of Ray, with its workers in this process."""
 
     exceptions = SimpleNamespace(
-        RayActorError=ConnectionError, WorkerCrashedError=EOFError, OutOfMemoryError=MemoryError, RayTaskError=KeyError
-    )
+        RayTaskError=KeyError, OutOfMemoryError=MemoryError, RayError=(ConnectionError, MemoryError)
+    )  # fmt: skip
 
     def __init__(self):
         self.hired = 0
@@ -253,7 +253,9 @@ def finished(configs):
 def dies_at(step, doing=None):
     def train(configs):
         folder = RunFolder(configs[0].output_dir, configs[0].adapter_name)
-        folder.note(Stepped(step) if doing is None else Phase(doing, time.time(), step))
+        folder.note(Stepped(step))
+        if doing is not None:
+            folder.note(Phase(doing, time.time(), step))
         raise ConnectionError("The worker died unexpectedly.")
 
     return train

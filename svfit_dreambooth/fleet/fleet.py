@@ -21,7 +21,7 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.fleet.cluster import Means, cluster, end_process, room
 from svfit_dreambooth.fleet.worker import Report, Worker
 from svfit_dreambooth.training.config import TrainConfig
-from svfit_dreambooth.training.events import Event, Phase, from_line
+from svfit_dreambooth.training.events import Phase, from_line
 from svfit_dreambooth.training.journal import RunFolder
 from svfit_dreambooth.training.signals import stop_signals
 
@@ -59,21 +59,18 @@ class Turn:
         self.places, self.furthest = places, max(steps, self.furthest)
 
 
-def last_event(config: TrainConfig) -> Event | None:
-    """The end of a subject's diary."""
+def place_of(config: TrainConfig) -> Place:
+    """Where a subject's run is, by the end of its diary."""
     try:
         with open(RunFolder(config.output_dir, config.adapter_name).progress, "rb") as diary:
             diary.seek(max(0, diary.seek(0, os.SEEK_END) - TAIL_BYTES))
             lines = diary.read().decode(errors="replace").splitlines()
     except FileNotFoundError:
-        return None
-    return next((event for event in map(from_line, reversed(lines)) if event is not None), None)
-
-
-def place_of(config: TrainConfig) -> Place:
-    """Where a subject's run is."""
-    event = last_event(config)
-    return (0, "") if event is None else (event.step, event.doing if isinstance(event, Phase) else "")
+        return 0, ""
+    events = [event for event in map(from_line, lines) if event is not None]
+    doing = events[-1].doing if events and isinstance(events[-1], Phase) else ""
+    steps = [event.step for event in events if not isinstance(event, Phase)]  # what comes after the steps names none
+    return steps[-1] if steps else 0, doing
 
 
 def steps_made(config: TrainConfig) -> int:
@@ -175,7 +172,12 @@ class Fleet:
         errors = self.ray.exceptions
         try:
             self.processes[worker] = self.ray.get(answer)
-        except (errors.RayActorError, errors.OutOfMemoryError, errors.WorkerCrashedError) as error:
+        except errors.RayTaskError as error:
+            if isinstance(error.cause, SVFitError):
+                raise error.cause from None
+            raise SVFitError(f"a worker cannot open the base: {named(error.cause)}.") from None
+        except errors.RayError as error:
+            self.ray.kill(worker)
             self.unopened += 1
             if self.unopened >= MOST_LOSSES * self.count:
                 raise SVFitError(
@@ -184,10 +186,6 @@ class Fleet:
                     "workers",
                 ) from None
             logger.warning("a worker died before it had opened the base: another is started.")
-        except errors.RayTaskError as error:
-            if isinstance(error.cause, SVFitError):
-                raise error.cause from None
-            raise SVFitError(f"a worker cannot open the base: {named(error.cause)}.") from None
         else:
             self.unopened = 0
             self.idle.append(worker)
@@ -196,12 +194,13 @@ class Fleet:
         errors = self.ray.exceptions
         try:
             reports = self.ray.get(answer)
-        except (errors.RayActorError, errors.OutOfMemoryError, errors.WorkerCrashedError) as error:
-            self._lost(turn, self._end_of(error))
-            return
         except errors.RayTaskError as error:  # nothing that we know of: the worker is not trusted any more
             self.ray.kill(worker)
             self._tell_all(turn, "failed", f"{named(error.cause)}.")
+            return
+        except errors.RayError as error:
+            self.ray.kill(worker)  # it may only be out of reach
+            self._lost(turn, self._end_of(error))
             return
         stopped = [] if self.stopping else [report.subject for report in reports if report.state == "stopped"]
         for report in reports:
