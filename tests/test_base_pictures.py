@@ -74,3 +74,13 @@ def test_another_base_paints_its_own(base, tiny_base, tmp_path):
     before = BaseModel("moved", base.pipeline).digest
     assert before == base.digest  # whatever it is called
     assert not torch.equal(painted(other, tmp_path), painted(base, tmp_path))
+
+
+def test_pictures_of_fewer_steps_are_others_and_kept_beside(base, tmp_path):
+    usual = painted(base, tmp_path)
+    fewer = base_latents(base, WORDS, 16, CPU, torch.float32, tmp_path, steps=2)
+    assert not torch.equal(usual, fewer)
+    assert torch.equal(painted(base, tmp_path), usual)
+    paths = [picture_files(base, WORDS, 16, torch.float32, tmp_path, steps=steps) for steps in (None, STEPS, 2)]
+    assert paths[0] == paths[1] and not {*paths[0]} & {*paths[2]}
+    assert all(path.exists() for own in paths for path in own)

@@ -64,8 +64,9 @@ KINDS: tuple[Callable[[Path], Iterator[Cached]], ...] = (_directions, _sensitivi
 
 
 def _kept(path: Path, kind: str) -> Iterator[Cached]:
-    """The file, unless it is somebody else's."""
-    if (note := note_of(path)) is None:
+    """The file, unless it is somebody else's, or has gone meanwhile."""
+    note = note_of(path)
+    if note is None or not path.exists():
         return
     try:
         base = str(json.loads(note)["base"])
