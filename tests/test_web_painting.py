@@ -20,8 +20,9 @@ from svfit_dreambooth.web.tabs.generate import _strength
 from svfit_dreambooth.web.tabs.painting import Painter, begin_from
 from svfit_dreambooth.web.tabs.reuse import SAMPLERS, take_up
 
-# sampler, picture to begin with, how much is painted anew, axes of a grid
-REST = ["the base's own", None, 0.6, NOTHING, "", NOTHING, ""]
+# sampler, picture to begin with, how much is painted anew, clip skip, VAE, bits, base trained on; axes of a grid
+OWN = ["", "", "as it is", ""]
+REST = ["the base's own", None, 0.6, *OWN, NOTHING, "", NOTHING, ""]
 
 
 def test_a_strip_over_strengths_and_its_settings_taken_up(home, dog_adapter, tiny_base):
@@ -115,7 +116,7 @@ def test_a_page_that_is_reloaded_finds_its_painting_again(public, tiny_base):
     followed = list(painter.follow(request))
     assert "3 pictures done" in followed[-1][0] and len(followed[-1][2]) == 3
     for other in (request, Request("b" * 32)):
-        assert list(painter.follow(other)) == [(gr.skip(),) * 12]  # nothing is emptied
+        assert list(painter.follow(other)) == [(gr.skip(),) * 13]  # nothing is emptied
 
 
 def test_the_form_that_paints_comes_back_to_its_visitor(public):
@@ -148,8 +149,11 @@ def test_a_grid_over_two_axes(home, dog_adapter, tiny_base):
         library.add(folder, dog_adapter, name=name)
     common = ["a dog", "", tiny_base.name, ["library/dog", "library/mug"], 4, 2, "", 5, False, "16", "16", GRID, False]
 
+    sheets = []
+
     def painted(*axes):
-        *_, last = painter.generate(request, *common, *REST[:3], *axes, 1.0, 0.5)
+        *_, last = painter.generate(request, *common, *REST[:7], *axes, 1.0, 0.5)
+        sheets.append(last[-1])
         return [caption for _, caption in last[1]], [
             pictures.read_settings(home.visitor(request).pictures / n) for n in last[2]
         ]
@@ -162,6 +166,8 @@ def test_a_grid_over_two_axes(home, dog_adapter, tiny_base):
     captions, settings = painted("sampling steps", "1, 3", NOTHING, "ignored")
     assert captions == ["1 steps · seed 5", "3 steps · seed 5"]
     assert [one["num_inference_steps"] for one in settings] == [1, 3]
+    (grid, strip) = (Image.open(sheet.value["path"]) for sheet in sheets)
+    assert grid.size[0] == strip.size[0] and grid.size[1] > 1.9 * strip.size[1] - 60  # two rows of two, and one
     for axes, sentence in (
         ((NOTHING, "", NOTHING, ""), "a grid needs one axis or two that differ"),
         (("guidance", "1", "guidance", "2"), "a grid needs one axis or two that differ"),

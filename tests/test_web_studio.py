@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from web_stand_ins import paint, until
 
-from svfit_dreambooth import read_adapter, save_adapter
+from svfit_dreambooth import load_adapter, read_adapter, save_adapter
+from svfit_dreambooth.bases.opening import open_base_model
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.painting.generate import generate
 from svfit_dreambooth.web.rooms import studio as room
 from svfit_dreambooth.web.rooms.bases import Bases
 from svfit_dreambooth.web.rooms.orders import AS_TRAINED, Cell, Order
@@ -40,6 +42,29 @@ def test_adapters_are_exchanged_on_an_open_base(workspace, tiny_base, dog_adapte
     assert np.abs(pixels(both) - pixels(bare)).max() <= 1
     _, (again,) = paint(studio, Order(**order, adapters=[(dog_adapter, 1.0)]))
     assert np.array_equal(pixels(again), pixels(full)) and again.settings["adapters"] == {"dog": 1.0}
+
+
+def test_a_base_is_opened_as_asked_and_adapters_as_on_the_base_they_were_trained_on(
+    workspace, tiny_base, tiny_base_v, dog_adapter
+):
+    workspace.models.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(tiny_base, workspace.models / "better")
+    studio = Studio(Bases(workspace.models, (str(tiny_base), str(tiny_base_v))))
+    order = Order("a photo of sks dog", tiny_base_v.name, [(dog_adapter, 1.0)], seed=3, **SIZE)
+    sibling = dataclasses.replace(order, trained_on=tiny_base.name)
+    _, (painted,) = paint(studio, sibling)
+    model = open_base_model(str(tiny_base_v))
+    load_adapter(model.pipeline, dog_adapter, trained_on=open_base_model(str(tiny_base)))
+    (expected,) = generate(model, [order.prompt], seed=3, **SIZE)
+    assert np.abs(pixels(painted) - pixels(expected)).max() <= 1
+    with pytest.raises(SVFitError, match="trained on"):
+        paint(studio, order)  # the directions of the other base are gone again
+
+    plain = dataclasses.replace(order, base=tiny_base.name)
+    _, (skipped,) = paint(studio, dataclasses.replace(plain, clip_skip=1, autoencoder="better"))
+    assert skipped.settings["clip_skip"] == 1 and skipped.settings["vae"] == "better"
+    _, (own,) = paint(studio, plain)
+    assert not {"clip_skip", "vae"} & own.settings.keys() and np.abs(pixels(own) - pixels(skipped)).max() > 1
 
 
 def test_painting_stops_within_a_step(workspace, tiny_base):

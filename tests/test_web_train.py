@@ -4,6 +4,7 @@ import re
 import shutil
 
 import pytest
+import torch
 from PIL import Image
 
 gr = pytest.importorskip("gradio", reason="gradio is not installed")
@@ -11,16 +12,18 @@ gr = pytest.importorskip("gradio", reason="gradio is not installed")
 from flow_bases import tiny_klein
 from web_stand_ins import Request
 
-from svfit_dreambooth import read_adapter, save_adapter
+from svfit_dreambooth import TrainConfig, read_adapter, save_adapter
 from svfit_dreambooth.bases.names import DEFAULT_BASE
+from svfit_dreambooth.photos.crops import as_pixel_values, crop_photo
 from svfit_dreambooth.photos.reading import find_photos
 from svfit_dreambooth.training.events import End, Painted, Start, Stepped
 from svfit_dreambooth.training.journal import RunFolder
+from svfit_dreambooth.training.plan import prepare
 from svfit_dreambooth.web import page as web
 from svfit_dreambooth.web.rooms import library
 from svfit_dreambooth.web.rooms.bases import FOR_PHOTOS
 from svfit_dreambooth.web.rooms.job import changing
-from svfit_dreambooth.web.rooms.laid_out import add_photos, caption, mask, photo_files
+from svfit_dreambooth.web.rooms.laid_out import add_photos, caption, mask, photo_files, set_mask
 from svfit_dreambooth.web.rooms.queue import Queue
 from svfit_dreambooth.web.rooms.workspace import Workspace
 from svfit_dreambooth.web.tabs.draft import Draft
@@ -199,6 +202,36 @@ def test_captions_and_masks_are_kept_beside_the_photos_and_go_with_the_run(publi
     assert [path.name for path in visitor.photos.glob("[!.]*")] == [second.name]
 
 
+def test_what_training_sees_of_a_photo_is_what_it_cuts_out(public, photo_folder, tiny_base, tmp_path):
+    request, draft = Request("a" * 32), Draft(public)
+    visitor = public.visitor(request)
+    gradient = Image.linear_gradient("L").resize((40, 400)).convert("RGB").rotate(90, expand=True)  # 400 x 40
+    gradient.save(tmp_path / "wide.png")
+    add_photos(visitor.photos, [tmp_path / "wide.png"])
+    options = {"center_crop": False, "resolution": 16, "seed": 3}
+    plan = prepare(
+        TrainConfig(
+            pretrained_model_name_or_path=str(tiny_base), instance_data_dir=str(visitor.photos), instance_prompt="a dog",
+            output_dir=str(tmp_path), dry_run=True, **options,
+        ),
+        weightless=True,
+    )  # fmt: skip
+    crops = crop_photo(gradient, plan.training_size(plan.photos[0]), crops=4, seed=3, index="001.png")
+    seen = draft.windows(0, tiny_base.name, "16", "3", request)
+    assert len(seen) == len(crops.pixel_values) > 1
+    for (picture, told), values in zip(seen, crops.pixel_values, strict=True):
+        width, height = picture.size
+        assert told == f"{width} × {height} pixels, 17% of the photo" and width > height
+        assert torch.equal(as_pixel_values(picture), values)
+    half = Image.new("L", (400, 40))
+    half.paste(255, (0, 0, 400, 20))
+    set_mask(photo_files(visitor.photos)[0], half)
+    picture, _ = draft.windows(0, tiny_base.name, "16", "3", request)[0]
+    assert picture.getpixel((0, picture.height - 1)) == (0x77, 0x77, 0x77)
+    with pytest.raises(gr.Error, match="“Resolution” 17 is not a multiple of 2"):
+        draft.windows(0, tiny_base.name, "17", "", request)
+
+
 def test_the_settings_of_a_run_are_taken_up_again(public, photo_folder):
     request = Request("a" * 32)
     draft, visitor = Draft(public), public.visitor(request)
@@ -247,7 +280,7 @@ def test_what_a_base_has_no_use_for_is_said_before_the_start(public, photo_folde
         ("klein", {"pretrained_vae_model_name_or_path": "better-vae"}, "“Another autoencoder .VAE.” .* is for Stable"),
         (tiny_base.name, {"pretrained_vae_model_name_or_path": "/etc"}, "no base model that is offered here"),
         ("one.safetensors", {"quantize": "int8"}, "“Base in fewer bits” int8 needs a diffusers folder"),
-        (tiny_base.name, {"quantize": "int9"}, "“Base in fewer bits” is 'int9'"),
+        (tiny_base.name, {"quantize": "int9"}, "“Base in fewer bits” is .*int9.*: choose one of those"),
     ):
         with pytest.raises(gr.Error, match=sentence):
             runs.submit(request, "dog", *form(base, **changes))

@@ -75,6 +75,11 @@ def crop_boxes(size: Size, shape: Size, center_crop: bool, count: int, seed: int
     return [(left, top, left + width, top + height) for left, top in corners]
 
 
+def photo_seed(seed: int, index: int | str) -> int:
+    """What fixes the windows of the photo `index` in a run of that seed."""
+    return zlib.crc32(f"{seed} {index}".encode(errors="surrogatepass"))
+
+
 def crop_photo(
     image: Image.Image,
     shape: Size,
@@ -96,11 +101,10 @@ def crop_photo(
     """
     if min(shape) < 1:
         raise SVFitError(f"The resolution {shape[0]}x{shape[1]} isn't possible: it is in pixels, such as 512x512.")
-    photo_seed = zlib.crc32(f"{seed} {index}".encode(errors="surrogatepass"))
     pixel_values: list[Tensor] = []
     masks: list[Tensor] = []
     time_ids: list[Tensor] = []
-    boxes = crop_boxes(image.size, shape, center_crop, crops, photo_seed)
+    boxes = crop_boxes(image.size, shape, center_crop, crops, photo_seed(seed, index))
     for box in boxes if len(set(boxes)) > 1 else boxes[:1]:  # a photo that fits has only one window
         window = image.resize(shape, Image.Resampling.LANCZOS, box=box)
         pixel_values += _mirrored(as_pixel_values(window), random_flip)

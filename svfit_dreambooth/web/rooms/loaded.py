@@ -11,11 +11,20 @@ class Loaded:
     def __init__(self) -> None:
         self.names: dict[tuple[str, int, int], str] = {}  # (path, time, size) of a file -> its name on the pipeline
         self._lenient: set[str] = set()  # those names whose base was not to be the adapter's own
+        self.trained_on: Any = None  # the base that they were trained on, where it is another one
 
     def clear(self) -> None:
         """Nothing is on a base that was just opened."""
         self.names.clear()
         self._lenient.clear()
+        self.trained_on = None
+
+    def directions_of(self, model: Any, trained_on: Any) -> None:
+        """From now on the adapters are those of the base `trained_on`; None: of `model`, which carries them."""
+        if trained_on is not self.trained_on:
+            for key in list(self.names):
+                self._unload(model, key)
+            self.trained_on = trained_on
 
     def exchange(self, model: Any, adapters: Sequence[tuple[Path, Any]], any_base: bool) -> list[str]:
         """Puts exactly `adapters`, (file, what was read from it) each, on the base, at rest; returns their names there."""
@@ -37,7 +46,7 @@ class Loaded:
             while name in self.names.values():
                 number += 1
                 name = f"{path.stem}-{number}"
-            load_adapter(model.pipeline, adapter, 0.0, name, allow_other_base=any_base)
+            load_adapter(model.pipeline, adapter, 0.0, name, allow_other_base=any_base, trained_on=self.trained_on)
             self.names[key] = name
             if any_base:
                 self._lenient.add(name)

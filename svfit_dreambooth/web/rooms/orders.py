@@ -40,6 +40,10 @@ class Order:
     width: int | None = None  # None: the base's own
     height: int | None = None
     scheduler: str | None = None  # a name of samplers.SAMPLERS; None: the base's own
+    clip_skip: int | None = None  # None: as the adapters were trained
+    autoencoder: str = ""  # as a person named it; "": the base's own
+    quantize: str | None = None  # see `open_base_model`
+    trained_on: str = ""  # as a person named it: the base that the adapters were trained on, see `load_adapter`
     begin: Any = None  # from_picture.Begin, to paint from instead of noise
     cells: Sequence[Cell] = (Cell(),)
     allow_other_base: bool = False
@@ -50,6 +54,11 @@ class Order:
             strength * cell.factor if cell.only in (None, i) else 0.0 for i, (_, strength) in enumerate(self.adapters)
         ]
 
+    @property
+    def opened(self) -> tuple[Any, ...]:
+        """How the base is opened, beside its name."""
+        return self.autoencoder, self.quantize, self.trained_on
+
     def settings(self, cell: Cell) -> dict[str, Any]:
         """What pictures that are painted in one batch must have in common, as options of `generate`."""
         return {
@@ -58,6 +67,7 @@ class Order:
             "height": self.height,
             "width": self.width,
             "scheduler": self.scheduler,
+            "clip_skip": self.clip_skip,
             "begin": self.begin,
         }
 

@@ -42,7 +42,7 @@ class Studio:
         self._room_wanted = threading.Event()  # by a run, while somebody paints
         self._idle = threading.Timer(IDLE, self.make_room)
         self._model: Any = None
-        self._opened: tuple[str, str] | None = None  # (name, options)
+        self._opened: tuple[Any, ...] | None = None  # (name, options)
         self._loaded = Loaded()
 
     def paint(self, order: Order, tell: Callable[[Told], None], cancelled: threading.Event, person: str = "") -> None:
@@ -133,7 +133,7 @@ class Studio:
             place, options = self.bases.resolve(other.base, typed=other.typed)
         except SVFitError:  # it is told when it has its turn
             return False
-        return (place, str(options.get("revision"))) == self._opened
+        return (place, str(options.get("revision")), *other.order.opened) == self._opened
 
     @contextmanager
     def bare(self, path: Path, person: str = "") -> Iterator[Any]:
@@ -180,7 +180,8 @@ class Studio:
 
     def _open(self, name: str, typed: bool, adapter: str | None, ticket: Ticket | None = None) -> Any:
         from svfit_dreambooth.bases.devices import DTYPES, default_device
-        from svfit_dreambooth.bases.opening import is_cached, open_base_model
+        from svfit_dreambooth.bases.opening import exchange_autoencoder, is_cached, open_base_model
+        from svfit_dreambooth.bases.outline import check_wishes
 
         try:
             place, options = self.bases.resolve(name, typed=typed)
@@ -193,15 +194,22 @@ class Studio:
                 f"yourself, or put its folder into {self.bases.models}."
             ) from None
         # a model that is open already serves both who typed its name and a file that names it
-        key = (place, str(options.get("revision")))
+        autoencoder, quantize, trained_on = wishes = ("", None, "") if ticket is None else ticket.order.opened
+        key = (place, str(options.get("revision")), *wishes)
         if self._opened != key:
             if ticket is not None:
                 ticket.tell("opening")
             if options and not options["local_files_only"] and not is_cached(place, options["revision"]):
                 check_on_hub(place, options["revision"])  # before the open one gives way
+            vae, sibling = (
+                self.bases.resolve_autoencoder(name) if name else None for name in (autoencoder, trained_on)
+            )
+            check_wishes(
+                place, revision=options.get("revision"), pretrained_vae_model_name_or_path=vae, quantize=quantize
+            )
             self._close()
             try:
-                model = open_base_model(place, **options)
+                model = open_base_model(place, **options, quantize=quantize)
             except SVFitError as error:
                 if options.get("local_files_only"):
                     why = "what a file names is not downloaded unasked: type it as the base model under Generate."
@@ -209,10 +217,13 @@ class Studio:
                     partly = "only partly" if is_cached(place, options["revision"]) else "not"
                     raise SVFitError(f"{name} is {partly} on this disk, and {why}") from error
                 raise
+            exchange_autoencoder(model, vae, not self.bases.download)
+            directions = open_base_model(sibling, one_at_a_time=True) if sibling else None
             device = default_device()
             model.family.cast(DTYPES[self.dtype or working_dtype(device.type)])
             model.pipeline.to(device)
             self._model, self._opened = model, key
+            self._loaded.directions_of(model, directions)
         return self._model
 
     def _close(self) -> None:

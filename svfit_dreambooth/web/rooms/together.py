@@ -76,6 +76,8 @@ def _samples(model: Any, loaded: Loaded, tickets: Sequence[Ticket]) -> tuple[lis
         seed = order.seed + number
         check_numbers(model, 1, seed, steps, guidance, height, width)
         mix = dict(zip((called[path] for path, _ in order.adapters), order.strengths(cell), strict=True))
-        words, skipped = read_words(model, order.prompt, order.negative_prompt or None, mix, guidance)
+        words, skipped = read_words(
+            model, order.prompt, order.negative_prompt or None, mix, guidance, clip_skip=own["clip_skip"]
+        )
         samples.append(Sample(words, seed, mix, skipped))
     return samples, {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}

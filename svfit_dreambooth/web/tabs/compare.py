@@ -2,12 +2,14 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.web.rooms.orders import STRIP, Cell
+from svfit_dreambooth.web.rooms.orders import STRIP, Cell, Order
 from svfit_dreambooth.web.rooms.paintings import Made
 from svfit_dreambooth.web.tabs.mistakes import number
 from svfit_dreambooth.web.tabs.reuse import ONCE
@@ -24,6 +26,7 @@ AXES = {
     "adapter": "",
 }
 MOST = 12  # values of an axis
+LARGEST_CELL = 512  # pixels of a picture on a sheet
 
 
 def cells(mode: str, axes: Sequence[tuple[str, str]], adapters: int) -> list[Cell]:
@@ -67,16 +70,45 @@ def _changes(name: str, values: str, adapters: int) -> list[dict[str, Any]]:
 
 def label(cell: Cell, base: Cell, adapters: Sequence[tuple[Path, float]]) -> str:
     """What is different in `cell`, for under a picture."""
-    parts = []
-    if cell.only is not None and cell.only < len(adapters):
-        parts.append(adapters[cell.only][0].stem)
-    if cell.factor != base.factor:
-        parts.append("base" if cell.factor == 0 else f"strength {cell.factor:g}")
-    if cell.num_inference_steps is not None:
-        parts.append(f"{cell.num_inference_steps} steps")
-    if cell.guidance_scale is not None:
-        parts.append(f"guidance {cell.guidance_scale:g}")
-    return " · ".join(parts)
+    different = [each.name for each in fields(Cell) if getattr(cell, each.name) != getattr(base, each.name)]
+    return _said(cell, different, adapters)
+
+
+def _said(cell: Cell, names: Sequence[str], adapters: Sequence[tuple[Path, float]]) -> str:
+    """Those settings of `cell`, in words."""
+    words = {
+        "only": adapters[cell.only][0].stem if cell.only is not None and cell.only < len(adapters) else "",
+        "factor": "base" if cell.factor == 0 else f"strength {cell.factor:g}",
+        "num_inference_steps": f"{cell.num_inference_steps} steps",
+        "guidance_scale": f"guidance {cell.guidance_scale or 0:g}",
+    }
+    return " · ".join(words[name] for name in words if name in names and words[name])
+
+
+def _varied(cells: Sequence[Cell]) -> list[str]:
+    """The settings in which the cells differ."""
+    return [each.name for each in fields(Cell) if len({getattr(cell, each.name) for cell in cells}) > 1]
+
+
+def sheet(made: Sequence[Made], order: Order) -> Image.Image:
+    """The pictures of a comparison as one, with what is different beside them: a grid's first axis gives the rows."""
+    from svfit_dreambooth.painting.sheets import CELL, contact_sheet
+
+    cells, varied = order.cells, _varied(order.cells)
+    rows, across = [list(cells)], varied
+    if len(varied) > 1:
+        down = next(name for name in varied if getattr(cells[0], name) == getattr(cells[1], name))
+        rows = [list(row) for _, row in itertools.groupby(cells, key=lambda cell: getattr(cell, down))]
+        across = [name for name in varied if name != down]
+    painted = {one.cell: one.path for one in made}
+    labelled = []
+    for row in rows:
+        text = _said(row[0], [name for name in varied if name not in across], order.adapters) or order.prompt[:120]
+        files = [painted[cell] for cell in row if cell in painted]
+        labelled += [(text, [Image.open(file).convert("RGB") for file in files])] if files else []
+    largest = max(max(picture.size) for _, row in labelled for picture in row)
+    captions = [_said(cell, across, order.adapters) for cell in rows[0]]
+    return contact_sheet(labelled, captions, min(max(largest, CELL), LARGEST_CELL))
 
 
 def arranged(made: list[Made], cells: Sequence[Cell]) -> list[Made]:

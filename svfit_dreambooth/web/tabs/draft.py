@@ -33,10 +33,21 @@ from svfit_dreambooth.web.rooms.laid_out import (
 )
 from svfit_dreambooth.web.rooms.memory import remember, remembered
 from svfit_dreambooth.web.rooms.progress import sum_up
+from svfit_dreambooth.web.rooms.windows import training_windows
 from svfit_dreambooth.web.rooms.workspace import Visitor
 from svfit_dreambooth.web.tabs.drawing import drawn_over, to_draw_on
-from svfit_dreambooth.web.tabs.form import ADVANCED, BITS, LABELS, NUMBERS, SWITCHES, VAE, bits_of, in_form_words
-from svfit_dreambooth.web.tabs.mistakes import number, plainly
+from svfit_dreambooth.web.tabs.form import (
+    ADVANCED,
+    LABELS,
+    NUMBERS,
+    VAE,
+    as_written,
+    bits_of,
+    check_base,
+    in_form_words,
+    worded,
+)
+from svfit_dreambooth.web.tabs.mistakes import number, plainly, whole
 
 REMEMBERED = ("name", "word", "kind", "base", "preset", *ADVANCED)
 RESOLUTION = 512  # pixels at which bases train at least; an SDXL at 1024, which is known when it is open
@@ -78,13 +89,13 @@ class Draft:
 
     @plainly
     def rotate(self, selected: int | None, base: str, resolution: str, request: gr.Request) -> tuple[Any, ...]:
-        """Thumbnails, remarks, selected, actions; then the mask, closed: it is another now."""
+        """Thumbnails, remarks, selected, actions; then mask and windows, closed: they are others now."""
         visitor = self.app.visitor(request)
         path = self._selected(visitor, selected)
         rotate_photo(path)
         touched(visitor.photos)
         thumbs, text, _, buttons = self._shown(visitor, base, resolution)
-        return thumbs, text, selected, buttons, gr.Accordion(open=False)
+        return thumbs, text, selected, buttons, *[gr.Accordion(open=False)] * 2
 
     @plainly
     def remove(self, selected: int | None, base: str, resolution: str, request: gr.Request) -> tuple[Any, ...]:
@@ -124,12 +135,21 @@ class Draft:
         name = f"photo {event.index + 1}"
         said = gr.Textbox(caption(path), label=f"Caption of {name}", visible=True)
         closed = gr.Accordion(f"Mask of {name}", visible=True, open=False)
-        return event.index, gr.Button(interactive=True), gr.Button(interactive=True), said, closed
+        seen = gr.Accordion(f"What training sees of {name}", visible=True, open=False)
+        return event.index, gr.Button(interactive=True), gr.Button(interactive=True), said, closed, seen
 
     @plainly
     def edit(self, selected: int | None, request: gr.Request) -> dict[str, Any]:
         """The selected photo, dark where its mask leaves it out, for an editor that is seen: hidden ones show nothing."""
         return to_draw_on(self._selected(self.app.visitor(request), selected))
+
+    @plainly
+    def windows(self, selected: int | None, base: str, resolution: str, seed: str, request: gr.Request) -> Any:
+        """What training sees of the selected photo."""
+        path = self._selected(self.app.visitor(request), selected)
+        with worded():
+            side, fixed = whole("Resolution", resolution), whole("Seed", seed) or 0
+            return training_windows(path, self.app.studio.bases, base or DEFAULT_BASE, side, fixed)
 
     @plainly
     def say(self, text: str, selected: int | None, base: str, resolution: str, request: gr.Request) -> tuple[Any, ...]:
@@ -185,7 +205,7 @@ class Draft:
             options["instance_data_dir"] = str(SUBJECTS_FOLDER / subject)  # so that the run's judge knows the toy
         given = {n: value for n, value in options.items() if n in NAMES and value is not None and value != ""}
         given = {name: value for name, value in given.items() if value is not False}  # 0 is an answer, False is none
-        _check_base(given)
+        check_base(given)
         return given
 
     def take_up(self, visitor: Visitor, job: Job) -> tuple[Any, ...]:
@@ -201,7 +221,7 @@ class Draft:
         base = self.app.studio.bases.shown(job.base, options.get("revision"))
         if VAE in options:
             options = options | {VAE: self.app.studio.bases.shown(options[VAE])}
-        advanced = [_as_written(options.get(name), name) for name in ADVANCED]
+        advanced = [as_written(options.get(name), name) for name in ADVANCED]
         form = (job.name, words[0], words[2], base, options.get("preset") or DEFAULT, *advanced)
         remember(visitor.folder, dict(zip(REMEMBERED, form, strict=True)))
         return (*self._shown(visitor, base, str(options.get("resolution") or "")), *form)
@@ -260,28 +280,6 @@ class Draft:
         if not isinstance(selected, int) or not 0 <= selected < len(paths):
             raise SVFitError("select a photo first.")
         return paths[selected]
-
-
-def _check_base(options: dict[str, Any]) -> None:
-    """Raises SVFitError where the base has no use for what is asked of it, as far as it is on this disk."""
-    asked = {
-        name: options[name] for name in ("revision", "clip_skip", VAE, "quantize") if options.get(name) is not None
-    }
-    if asked.keys() - {"revision"}:
-        from svfit_dreambooth.bases.outline import check_wishes
-
-        check_wishes(options["pretrained_model_name_or_path"], **asked)
-
-
-def _as_written(value: Any, name: str) -> Any:
-    """An option as its field of the form has it."""
-    if name == "quantize":
-        return value or next(iter(BITS))
-    if name == "mixed_precision":
-        return value or "no"
-    if isinstance(value, bool) or name in SWITCHES:
-        return bool(value)
-    return "\n".join(value) if isinstance(value, list) else "" if value is None else f"{value}"
 
 
 def trained_at(base: str, resolution: str) -> int:

@@ -1,8 +1,9 @@
 """What the form of a run calls its fields, and the options that they stand for."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from svfit_dreambooth.errors import SVFitError
 
@@ -32,6 +33,15 @@ NUMBERS = (*ADVANCED[:2], *ADVANCED[3:8], "clip_skip")
 VAE = "pretrained_vae_model_name_or_path"
 BITS = {"as it is": None, "int8": "int8", "fp8": "fp8", "nf4": "nf4"}  # of the base's denoiser, as the form offers them
 SWITCHES = ("train_text_encoder", "random_flip", "gradient_checkpointing", "with_prior_preservation")
+PAINTING = {  # the same of the form that paints
+    "num_inference_steps": "Sampling steps",
+    "guidance_scale": "Guidance",
+    "scheduler": "Sampler",
+    "clip_skip": "Clip skip",
+    "pretrained_vae_model_name_or_path": "Another autoencoder (VAE)",
+    "quantize": "Base in fewer bits",
+    "trained_on": "Trained on",
+}
 ELSEWHERE = {
     "pretrained_model_name_or_path": "Base model",
     "adapter_name": "Name",
@@ -49,12 +59,14 @@ def bits_of(offered: str | None) -> str | None:
     return None if offered is None else BITS[offered]
 
 
-def in_form_words(sentence: str, parameters: tuple[str, ...] = ()) -> str:
+def in_form_words(
+    sentence: str, parameters: tuple[str, ...] = (), labels: Mapping[str, str] = LABELS | ELSEWHERE
+) -> str:
     """A sentence of the library or of the training command, with options called as the form calls them.
 
-    `parameters`: ordinary words in it that stand for options.
+    `parameters`: ordinary words in it that stand for options.  `labels`: of which form.
     """
-    for name, label in {**LABELS, **ELSEWHERE}.items():
+    for name, label in labels.items():
         plain = name not in ORDINARY or name in parameters or sentence.startswith(f"{name} ")
         sentence = re.sub(rf"--{name}\b" + (rf"|\b{name}\b" if plain else ""), f"“{label}”", sentence)
     return sentence
@@ -67,3 +79,25 @@ def worded() -> Iterator[None]:
         yield
     except SVFitError as error:
         raise SVFitError(in_form_words(str(error), error.parameters)) from error
+
+
+def check_base(options: dict[str, Any]) -> None:
+    """Raises SVFitError where the base has no use for what is asked of it, as far as it is on this disk."""
+    asked = {
+        name: options[name] for name in ("revision", "clip_skip", VAE, "quantize") if options.get(name) is not None
+    }
+    if asked.keys() - {"revision"}:
+        from svfit_dreambooth.bases.outline import check_wishes
+
+        check_wishes(options["pretrained_model_name_or_path"], **asked)
+
+
+def as_written(value: Any, name: str) -> Any:
+    """An option as its field of the form has it."""
+    if name == "quantize":
+        return value or next(iter(BITS))
+    if name == "mixed_precision":
+        return value or "no"
+    if isinstance(value, bool) or name in SWITCHES:
+        return bool(value)
+    return "\n".join(value) if isinstance(value, list) else "" if value is None else f"{value}"

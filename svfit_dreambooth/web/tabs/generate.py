@@ -11,6 +11,7 @@ from svfit_dreambooth.web.rooms.app import App
 from svfit_dreambooth.web.rooms.orders import AS_TRAINED
 from svfit_dreambooth.web.tabs.cards import readable
 from svfit_dreambooth.web.tabs.compare import AXES, GRID, MODES, NOTHING
+from svfit_dreambooth.web.tabs.form import BITS
 from svfit_dreambooth.web.tabs.gallery import UNSELECTED
 from svfit_dreambooth.web.tabs.mistakes import told
 from svfit_dreambooth.web.tabs.painting import IDLE, Painter
@@ -70,7 +71,7 @@ def build_generate(app: App, page: gr.Blocks) -> GenerateTab:
                     trigger(
                         painting.generate,
                         [*form, *rows],
-                        [status, gallery, shown, selected, details, seed, paint, stop, *actions],
+                        [status, gallery, shown, selected, details, seed, paint, stop, *actions, whole],
                         concurrency_limit=None,
                         **PRIVATE,
                     ).then(painting.said_before, None, before, **PRIVATE)
@@ -120,6 +121,12 @@ def build_generate(app: App, page: gr.Blocks) -> GenerateTab:
                     guidance = gr.Textbox(label="Guidance", placeholder="as suits", max_lines=1, min_width=90, **OPEN)
                     width = gr.Textbox(label="Width", placeholder="as suits", max_lines=1, min_width=90, **OPEN)
                     height = gr.Textbox(label="Height", placeholder="as suits", max_lines=1, min_width=90, **OPEN)
+                with gr.Row():
+                    skip = gr.Textbox(label="Clip skip", placeholder="as trained", max_lines=1, min_width=90, info="1 is what others call 2.", **OPEN)  # fmt: skip
+                    autoencoder = gr.Textbox(label="Another autoencoder (VAE)", placeholder="the base's own", max_lines=1, min_width=150, info="A hub id, or a model here.", **OPEN)  # fmt: skip
+                with gr.Row():
+                    bits = gr.Dropdown(list(BITS), value=next(iter(BITS)), label="Base in fewer bits", min_width=110, info="For large transformers.", **OPEN)  # fmt: skip
+                    trained_on = gr.Textbox(label="Trained on", placeholder="the base model above", max_lines=1, min_width=150, info="For a base that was distilled from it.", **OPEN)  # fmt: skip
                 relatives = gr.Checkbox(False, label="Allow adapters of a related base, such as a fine-tune", **OPEN)
         with gr.Column(scale=6, min_width=300):
             with gr.Row(elem_classes="in-sight top"):
@@ -136,6 +143,9 @@ def build_generate(app: App, page: gr.Blocks) -> GenerateTab:
                 download = gr.DownloadButton("Download PNG", size="sm", interactive=False, elem_id="download")
                 cover = gr.Button("Use as the adapter's picture", size="sm", interactive=False)
                 remove = gr.Button("Delete", size="sm", interactive=False)
+            whole = gr.DownloadButton(
+                "Download as one sheet", size="sm", visible=False, elem_id="download-sheet"
+            )  # fmt: skip
             with gr.Row(elem_classes="actions"):
                 several = gr.Checkbox(False, label="Choose several", elem_id="several", min_width=160, **OPEN)
                 words = gr.Textbox(
@@ -162,6 +172,10 @@ def build_generate(app: App, page: gr.Blocks) -> GenerateTab:
         sampler,
         begin,
         anew,
+        skip,
+        autoencoder,
+        bits,
+        trained_on,
         *axes,
     ]
     actions = [reuse, download, cover, remove]
@@ -170,7 +184,7 @@ def build_generate(app: App, page: gr.Blocks) -> GenerateTab:
     opened.then(
         painting.follow,
         None,
-        [status, gallery, shown, selected, details, seed, paint, stop, *actions],
+        [status, gallery, shown, selected, details, seed, paint, stop, *actions, whole],
         concurrency_limit=None,
         **PRIVATE,
     )

@@ -9,15 +9,17 @@ from typing import Any
 import gradio as gr
 
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.files import save_png
 from svfit_dreambooth.web.rooms import library, pictures
 from svfit_dreambooth.web.rooms.app import App
 from svfit_dreambooth.web.rooms.libraries import libraries
 from svfit_dreambooth.web.rooms.memory import remember, remembered
 from svfit_dreambooth.web.rooms.orders import AS_TRAINED, Cell, Order, Told
 from svfit_dreambooth.web.rooms.paintings import Made, Painting
-from svfit_dreambooth.web.rooms.workspace import Visitor, library_of
-from svfit_dreambooth.web.tabs.compare import GRID, STRENGTHS, arranged, cells, label
+from svfit_dreambooth.web.rooms.workspace import Visitor, library_of, place_to_serve
+from svfit_dreambooth.web.tabs.compare import GRID, STRENGTHS, arranged, cells, label, sheet
 from svfit_dreambooth.web.tabs.drawing import drawn_over
+from svfit_dreambooth.web.tabs.form import PAINTING, bits_of, in_form_words
 from svfit_dreambooth.web.tabs.gallery import UNSELECTED, Pictures
 from svfit_dreambooth.web.tabs.mistakes import number, plainly, whole
 from svfit_dreambooth.web.tabs.reuse import SAMPLERS, take_up
@@ -28,7 +30,7 @@ REMEMBERED = (
     "new_seed", "width", "height", "scheduler",
 )  # fmt: skip
 IDLE = '<div class="status" role="status"></div>'
-FIELDS = 20  # of the form; what follows are the strengths of the chosen adapters
+FIELDS = 24  # of the form; what follows are the strengths of the chosen adapters
 
 
 class Painter:
@@ -93,13 +95,13 @@ class Painter:
 
     @plainly
     def generate(self, request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
-        """Status, gallery, names in it, selected, details, seed, and five buttons."""
+        """Status, gallery, names in it, selected, details, seed, and six buttons."""
         visitor = self.app.visitor(request)
         order = self._order(visitor, *values)
         try:
             painting = self.app.paintings.begin(visitor, order)
         except SVFitError:
-            yield (*[gr.skip()] * 7, gr.Button(interactive=bool(self.app.paintings.of(visitor))), *[gr.skip()] * 4)
+            yield (*[gr.skip()] * 7, gr.Button(interactive=bool(self.app.paintings.of(visitor))), *[gr.skip()] * 5)
             raise
         yield from self._watch(painting)
 
@@ -107,7 +109,7 @@ class Painter:
     def follow(self, request: gr.Request) -> Iterator[tuple[Any, ...]]:
         """The same for a page that opens while pictures are being painted: they were asked for before it was reloaded."""
         working = self.app.paintings.of(self.app.visitor(request))
-        yield (gr.skip(),) * 12  # a generator that yields nothing would empty all fields
+        yield (gr.skip(),) * 13  # a generator that yields nothing would empty all fields
         for painting in working[:1]:
             yield from self._watch(painting)
 
@@ -116,7 +118,20 @@ class Painter:
         keep, off, order = gr.skip(), gr.Button(interactive=False), painting.order
         busy = (gr.Button(interactive=False), gr.Button(interactive=True))
         empty = gr.Gallery([], selected_index=None, preview=False)  # not the large view of an earlier picture
-        yield (_status("Starting"), empty, [], [], UNSELECTED, order.seed, *busy, off, off, off, off)
+        yield (
+            _status("Starting"),
+            empty,
+            [],
+            [],
+            UNSELECTED,
+            order.seed,
+            *busy,
+            off,
+            off,
+            off,
+            off,
+            gr.DownloadButton(visible=False),
+        )
         seen, count = 0, 0
         while not painting.over:
             if (number := painting.look(seen)) == seen:
@@ -127,7 +142,7 @@ class Painter:
                 made = arranged(painting.made[:count], order.cells)
                 gallery = [(self.app.serve(one.path), _caption(one, order)) for one in made]
                 names = [one.path.name for one in made]
-            yield (_progress(painting.said), gallery, names, *[keep] * 9)
+            yield (_progress(painting.said), gallery, names, *[keep] * 10)
         made = arranged(painting.made, order.cells)
         idle = (gr.Button(interactive=True), gr.Button(interactive=False))
         text = f"{len(made)} picture{'s' * (len(made) != 1)}"
@@ -135,15 +150,25 @@ class Painter:
         gallery = [(self.app.serve(one.path), _caption(one, order)) for one in made]
         names = [one.path.name for one in made]
         status = _status(text) if painting.failure is None else IDLE
-        yield (status, gallery, names, *[keep] * 3, *idle, *[keep] * 4)
+        yield (status, gallery, names, *[keep] * 3, *idle, *[keep] * 4, self._sheet(made, order))
         if painting.failure is not None:
+            if isinstance(painting.failure, SVFitError):
+                raise SVFitError(in_form_words(str(painting.failure), painting.failure.parameters, PAINTING))
             raise painting.failure
+
+    def _sheet(self, made: list[Made], order: Order) -> Any:
+        """The button that downloads a comparison as one picture; none where there was nothing to compare."""
+        if len(made) < 2 or len(order.cells) < 2 or order.num_images > 1:
+            return gr.DownloadButton(visible=False)
+        place = place_to_serve(self.app.workspace, f"{made[0].path.stem}-sheet.png")
+        save_png(sheet(made, order), place)
+        return gr.DownloadButton(value=str(place), visible=True)
 
     def _order(self, visitor: Visitor, *values: Any) -> Order:
         """The form as an order."""
         (
             prompt, negative, base, adapters, count, steps, guidance, seed, new_seed, width, height, mode, relatives,
-            sampler, begin, anew, *axes,
+            sampler, begin, anew, skip, autoencoder, bits, trained_on, *axes,
         ) = values[:FIELDS]  # fmt: skip
         adapters = adapters or []
         if len(values) - FIELDS != len(adapters):
@@ -164,6 +189,10 @@ class Painter:
             width=whole("Width", width),
             height=whole("Height", height),
             scheduler=sampler if sampler in SAMPLERS else None,
+            clip_skip=whole("Clip skip", skip),
+            autoencoder=(autoencoder or "").strip(),
+            quantize=bits_of(bits),
+            trained_on=(trained_on or "").strip(),
             begin=begin_from(begin, float(anew)),
             cells=compared,
             allow_other_base=bool(relatives),

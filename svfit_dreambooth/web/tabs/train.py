@@ -57,6 +57,11 @@ def build_train(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: Generate
                     brush=gr.Brush(default_size=24, colors=[(COLOUR, 0.6)], color_mode="fixed"), interactive=True,
                 )  # fmt: skip
                 draw = gr.Button("Keep this mask", size="sm", elem_id="keep-mask")
+            with gr.Accordion("What training sees", open=False, visible=False, elem_id="windows") as seeing:
+                windows = gr.Gallery(
+                    show_label=False, interactive=False, allow_preview=False, object_fit="contain", columns=4,
+                    height="auto", buttons=[], elem_id="window-pictures",
+                )  # fmt: skip
             gr.HTML("<div class='note'>No photos at hand? Take those of a toy:</div>")
             with gr.Row(elem_classes="toys"):
                 toy = gr.Dropdown(
@@ -123,15 +128,17 @@ def build_train(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: Generate
     page.load(lambda: gr.Dropdown(app.studio.bases.for_training()), None, base, **PRIVATE)
     page.load(runs.open_page, chosen, panel, **PRIVATE)
     drop.upload(draft.add, [drop, *trained_at], [drop, *shown], **PRIVATE)
-    thumbs.select(draft.select, None, [selected, rotate, remove, said_of, masking], **PRIVATE)
+    thumbs.select(draft.select, None, [selected, rotate, remove, said_of, masking, seeing], **PRIVATE)
     masking.expand(draft.edit, selected, editor, **PRIVATE)
+    cut = [selected, *trained_at, advanced[ADVANCED.index("seed")]]
+    seeing.expand(draft.windows, cut, windows, **PRIVATE)
     said_of.blur(draft.say, [said_of, selected, *trained_at], [thumbs, remarks], **PRIVATE)
     draw.click(draft.draw, [editor, selected, *trained_at], [thumbs, remarks], **PRIVATE)
     selected.change(
-        lambda one: (gr.skip(),) * 2 if one is not None else (gr.Textbox(visible=False), gr.Accordion(visible=False)),
-        selected, [said_of, masking], **LIVE,
+        lambda one: [gr.skip()] * 3 if one is not None else [gr.Textbox(visible=False), *[gr.Accordion(visible=False)] * 2],
+        selected, [said_of, masking, seeing], **LIVE,
     )  # fmt: skip
-    rotate.click(draft.rotate, [selected, *trained_at], [*shown, masking], **PRIVATE)
+    rotate.click(draft.rotate, [selected, *trained_at], [*shown, masking, seeing], **PRIVATE)
     remove.click(draft.remove, [selected, *trained_at], shown, **PRIVATE)
     clear.click(draft.clear, None, shown, **PRIVATE)
     take.click(draft.take_bundled, [toy, trained_at[1]], [*shown, name, word, kind, base], **PRIVATE)
