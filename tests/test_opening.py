@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from single_file import save_single_file
 
 from svfit_dreambooth import TrainConfig
+from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.bases.names import as_asked
 from svfit_dreambooth.bases.opening import open_base_model
 from svfit_dreambooth.errors import SVFitError
@@ -379,3 +380,9 @@ def test_bases_distilled_for_few_steps(tiny_base, tmp_path, caplog, name, schedu
         config = TrainConfig(guidance_scale=None, dry_run=True)
         assert with_base(config, base).num_inference_steps == steps
         assert with_base(replace(config, num_inference_steps=7), base).num_inference_steps == 7
+
+
+def test_transformer_bases_say_by_themselves_that_they_were_distilled():
+    few, own = BaseModel("klein", tiny_klein(is_distilled=True)), BaseModel("klein", tiny_klein())
+    assert (few.num_inference_steps, few.guidance_scale, own.num_inference_steps) == (4, 1.0, 25)
+    assert few.few_steps.sign == "its configs say so" and own.few_steps is None and own.guidance_scale == 4.0
