@@ -1,7 +1,7 @@
 """Chroma (lodestones, 2025): FLUX.1's blocks without its distilled guidance and without CLIP, read by a T5 alone."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import ChromaPipeline, ChromaTransformer2DModel
@@ -24,10 +24,10 @@ class Chroma(Flux1):
 
     pipeline_class = ChromaPipeline
     denoiser_class = ChromaTransformer2DModel
-    text_encoder_names = ("text_encoder",)
+    text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
     checkpointed = (ChromaTransformerBlock, ChromaSingleTransformerBlock)
     guidance_scale = 5.0
-    no_negative_prompt = None
+    no_negative_prompt: ClassVar[str | None] = None
     guided_together = False
 
     @property

@@ -45,13 +45,13 @@ class Flux1(FlowTransformer):
 
     pipeline_class = FluxPipeline
     denoiser_class = FluxTransformer2DModel
-    text_encoder_names = ("text_encoder", "text_encoder_2")
+    text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
     layer_names: ClassVar[Mapping[Role, LayerNames]] = {"denoiser": FLUX1}
     original_names = ORIGINAL
     checkpointed = (FluxTransformerBlock, FluxSingleTransformerBlock)
     guidance_scale = 3.5
     tokens_per_latent = 0.25
-    no_negative_prompt = "FLUX.1, whose guidance was distilled"
+    no_negative_prompt: ClassVar[str | None] = "FLUX.1, whose guidance was distilled"
 
     def check(self, name: str) -> None:
         taken, given = self.denoiser.config.in_channels, 4 * self.pipeline.vae.config.latent_channels

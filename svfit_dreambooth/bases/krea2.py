@@ -40,7 +40,7 @@ class Krea2(QwenImage):
     denoiser_class = Krea2Transformer2DModel
     layer_names: ClassVar[Mapping[Role, LayerNames]] = {"denoiser": KREA2}
     original_names = ORIGINAL
-    checkpointed = (Krea2TransformerBlock, Krea2TextFusionBlock)
+    checkpointed: ClassVar[tuple[type[nn.Module], ...]] = (Krea2TransformerBlock, Krea2TextFusionBlock)
     guidance_scale = 4.5
     guidance_argument = "guidance_scale"
     unguided = 0.0

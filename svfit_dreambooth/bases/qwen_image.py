@@ -34,7 +34,7 @@ class QwenImage(FlowTransformer):
     denoiser_class = QwenImageTransformer2DModel
     layer_names: ClassVar[Mapping[Role, LayerNames]] = {"denoiser": QWEN_IMAGE}
     original_names = ORIGINAL
-    checkpointed = (QwenImageTransformerBlock,)
+    checkpointed: ClassVar[tuple[type[nn.Module], ...]] = (QwenImageTransformerBlock,)
     guidance_scale = 4.0
     tokens_per_latent = 0.25
     guidance_argument = "true_cfg_scale"

@@ -122,7 +122,9 @@ def _changes(plan: Plan) -> list[tuple[str, Any]]:
 
 
 def _fits(plan: Plan, changes: dict[str, Any]) -> bool:
-    beside = {"budget": None, "energy": None} if "rank" in changes else {}  # which choose the values themselves
+    beside: dict[str, Any] = (
+        {"budget": None, "energy": None} if "rank" in changes else {}
+    )  # which choose the values themselves
     return _estimate(plan, dataclasses.replace(plan.config, **changes, **beside)).fits
 
 
