@@ -215,17 +215,6 @@ def test_inspect(adapter_path, capsys):
     assert json.loads(capsys.readouterr().out)["total"]["projections"] == 40
 
 
-def test_cache_is_listed_and_cleared(tmp_path, capsys, tiny_base, adapter_path, monkeypatch):
-    monkeypatch.setenv("SVFIT_CACHE", str(tmp_path))
-    open_for_adapters([(adapter_path, 1.0)], str(tiny_base), device="cpu")
-    assert main(["cache"]) == 0
-    assert "40 decomposed weights" in capsys.readouterr().out
-    assert main(["cache", "--clear"]) == 0
-    assert "40 decomposed weights deleted" in capsys.readouterr().out
-    main(["cache"])
-    assert "0 decomposed weights, 0.0 MB" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

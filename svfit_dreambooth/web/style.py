@@ -163,7 +163,11 @@ const tabs = () => [...document.querySelectorAll("[role=tab]")];
 const called = (tab) => "#" + tab.textContent.trim().toLowerCase();
 const asked = location.hash;
 let wanted = asked;
-window.beginOnTrain = (empty) => { if (empty && !asked) tabs().find((tab) => called(tab) === "#train")?.click(); };
+let chosen = false;  // a tab, by a person
+document.addEventListener("click", (event) => {
+  chosen ||= event.isTrusted && Boolean(event.target.closest("[role=tab]"));
+}, true);
+window.beginOnTrain = (empty) => { if (empty && !asked && !chosen) tabs().find((tab) => called(tab) === "#train")?.click(); };
 document.addEventListener("keydown", (event) => {
   const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
   if (!step || event.target.getAttribute("role") !== "tab") return;

@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.web.rooms.libraries import libraries
 from svfit_dreambooth.web.rooms.orders import STRIP, Cell, Order
 from svfit_dreambooth.web.rooms.paintings import Made
 from svfit_dreambooth.web.tabs.mistakes import number
@@ -92,6 +93,7 @@ def _varied(cells: Sequence[Cell]) -> list[str]:
 
 def sheet(made: Sequence[Made], order: Order) -> Image.Image:
     """The pictures of a comparison as one, with what is different beside them: a grid's first axis gives the rows."""
+    libraries()
     from svfit_dreambooth.painting.sheets import CELL, contact_sheet
 
     cells, varied = order.cells, _varied(order.cells)

@@ -151,7 +151,8 @@ def build_train(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: Generate
         field.change(_say_prompt, [word, kind], shown_prompt, **LIVE)
     estimate.click(runs.estimate, words, estimated, **{**PRIVATE, "show_progress": "minimal"})
     start.click(runs.submit, [name, *words], panel, **PRIVATE)
-    listed.click(runs.act, None, [*panel, removed, undo_row, said], **LIVE)
+    # "multiple": a click while another one is being answered, of whichever row, counts too
+    listed.click(runs.act, None, [*panel, removed, undo_row, said], trigger_mode="multiple", **LIVE)
     undo.click(runs.undo, removed, [*panel, removed, undo_row], **PRIVATE)
     try_it.click(runs.try_it, chosen, [tabs, generate_tab.adapters], **PRIVATE)
     again.click(runs.again, chosen, [*shown, *remembered], **PRIVATE)
