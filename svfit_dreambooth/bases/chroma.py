@@ -8,7 +8,8 @@ from diffusers import ChromaPipeline, ChromaTransformer2DModel
 from diffusers.models.transformers.transformer_chroma import ChromaSingleTransformerBlock, ChromaTransformerBlock
 from torch import Tensor, nn
 
-from svfit_dreambooth.bases.family import Conditions, Tokens, warn_of_cut
+from svfit_dreambooth.bases.family import Conditions, Tokens
+from svfit_dreambooth.bases.flow import hidden_states, padded_tokens
 from svfit_dreambooth.bases.flux1 import Flux1
 from svfit_dreambooth.errors import SVFitError
 
@@ -45,19 +46,12 @@ class Chroma(Flux1):
     # prompts
 
     def tokenize(self, prompts: list[str]) -> Tokens:
-        warn_of_cut(self.pipeline.tokenizer, prompts, prompts, PROMPT_TOKENS)
-        found = self.pipeline.tokenizer(
-            prompts, padding="max_length", truncation=True, max_length=PROMPT_TOKENS, return_tensors="pt"
-        )
-        return {"text_encoder": found.input_ids, "attention_mask": found.attention_mask}
+        return padded_tokens(self.pipeline.tokenizer, prompts, prompts, PROMPT_TOKENS)
 
     def encode_tokens(self, tokens: Tokens, encoders: Mapping[str, nn.Module]) -> Conditions:
-        ids, mask = tokens["text_encoder"], tokens["attention_mask"]
-        read = [
-            encoders["text_encoder"](row[None], attention_mask=own[None])[0] for row, own in zip(ids, mask, strict=True)
-        ]
+        states, mask = hidden_states(tokens, encoders, [-1])[:, 0], tokens["attention_mask"]  # (prompts, tokens, dim)
         seen = torch.arange(mask.shape[1], device=mask.device)[None] <= mask.sum(1, keepdim=True)
-        return {"prompt_embeds": torch.cat(read), "prompt_attention_mask": seen}  # (prompts, tokens, dim), bool
+        return {"prompt_embeds": states, "prompt_attention_mask": seen}
 
     def guided(self, guidance_scale: float) -> bool:
         return guidance_scale > self.unguided

@@ -159,8 +159,13 @@ def chat_tokens(tokenizer: Any, prompts: Sequence[str], length: int, thinking: b
         )
         for prompt in prompts
     ]
+    return padded_tokens(tokenizer, prompts, texts, length)
+
+
+def padded_tokens(tokenizer: Any, prompts: Sequence[str], texts: Sequence[str], length: int) -> Tokens:
+    """Ids and mask of `texts`, which stand for `prompts`, (prompts, length) each; what is cut off is told."""
     warn_of_cut(tokenizer, prompts, texts, length)
-    found = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    found = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     return {"text_encoder": found.input_ids, "attention_mask": found.attention_mask}
 
 

@@ -8,8 +8,8 @@ from diffusers import Krea2Pipeline, Krea2Transformer2DModel
 from diffusers.models.transformers.transformer_krea2 import Krea2TextFusionBlock, Krea2TransformerBlock
 from torch import Tensor, nn
 
-from svfit_dreambooth.bases.family import Conditions, Role, Tokens, warn_of_cut
-from svfit_dreambooth.bases.flow import FlowTransformer
+from svfit_dreambooth.bases.family import Conditions, Role, Tokens
+from svfit_dreambooth.bases.flow import FlowTransformer, padded_tokens
 from svfit_dreambooth.bases.qwen_image import QwenImage
 from svfit_dreambooth.method.targets import LayerNames
 
@@ -76,12 +76,11 @@ class Krea2(QwenImage):
         texts = [pipeline.prompt_template_encode_prefix + prompt for prompt in prompts]
         length = PROMPT_TOKENS + pipeline.prompt_template_encode_start_idx
         length -= pipeline.prompt_template_encode_num_suffix_tokens
-        warn_of_cut(pipeline.tokenizer, prompts, texts, length)
-        found = pipeline.tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        found = padded_tokens(pipeline.tokenizer, prompts, texts, length)
         ends = pipeline.tokenizer([pipeline.prompt_template_encode_suffix] * len(texts), return_tensors="pt")
         return {
-            "text_encoder": torch.cat([found.input_ids, ends.input_ids], dim=1),
-            "attention_mask": torch.cat([found.attention_mask, ends.attention_mask], dim=1),
+            "text_encoder": torch.cat([found["text_encoder"], ends.input_ids], dim=1),
+            "attention_mask": torch.cat([found["attention_mask"], ends.attention_mask], dim=1),
         }
 
     def encode_tokens(self, tokens: Tokens, encoders: Mapping[str, nn.Module]) -> Conditions:

@@ -8,8 +8,8 @@ from diffusers import Lumina2Pipeline, Lumina2Transformer2DModel
 from diffusers.models.transformers.transformer_lumina2 import Lumina2TransformerBlock
 from torch import Tensor, nn
 
-from svfit_dreambooth.bases.family import Conditions, Role, Tokens, warn_of_cut
-from svfit_dreambooth.bases.flow import FlowTransformer, hidden_states, side_by_side
+from svfit_dreambooth.bases.family import Conditions, Role, Tokens
+from svfit_dreambooth.bases.flow import FlowTransformer, hidden_states, padded_tokens, side_by_side
 from svfit_dreambooth.method.targets import LayerNames
 
 LUMINA2 = LayerNames(
@@ -58,11 +58,7 @@ class Lumina2(FlowTransformer):
             prompt[1:] if prompt.startswith(self.bare) else f"{pipeline.system_prompt} <Prompt Start> {prompt}"
             for prompt in prompts
         ]
-        warn_of_cut(pipeline.tokenizer, prompts, texts, PROMPT_TOKENS)
-        found = pipeline.tokenizer(
-            texts, padding="max_length", truncation=True, max_length=PROMPT_TOKENS, return_tensors="pt"
-        )
-        return {"text_encoder": found.input_ids, "attention_mask": found.attention_mask}
+        return padded_tokens(pipeline.tokenizer, prompts, texts, PROMPT_TOKENS)
 
     def encode_tokens(self, tokens: Tokens, encoders: Mapping[str, nn.Module]) -> Conditions:
         states = hidden_states(tokens, encoders, [-2])[:, 0]  # (prompts, tokens, dim)

@@ -8,8 +8,8 @@ from diffusers import PixArtSigmaPipeline, PixArtTransformer2DModel
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
-from svfit_dreambooth.bases.family import Conditions, Role, Tokens, warn_of_cut
-from svfit_dreambooth.bases.flow import EXACT_SIZE, TransformerFamily, side_by_side
+from svfit_dreambooth.bases.family import Conditions, Role, Tokens
+from svfit_dreambooth.bases.flow import EXACT_SIZE, TransformerFamily, hidden_states, padded_tokens, side_by_side
 from svfit_dreambooth.bases.noising import Diffusion
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.targets import LayerNames
@@ -62,19 +62,11 @@ class PixArtSigma(TransformerFamily):
     def tokenize(self, prompts: list[str]) -> Tokens:
         """Small letters, as the base was taught; signs are not cleaned away, which would ask for other libraries."""
         texts = [prompt.lower().strip() for prompt in prompts]
-        warn_of_cut(self.pipeline.tokenizer, prompts, texts, PROMPT_TOKENS)
-        found = self.pipeline.tokenizer(
-            texts, padding="max_length", truncation=True, max_length=PROMPT_TOKENS, return_tensors="pt"
-        )
-        return {"text_encoder": found.input_ids, "attention_mask": found.attention_mask}
+        return padded_tokens(self.pipeline.tokenizer, prompts, texts, PROMPT_TOKENS)
 
     def encode_tokens(self, tokens: Tokens, encoders: Mapping[str, nn.Module]) -> Conditions:
-        ids, masks = tokens["text_encoder"], tokens["attention_mask"]
-        read = [
-            encoders["text_encoder"](row[None], attention_mask=mask[None])[0]
-            for row, mask in zip(ids, masks, strict=True)
-        ]
-        return {"prompt_embeds": torch.cat(read), "prompt_attention_mask": masks}  # (prompts, tokens, dim)
+        states = hidden_states(tokens, encoders, [-1])[:, 0]  # (prompts, tokens, dim)
+        return {"prompt_embeds": states, "prompt_attention_mask": tokens["attention_mask"]}
 
     # the loss
 

@@ -9,8 +9,8 @@ from diffusers.models.transformers.transformer_qwenimage import QwenImageTransfo
 from PIL import Image
 from torch import Tensor, nn
 
-from svfit_dreambooth.bases.family import Conditions, Role, Tokens, posterior, warn_of_cut
-from svfit_dreambooth.bases.flow import FlowTransformer
+from svfit_dreambooth.bases.family import Conditions, Role, Tokens, posterior
+from svfit_dreambooth.bases.flow import FlowTransformer, padded_tokens
 from svfit_dreambooth.method.targets import LayerNames
 
 QWEN_IMAGE = LayerNames(
@@ -54,9 +54,7 @@ class QwenImage(FlowTransformer):
         pipeline = self.pipeline
         texts = [pipeline.prompt_template_encode.format(prompt) for prompt in prompts]
         length = PROMPT_TOKENS + pipeline.prompt_template_encode_start_idx
-        warn_of_cut(pipeline.tokenizer, prompts, texts, length)
-        found = pipeline.tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        return {"text_encoder": found.input_ids, "attention_mask": found.attention_mask}
+        return padded_tokens(pipeline.tokenizer, prompts, texts, length)
 
     def encode_tokens(self, tokens: Tokens, encoders: Mapping[str, nn.Module]) -> Conditions:
         asked = self.pipeline.prompt_template_encode_start_idx  # tokens of the question

@@ -9,8 +9,8 @@ from diffusers import SanaPipeline, SanaTransformer2DModel
 from diffusers.models.transformers.sana_transformer import SanaTransformerBlock
 from torch import Tensor, nn
 
-from svfit_dreambooth.bases.family import Conditions, Role, Tokens, warn_of_cut
-from svfit_dreambooth.bases.flow import EXACT_SIZE, FlowTransformer, hidden_states
+from svfit_dreambooth.bases.family import Conditions, Role, Tokens
+from svfit_dreambooth.bases.flow import EXACT_SIZE, FlowTransformer, hidden_states, padded_tokens
 from svfit_dreambooth.method.targets import LayerNames
 
 SANA = LayerNames(attention=(("to_q", "to_k", "to_v", "to_out.0"),))  # its feed-forward layers are convolutions
@@ -51,10 +51,8 @@ class Sana(FlowTransformer):
             led = not prompt.startswith(self.bare)
             text = INSTRUCTION + prompt.lower().strip() if led else prompt[1:].lower().strip()
             length = PROMPT_TOKENS + (leading if led else 0)
-            warn_of_cut(tokenizer, [prompt], [text], length)
-            found = tokenizer([text], padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-            rows["text_encoder"].append(found.input_ids)
-            rows["attention_mask"].append(found.attention_mask)
+            for name, row in padded_tokens(tokenizer, [prompt], [text], length).items():
+                rows[name].append(row)
         return {name: torch.cat(each) for name, each in rows.items()}
 
     def encode_tokens(self, tokens: Tokens, encoders: Mapping[str, nn.Module]) -> Conditions:
