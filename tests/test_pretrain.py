@@ -21,10 +21,11 @@ from toybox.architecture import (
     load_pipeline,
 )
 from toybox.dataset import as_tensor, batch_indices
+from toybox.denoiser import OBJECT_WEIGHT, draw_timesteps, object_weights
 from toybox.judge import load_judge
 from toybox.loop import Budget, fit, rate_factor
 from toybox.pretrain import main
-from toybox.stages import OBJECT_WEIGHT, draw_timesteps, fit_encoder, object_weights
+from toybox.stages import fit_encoder
 from toybox.tokenizer import build_tokenizer
 from toybox.world import canonical_caption, training_scenes
 

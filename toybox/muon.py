@@ -9,14 +9,15 @@ from torch import Tensor, nn
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that drives singular values toward 1, by Keller Jordan
 
 
-def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """About U Vh of `matrix` = U diag(S) Vh, (rows, columns), by Newton-Schulz iterations in its own precision."""
+def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
+    """About U Vh of each M = U diag(S) Vh, (..., rows, columns), by Newton-Schulz iterations in its own precision."""
     a, b, c = COEFFICIENTS
-    tall = matrix.shape[0] > matrix.shape[1]
-    X = (matrix.mT if tall else matrix) / (matrix.norm() + 1e-7)  # (short, long)
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    X = matrices.mT if tall else matrices  # (..., short, long)
+    X = X / (torch.linalg.matrix_norm(X, keepdim=True) + 1e-7)
     for _ in range(iterations):
-        gram = X @ X.mT  # (short, short)
-        X = torch.addmm(X, torch.addmm(gram, gram, gram, beta=b, alpha=c), X, beta=a)
+        gram = X @ X.mT  # (..., short, short)
+        X = a * X + (b * gram + c * gram @ gram) @ X
     return X.mT if tall else X
 
 
@@ -39,20 +40,24 @@ class Muon(torch.optim.Optimizer):
         ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            updates = []
-            for number, parameter in enumerate(parameters):
-                state = self.state[parameter]
-                momentum = state.setdefault("momentum", torch.zeros_like(parameter))
-                momentum.mul_(group["momentum"]).add_(parameter.grad)
-                if number % ranks == rank:
-                    ahead = parameter.grad.add(momentum, alpha=group["momentum"])  # Nesterov's
-                    updates.append(orthogonalise(ahead.flatten(1)).flatten())
-                else:
-                    updates.append(torch.zeros_like(parameter).flatten())
-            together = torch.cat(updates)
+            gradients = [parameter.grad for parameter in parameters]
+            momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in parameters]
+            torch._foreach_mul_(momenta, group["momentum"])
+            torch._foreach_add_(momenta, gradients)
+            ahead = torch._foreach_add(gradients, momenta, alpha=group["momentum"])  # Nesterov's
+            alike: dict[torch.Size, list[int]] = {}  # of one shape: a GPU takes them together
+            for number in range(rank, len(parameters), ranks):
+                alike.setdefault(ahead[number].flatten(1).shape, []).append(number)
+            updates = [torch.zeros_like(each).flatten() for each in ahead]
+            for numbers in alike.values():
+                found = orthogonalise(torch.stack([ahead[number].flatten(1) for number in numbers]))
+                for number, update in zip(numbers, found, strict=True):
+                    updates[number] = update.flatten()
             if ranks > 1:
+                together = torch.cat(updates)
                 dist.all_reduce(together)
-            for parameter, update in zip(parameters, together.split([p.numel() for p in parameters]), strict=True):
+                updates = list(together.split([p.numel() for p in parameters]))
+            for parameter, update in zip(parameters, updates, strict=True):
                 longest = max(parameter.shape[0], parameter[0].numel())
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update.view_as(parameter), alpha=-0.2 * group["lr"] * longest**0.5)

@@ -37,12 +37,14 @@ from toybox.architecture import (
     load_pipeline,
 )
 from toybox.dataset import caption_corpus, load_pictures, load_scenes, render_dataset
+from toybox.denoiser import train_unet
 from toybox.judge import WEIGHTS as JUDGE_WEIGHTS
 from toybox.loop import Budget, averaged_state
 from toybox.tokenizer import build_tokenizer, frequent_words, save_tokenizer
 
 STAGES = ("render", "autoencoder", "text", "unet", "judge", "export")
-MINUTES = {"autoencoder": 10.0, "text": 4.0, "unet": 600.0, "judge": 12.0}  # default budgets
+MINUTES = {"autoencoder": 10.0, "text": 4.0, "unet": 600.0, "judge": 12.0}  # default budgets on a processor
+GPU_MINUTES = {"autoencoder": 2.0, "text": 1.0, "unet": 8.0, "judge": 3.0}
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -52,7 +54,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--work_dir", type=Path, default=Path.home() / ".cache" / "toybox", help="data, checkpoints")
     parser.add_argument("--output_dir", type=Path, default=WEIGHTS, help="where export writes the pipeline folder")
     parser.add_argument("--judge_dir", type=Path, default=JUDGE_WEIGHTS, help="where the judge is written")
-    parser.add_argument("--time_budget_minutes", type=float, help=f"of the stage; by default {MINUTES}")
+    parser.add_argument(
+        "--time_budget_minutes", type=float, help=f"of the stage; by default {MINUTES}, on a GPU {GPU_MINUTES}"
+    )
     parser.add_argument("--max_steps", type=int, help="end after so many steps if that is sooner; None: no limit")
     parser.add_argument("--init_from", type=Path, help="a pipeline folder to start from instead of nothing")
     parser.add_argument("--num_pictures", type=int, default=120_000, help="pictures to render")
@@ -74,6 +78,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def precision(args: argparse.Namespace) -> str:
     """accelerate's word for the type in which networks compute."""
     return args.mixed_precision or ("bf16" if torch.cuda.is_available() else "no")
+
+
+def stage_minutes(stage: str, args: argparse.Namespace) -> float:
+    """The longest that the stage may take."""
+    return args.time_budget_minutes or (GPU_MINUTES if torch.cuda.is_available() else MINUTES)[stage]
 
 
 def open_tokenizer(args: argparse.Namespace) -> CLIPTokenizer:
@@ -128,7 +137,7 @@ def run_stage(stage: str, args: argparse.Namespace) -> None:
         return
     accelerator = Accelerator(mixed_precision=precision(args))
     common = {
-        "budget": Budget(args.time_budget_minutes or MINUTES[stage], args.max_steps),
+        "budget": Budget(stage_minutes(stage, args), args.max_steps),
         "accelerator": accelerator,
         "checkpoint": work / f"{stage}.pt",
         "log_every": args.log_every,
@@ -147,7 +156,7 @@ def run_stage(stage: str, args: argparse.Namespace) -> None:
                 np.save(work / "latents.npy", latents.numpy())
         pipeline.vae.register_to_config(scaling_factor=float(np.load(work / "scaling_factor.npy")))
         latents = torch.from_numpy(np.load(work / "latents.npy"))
-        stages.train_unet(pipeline, latents, load_scenes(data), sample_every=args.sample_every, **common)
+        train_unet(pipeline, latents, load_scenes(data), sample_every=args.sample_every, **common)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The stages of pre-training: autoencoder, latents, reading lessons for the text encoder, and the UNet."""
+"""The first stages of pre-training: autoencoder, latents, and reading lessons for the text encoder."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,33 +7,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline
-from diffusers.models.attention_processor import AttnProcessor
-from PIL import Image
+from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from toybox.architecture import build_scheduler
 from toybox.dataset import as_tensor, batch_indices, draw_captions
 from toybox.loop import Budget, fit
 from toybox.world import COLOURS, KINDS, SETTINGS, STYLES, Scene
-
-CAPTION_DROPOUT = 0.1
-OBJECT_WEIGHT = 3.0  # of the loss where the toy is: settings are learned long before toys are
-SAMPLE_PROMPTS = (
-    "a photo of a red car in the snow",
-    "a photo of a yellow duck under water",
-    "a photo of a blue robot on the beach",
-    "a photo of a white cat in the city at night",
-    "a photo of a green teapot on a wooden table",
-    "a photo of a pink fish in space",
-    "a photo of a purple boat in the clouds",
-    "a photo of a brown dog in a meadow",
-    "a pencil sketch of an orange cat in the forest",
-    "pixel art of a red rocket in the desert",
-    "a photo of a blue mug on a stage",
-    "a photo of a green butterfly in the kitchen",
-)
 
 
 def gradient_l1(image: Tensor, target: Tensor) -> Tensor:
@@ -124,9 +104,7 @@ def encode_pictures(vae: AutoencoderTiny, pictures: np.ndarray, accelerator: Acc
     vae.to(accelerator.device).eval()
     chunks = []
     for start in range(0, len(pictures), batch):
-        with accelerator.autocast():
-            latents = vae.encode(as_tensor(pictures[start : start + batch]).to(accelerator.device)).latents
-        chunks.append(latents.float().cpu())
+        chunks.append(vae.encode(as_tensor(pictures[start : start + batch]).to(accelerator.device)).latents.cpu())
     latents = torch.cat(chunks)
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
     return latents.half()
@@ -185,114 +163,3 @@ def train_text_encoder(
         modules, compute_loss, checkpoint, budget, dict.fromkeys(modules, learning_rate), accelerator,
         log_every=log_every,
     )  # fmt: skip
-
-
-def object_weights(scenes: Sequence[Scene], size: int) -> Tensor:
-    """Weights of the loss, (batch, 1, size, size): `OBJECT_WEIGHT` in a disc around the toy, 1 outside."""
-    places = torch.tensor([(scene.x, scene.y, scene.size / 2) for scene in scenes])[..., None, None]  # (batch, 3, 1, 1)
-    x, y, radius = places.unbind(1)  # each (batch, 1, 1)
-    centres = (torch.arange(size) + 0.5) / size  # (size,)
-    inside = (centres - x).square() + (centres[:, None] - y).square() < radius.square()  # (batch, size, size)
-    return 1 + (OBJECT_WEIGHT - 1) * inside[:, None].float()
-
-
-def draw_timesteps(count: int, steps: int, generator: torch.Generator) -> Tensor:
-    """`count` timesteps below `steps`, one from each of `count` slices of equal probability: less variance.
-
-    Three in four follow the logit-normal density of Esser et al. (2024), which prefers the middle levels of noise, a
-    little toward the noisy side, where shapes are decided; the others are uniform, so that no level starves.
-    """
-    u = (torch.arange(count) + torch.rand(count, generator=generator)) / count  # (count,), stratified
-    logit_normal = torch.sigmoid(0.4 + torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4)))
-    t = torch.where(torch.arange(count) % 4 == 0, u, logit_normal)
-    return (t * steps).long().clamp(max=steps - 1)[torch.randperm(count, generator=generator)]
-
-
-def diffusion_loss(
-    unet: nn.Module,
-    scheduler: DDIMScheduler,
-    latents: Tensor,
-    encoder_hidden_states: Tensor,
-    noise: Tensor,
-    t: Tensor,
-    weights: Tensor,
-) -> Tensor:
-    """weights * ||v - v_theta||^2, the velocity prediction of Salimans and Ho (2022).
-
-    Weights that fall with the noise (min-SNR) starve the noisiest levels, at which shapes are decided.
-    """
-    noisy_latents = scheduler.add_noise(latents, noise, t)  # (batch, c, h, w)
-    target = scheduler.get_velocity(latents, noise, t)  # (batch, c, h, w)
-    model_pred = unet(noisy_latents, t, encoder_hidden_states).sample.float()  # (batch, c, h, w)
-    return (weights / weights.mean() * (model_pred - target).square()).mean()
-
-
-def train_unet(
-    pipeline: StableDiffusionPipeline,
-    latents: Tensor,
-    scenes: Sequence[Scene],
-    checkpoint: Path,
-    budget: Budget,
-    accelerator: Accelerator,
-    batch_size: int = 48,
-    learning_rate: float = 8e-4,
-    muon_rate: float = 4e-3,
-    sample_every: int | None = None,
-    log_every: int = 50,
-) -> int:
-    """Train the UNet on cached latents and captions as the text encoder reads them, which has learned that already.
-
-    Returns the number of steps made in all.  Of the rates `learning_rate` is AdamW's, for biases, norms, first and
-    last layer, and `muon_rate` Muon's, for all the others: with it the UNet learns from a third fewer pictures.  Small
-    batches suit the beginning, when steps count for more than their precision.
-    """
-    unet, text_encoder, tokenizer = pipeline.unet, pipeline.text_encoder, pipeline.tokenizer
-    scheduler, scale, device = build_scheduler(), pipeline.vae.config.scaling_factor, accelerator.device
-    count = scheduler.config.num_train_timesteps
-    text_encoder.to(device).eval().requires_grad_(False)
-    if device.type == "cpu":
-        unet.set_attn_processor(AttnProcessor())  # a third faster to train than the fused attention of CPUs
-
-    def compute_loss(step: int) -> Tensor:
-        generator = torch.Generator().manual_seed(step)
-        chosen = batch_indices(step, batch_size, len(scenes))
-        clean = latents[torch.from_numpy(chosen)].float() * scale  # (batch, c, h, w)
-        captions = draw_captions([scenes[i] for i in chosen], np.random.default_rng((1, step)), CAPTION_DROPOUT)
-        with torch.no_grad():
-            hidden = text_encoder(tokenize(tokenizer, captions).to(device))[0]  # (batch, length, width)
-        noise = torch.randn(clean.shape, generator=generator)
-        t = draw_timesteps(len(chosen), count, generator)
-        weights = object_weights([scenes[i] for i in chosen], clean.shape[-1])
-        return diffusion_loss(
-            unet, scheduler, clean.to(device), hidden, noise.to(device), t.to(device), weights.to(device)
-        )
-
-    def sample(step: int) -> None:
-        generators = [torch.Generator().manual_seed(seed) for seed in range(len(SAMPLE_PROMPTS))]
-        prompts = list(SAMPLE_PROMPTS)
-        images = pipeline(prompts, num_inference_steps=25, guidance_scale=4.0, generator=generators).images
-        contact_sheet(images, columns=6).save(checkpoint.with_name(f"samples_{step:06d}.png"))
-
-    return fit(
-        nn.ModuleDict({"unet": unet}),
-        compute_loss,
-        checkpoint,
-        budget,
-        {"unet": learning_rate},
-        accelerator,
-        muon_rate=muon_rate,
-        ema_decay=0.999,
-        log_every=log_every,
-        sample_every=sample_every,
-        sample=sample,
-    )
-
-
-def contact_sheet(images: Sequence[Image.Image], columns: int, zoom: int = 2) -> Image.Image:
-    """All images in rows of `columns`."""
-    width, height = images[0].width * zoom, images[0].height * zoom
-    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height))
-    for number, image in enumerate(images):
-        place = (number % columns * width, number // columns * height)
-        sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), place)
-    return sheet

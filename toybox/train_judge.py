@@ -135,7 +135,7 @@ def export_judge(judge: Judge, folder: Path) -> None:
 
 def train_judge(args: argparse.Namespace) -> None:
     """The stage `judge` of `toybox.pretrain`: render, train, fix the threshold on other data, export."""
-    from toybox.pretrain import MINUTES, open_pipeline, precision
+    from toybox.pretrain import open_pipeline, precision, stage_minutes
 
     data = args.work_dir / "rivals"
     render_dataset(data, args.num_pictures // 8 * 4, args.seed + 7, sample=rival_scenes)
@@ -150,7 +150,7 @@ def train_judge(args: argparse.Namespace) -> None:
         load_pictures(data),
         load_scenes(data),
         args.work_dir / "judge.pt",
-        Budget(args.time_budget_minutes or MINUTES["judge"], args.max_steps),
+        Budget(stage_minutes("judge", args), args.max_steps),
         accelerator,
         vae=pipeline.vae if (args.work_dir / "autoencoder.pt").exists() else None,
         learning_rate=args.learning_rate or 2e-3,
