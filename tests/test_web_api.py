@@ -9,7 +9,7 @@ from PIL import Image
 
 gr = pytest.importorskip("gradio", reason="gradio is not installed")
 
-from web_stand_ins import Request, until
+from web_stand_ins import Request, empty_library, until
 
 from svfit_dreambooth import read_adapter, save_adapter
 from svfit_dreambooth.errors import SVFitError
@@ -27,9 +27,8 @@ SIZE = {"num_inference_steps": 2, "width": 16, "height": 16}
 
 
 @pytest.fixture(scope="module")
-def served(tiny_base, tmp_path_factory):
-    """A page in this process, and a client of it."""
-    from gradio_client import Client
+def address(tiny_base, tmp_path_factory):
+    """Where a page in this process listens, and what is behind it."""
 
     patch = pytest.MonkeyPatch()
     workspace = Workspace(tmp_path_factory.mktemp("home"))
@@ -37,19 +36,27 @@ def served(tiny_base, tmp_path_factory):
     page, app = web.build_page(workspace, (), (str(tiny_base),))
     workspace.served.mkdir(parents=True)
     url = web.launch(page, workspace, Hosts(), quiet=True, share=False)
-    client = Client(
-        url, verbose=False, httpx_kwargs={"timeout": 120}, download_files=str(tmp_path_factory.mktemp("downloads"))
-    )
-    yield client, app, url
-    client.close()
+    yield url, app
     page.close()
     patch.undo()
+
+
+@pytest.fixture
+def served(address, tmp_path):
+    """A client of the page, whose library begins empty for every test, and what is behind the page."""
+    from gradio_client import Client
+
+    url, app = address
+    empty_library(app.workspace)
+    client = Client(url, verbose=False, httpx_kwargs={"timeout": 120}, download_files=str(tmp_path / "downloads"))
+    yield client, app
+    client.close()
 
 
 def test_import_paint_download(served, dog_adapter, tiny_base):
     from gradio_client import handle_file
 
-    client, _, _ = served
+    client, _ = served
     assert client.predict(handle_file(dog_adapter), api_name="/import_adapter") == "dog"
     (entry,) = client.predict(api_name="/list_adapters")
     assert entry["instance_prompt"] == "a photo of sks dog" and entry["bytes"] == dog_adapter.stat().st_size
@@ -82,7 +89,8 @@ def test_import_paint_download(served, dog_adapter, tiny_base):
         ),
     ],
 )
-def test_mistakes_and_tricks_end_in_a_sentence(served, endpoint, arguments, sentence):
+def test_mistakes_and_tricks_end_in_a_sentence(served, dog_adapter, endpoint, arguments, sentence):
+    library.add(served[1].visitor(Request("f" * 32)).library, dog_adapter)
     with pytest.raises(Exception, match=sentence):
         served[0].predict(*arguments, api_name=endpoint)
 
@@ -138,7 +146,7 @@ def test_a_program_trains_on_its_own_photos_and_leaves_those_of_the_page(public,
 
 
 def test_painting_from_a_program_is_stopped(served, tiny_base):
-    client, app, _ = served
+    client, app = served
     options = {"base": tiny_base.name, "num_images": 64, "num_inference_steps": 200, "width": 16, "height": 16}
     for stop in (lambda job: client.predict(api_name="/stop_painting"), lambda job: job.cancel()):
         job = client.submit("a dog", {}, api_name="/generate", **options)

@@ -16,6 +16,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from web_stand_ins import empty_library
+
+from svfit_dreambooth.web.rooms.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -85,8 +88,9 @@ def browser():
 
 @pytest.fixture
 def visit(server, browser):
-    """Opens the page as a new visitor."""
+    """Opens the page as a new visitor; the library, which all visitors share, begins empty for every test."""
     contexts = []
+    empty_library(Workspace(server.folder))
 
     def visit(width=1280):
         context = browser.new_context(viewport={"width": width, "height": 900}, accept_downloads=True)

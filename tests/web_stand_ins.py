@@ -1,5 +1,6 @@
 """What the tests of the page share: a workspace, a visitor, an adapter, and a stand-in for the training command."""
 
+import shutil
 import textwrap
 import threading
 import time
@@ -9,7 +10,7 @@ import pytest
 from svfit_dreambooth import TrainConfig, train
 from svfit_dreambooth.web.rooms import launch as process
 from svfit_dreambooth.web.rooms.laid_out import add_photos
-from svfit_dreambooth.web.rooms.workspace import Workspace
+from svfit_dreambooth.web.rooms.workspace import Workspace, library_of
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +52,11 @@ def _behind(workspace, base, monkeypatch, **options):
 
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(workspace.served))
     return build_page(workspace, (), (str(base),), **options)[1]
+
+
+def empty_library(workspace):
+    """Takes the adapters out of the library of a page that several tests share."""
+    shutil.rmtree(library_of(workspace, ""), ignore_errors=True)
 
 
 class Request:
