@@ -139,7 +139,8 @@ def test_a_run_on_a_quantised_base(kind, config, folder):
     base = open_base_model(str(folder), quantize=kind)
     layers = [base.pipeline.transformer.get_submodule(n) for n in block_layers(base.pipeline.transformer, base.family)]
     assert layers and all(map(is_quantized, layers))
-    plain = pixels(paint(base))
+    plain = pixels(picture := paint(base))
+    assert picture.settings["quantize"] == kind
     load_adapter(base.pipeline, path, name="dog")
     with merge_adapters(base.pipeline):  # beside the weights all the same
         assert all(layer.unmerged_weight is None for layer in svfit_layers(base.pipeline.transformer).values())
@@ -201,5 +202,9 @@ def test_a_single_file_is_refused(tmp_path):
 
 def test_a_library_that_is_missing_is_named(monkeypatch, folder):
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
-    with pytest.raises(SVFitError, match="quantize nf4 needs the library bitsandbytes: install it"):
-        open_base_model(str(folder), quantize="nf4")
+    for kind, sentence in (
+        ("nf4", "quantize nf4 needs the library bitsandbytes: install it"),
+        ("int3", "quantize is 'int3': use one of int8, fp8, nf4"),
+    ):
+        with pytest.raises(SVFitError, match=sentence):
+            open_base_model(str(folder), quantize=kind)

@@ -53,6 +53,40 @@ def served(address, tmp_path):
     client.close()
 
 
+def test_a_program_asks_for_all_that_the_page_offers(served, dog_adapter, tiny_base, photo_folder):
+    from gradio_client import handle_file
+
+    client, app = served
+    shutil.copytree(tiny_base / "vae", app.workspace.models / "better")
+    client.predict(handle_file(dog_adapter), api_name="/import_adapter")
+    wishes = {"clip_skip": "1", "pretrained_vae_model_name_or_path": "better", "trained_on": tiny_base.name}
+    (picture,) = client.predict("a dog", {"dog": 1.0}, tiny_base.name, api_name="/generate", **wishes, **SIZE)
+    settings = json.loads(Image.open(picture["image"]).text["svfit"])
+    assert (settings["clip_skip"], settings["vae"], settings["trained_on"]) == (1, "better", tiny_base.name)
+
+    photos = [handle_file(path) for path in sorted(photo_folder.glob("*.png"))[:1]]
+
+    def train(**options):
+        return client.predict(photos, "dog", "sks", "dog", tiny_base.name, "fast", 3, options, api_name="/train")
+
+    id = train(clip_skip=1, pretrained_vae_model_name_or_path="better", learning_rate=1e-3, random_flip=True, rank=8)
+    job = next(job for job in app.jobs.all() if job.id == id)
+    assert {name: job.options.get(name) for name in ("clip_skip", "learning_rate", "random_flip", "rank")} == {
+        "clip_skip": 1, "learning_rate": 1e-3, "random_flip": True, "rank": "8",
+    }  # fmt: skip
+    assert job.options["pretrained_vae_model_name_or_path"] == str(app.workspace.models / "better")
+    for options, sentence in (
+        ({"output_dir": "/etc"}, "there is no option called 'output_dir' here: use max_train_steps"),
+        ({"clip_skip": "much"}, "clip_skip is 'much': it must be a number"),
+        ({"clip_skip": 7}, "clip_skip is 7: of the layers"),
+        ({"quantize": "int3"}, "quantize is 'int3': use one of int8, fp8, nf4"),
+        ({"rank": ["8"]}, r"rank is \['8'\]: write a text"),
+        ({"pretrained_vae_model_name_or_path": "/etc"}, "'/etc' is no base model that is offered here"),
+    ):
+        with pytest.raises(Exception, match=sentence):
+            train(**options)
+
+
 def test_import_paint_download(served, dog_adapter, tiny_base):
     from gradio_client import handle_file
 
@@ -87,11 +121,22 @@ def test_import_paint_download(served, dog_adapter, tiny_base):
             ("a dog", {}, "toybox", "", 1, 0, 1, 0, 0, 0, "fast"),
             "scheduler is 'fast': use one of ddim, euler",
         ),
+        ("/generate", {"prompt": "a dog", "clip_skip": "much"}, "clip_skip is 'much': it must be a number"),
+        ("/generate", {"prompt": "a dog", "clip_skip": "9"}, "clip_skip is 9: of the layers"),
+        ("/generate", {"prompt": "a dog", "quantize": "int3"}, "quantize is 'int3': use one of int8"),
+        ("/generate", {"prompt": "a dog", "trained_on": "/etc"}, "'/etc' is no base model that is offered here"),
+        (
+            "/generate",
+            {"prompt": "a dog", "pretrained_vae_model_name_or_path": "../x"},
+            "'../x' is no base model that is",
+        ),
     ],
 )
 def test_mistakes_and_tricks_end_in_a_sentence(served, dog_adapter, endpoint, arguments, sentence):
     library.add(served[1].visitor(Request("f" * 32)).library, dog_adapter)
     with pytest.raises(Exception, match=sentence):
+        if isinstance(arguments, dict):
+            served[0].predict(**arguments, api_name=endpoint)
         served[0].predict(*arguments, api_name=endpoint)
 
 
@@ -118,7 +163,9 @@ def test_adapters_of_the_command_line_are_for_all_but_theirs_to_paint_with_alone
     assert app.adapter_choices(visitor) == [("mug (offered)", "offered/mug")]
     assert Painter(app).open_page(request)[1].value == ["offered/mug"]
     assert app.adapter_file(visitor, "offered/mug").samefile(workspace.folder / "adapters" / "mug.safetensors")
-    *_, painted = Endpoints(app).generate("a dog", {"mug": 1.0}, tiny_base.name, "", 1, 0, 1, 0, 16, 16, "", request)
+    *_, painted = Endpoints(app).generate(
+        "a dog", {"mug": 1.0}, tiny_base.name, "", 1, 0, 1, 0, 16, 16, "", "", "", "", "", request
+    )
     assert painted[0][1].startswith("mug 1")
     assert [entry["name"] for entry in Endpoints(app).list_adapters(request)] == ["mug"]
     for choice in ("offered/private", "library/mug", "library/private"):
@@ -135,7 +182,7 @@ def test_a_program_trains_on_its_own_photos_and_leaves_those_of_the_page(public,
     visitor, toy = public.visitor(request), bundled_subjects()[0]
     Draft(public).take_bundled(toy, "", request)
     laid_out = {path.name: path.read_bytes() for path in visitor.photos.iterdir()}
-    id = Endpoints(public).train([str(path) for path in photos], "dog", "sks", "dog", "toybox", "fast", 3, request)
+    id = Endpoints(public).train([str(path) for path in photos], "dog", "sks", "dog", "toybox", "fast", 3, {}, request)
     job = public.jobs.find(visitor, id)
     folder = public.workspace.jobs / id / "photos"
     assert job.options["instance_data_dir"] == str(folder)

@@ -41,6 +41,26 @@ def test_a_base_has_one_name_on_the_page_and_in_adapters(tmp_path, tiny_base, mo
         assert found.samefile(place) and found.is_dir() == Path(place).is_dir()
 
 
+def test_another_autoencoder_is_a_folder_a_part_of_a_model_or_on_the_hub(workspace, tiny_base, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    shutil.copytree(tiny_base / "vae", workspace.models / "better")
+    bases = Bases(workspace.models, (str(tiny_base),), download=False)
+    assert bases.names()[1:] == [tiny_base.name]  # to paint with it is none
+    place = bases.resolve_autoencoder("better")
+    assert place == str(workspace.models / "better") and bases.shown(place, autoencoder=True) == "better"
+    assert bases.resolve_autoencoder(tiny_base.name) == str(tiny_base)
+    assert bases.is_here("better", autoencoder=True) and not bases.is_here("better")
+    with pytest.raises(SVFitError, match="'better' is no base model that is offered here"):
+        bases.resolve_for_run("better")
+    with pytest.raises(SVFitError, match="owner/vae is not on this disk, and downloads are off"):
+        bases.resolve_autoencoder("owner/vae")
+    held = tmp_path / "hub" / "models--owner--vae"
+    shutil.copytree(tiny_base / "vae", held / "snapshots" / "c0ffee")
+    (held / "refs").mkdir()
+    (held / "refs" / "main").write_text("c0ffee")
+    assert bases.resolve_autoencoder("owner/vae") == "owner/vae" and bases.is_here("owner/vae", autoencoder=True)
+
+
 class Unreachable(Exception):
     """What the library by which the hub is asked raises: its kind changes from version to version."""
 

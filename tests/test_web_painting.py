@@ -66,8 +66,9 @@ def test_base_and_unusual_numbers_of_a_picture_are_taken_up(home, dog_adapter, t
     settings = {
         "prompt": "a dog", "negative_prompt": "", "num_inference_steps": 200, "guidance_scale": 7.5, "seed": 3,
         "width": 16, "height": 16,
-        "scheduler": "euler_a",
+        "scheduler": "euler_a", "clip_skip": 0, "quantize": "nf4", "vae": "better", "trained_on": tiny_base.name,
     }  # fmt: skip
+    shutil.copytree(tiny_base / "vae", home.workspace.models / "better")
     for base, adapters, shown, missing in (
         (tiny_base.name, {"taken-up": 2.5}, AS_TRAINED, ""),
         (tiny_base.name, {}, tiny_base.name, ""),
@@ -78,8 +79,14 @@ def test_base_and_unusual_numbers_of_a_picture_are_taken_up(home, dog_adapter, t
     ):
         taken = take_up(home, visitor, {**settings, "base_model": base, "adapters": adapters})
         assert taken[2].value == shown and "".join(warned).startswith(missing) and bool(warned) == bool(missing)
-        assert taken[-2] == "euler_a"
+        assert taken[12:17] == ("euler_a", "0", "better", "nf4", tiny_base.name)
+        assert taken[17] is None  # it began with noise, and so does what comes
         warned.clear()
+    odd = settings | {"vae": "/etc", "trained_on": "owner/gone", "strength": 0.4, "prompt_weights": True}
+    taken = take_up(home, visitor, {**odd, "base_model": DEFAULT_BASE, "adapters": {}})
+    assert (taken[14], taken[16], taken[18]) == ("", "", 0.4) and taken[17] == gr.skip()
+    for missing in ("the autoencoder /etc", "trained on, owner/gone", "picture that it began with", "weights of words"):
+        assert missing in warned[0]
     for strength, bounds in ((2.5, (0, 2.5)), (-1, (-1, 1.5)), (1, (0, 1.5))):
         slider = _strength("dog", "", strength, "dog")
         assert (slider.minimum, slider.maximum) == bounds
@@ -119,11 +126,16 @@ def test_a_page_that_is_reloaded_finds_its_painting_again(public, tiny_base):
         assert list(painter.follow(other)) == [(gr.skip(),) * 13]  # nothing is emptied
 
 
-def test_the_form_that_paints_comes_back_to_its_visitor(public):
+def test_the_form_that_paints_comes_back_to_its_visitor(public, dog_adapter):
     painter, request = Painter(public), Request("a" * 32)
-    form = ("a sks dog\non the beach", "rain", 3, 12, "7.5", 5, False, "64", "", "euler")
+    form = (
+        "a sks dog\non the beach", "rain", 3, 12, "7.5", 5, False, "64", "", "euler", "toybox", "1", "better", "nf4", "mother", True,
+    )  # fmt: skip
     painter.remember(request, *form)
     assert painter.open_page(request)[4] == form[0] and painter.recall(request) == form[1:]
+    library.add(public.visitor(request).library, dog_adapter, name="dog")
+    painter.fill_in(["library/dog", "upload/gone"], "", "", request)
+    assert painter.open_page(request)[1].value == ["library/dog"]
     other = Request("b" * 32)
     assert painter.open_page(other)[4] == "" and set(map(str, painter.recall(other))) == {str(gr.skip())}
     (public.visitor(request).folder / "form.json").write_text("[" * 100_000)

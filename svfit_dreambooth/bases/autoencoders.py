@@ -13,6 +13,7 @@ from svfit_dreambooth.bases.names import as_asked, is_hub_id
 from svfit_dreambooth.errors import SVFitError
 
 KINDS = ("AutoencoderKL", "AutoencoderTiny")
+CONFIGS = ("config.json", "vae/config.json")  # of which a folder or repository has one
 
 
 def open_autoencoder(name: str, pipeline: DiffusionPipeline, local_files_only: bool = False) -> Any:

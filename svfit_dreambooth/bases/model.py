@@ -36,6 +36,7 @@ class BaseModel:
     pipeline: Any  # a DiffusionPipeline of one of the families
     stored: StoredBase | None = None  # from where its networks are opened one at a time; None: all are open
     vae_name: str | None = None  # what another autoencoder is called that it was given; None: it has its own
+    quantize: str | None = None  # in what its denoiser's blocks are held, see `quantizing`; None: as they are
 
     @cached_property
     def family(self) -> Family:

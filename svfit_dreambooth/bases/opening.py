@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ def open_base_model(
     display = name if name == DEFAULT_BASE or not path.exists() else base_name(path)
     if revision is not None and not path.exists():
         display += f"@{revision}"
-    model = BaseModel(display, pipeline, stored)
+    model = BaseModel(display, pipeline, stored, quantize=quantize)
     if stored is None:
         check_weights(name, model.family)
         check_latent_unit(name, model.family)
@@ -215,10 +216,13 @@ def _of_the_hub(error: BaseException | None, name: str) -> str | None:
     return None
 
 
-def is_cached(name: str, revision: str | None = None) -> bool:
-    """Whether the hub's `name` is on this disk, be it in part: without its content filter, or another variant."""
+def is_cached(name: str, revision: str | None = None, files: Sequence[str] = ("model_index.json",)) -> bool:
+    """Whether the hub's `name` is on this disk, be it in part: without its content filter, or another variant.
+
+    `files`: one of which tells.
+    """
     try:
-        return isinstance(try_to_load_from_cache(name, "model_index.json", revision=revision), str)
+        return any(isinstance(try_to_load_from_cache(name, file, revision=revision), str) for file in files)
     except ValueError:  # no hub id after all
         return False
 

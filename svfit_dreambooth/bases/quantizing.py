@@ -33,7 +33,9 @@ def block_layers(denoiser: nn.Module, family: type[Family] | Family) -> list[str
 
 
 def check_library(kind: Quantization) -> None:
-    """Raises SVFitError where the library that `kind` needs is not installed."""
+    """Raises SVFitError where there is no such kind, or the library that it needs is not installed."""
+    if kind not in LIBRARY:
+        raise SVFitError(f"quantize is {kind!r}: use one of {', '.join(LIBRARY)}.", "quantize")
     try:
         __import__(LIBRARY[kind])
     except ImportError:

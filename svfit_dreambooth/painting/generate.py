@@ -22,7 +22,7 @@ from svfit_dreambooth.painting.from_picture import Begin, begin_arguments, pipel
 from svfit_dreambooth.painting.loading import load_adapter, merge_adapters
 from svfit_dreambooth.painting.picture import Picture
 from svfit_dreambooth.painting.prompts import check_text, prompt_arguments
-from svfit_dreambooth.painting.registry import loaded_adapters, reading
+from svfit_dreambooth.painting.registry import clip_skips, loaded_adapters, other_base, reading
 from svfit_dreambooth.painting.samplers import sampled_with
 
 NAME_THE_BASE = "name the base yourself with pretrained_model_name_or_path"
@@ -244,10 +244,16 @@ def picture_settings(
 ) -> dict[str, Any]:
     """What makes a picture again, beside the picture that it began with."""
     more: dict[str, Any] = {"prompt_weights": True} if prompt_weights else {}
-    if model.family.clip_skip:
+    if model.family.clip_skip or any(
+        clip_skips(model.pipeline).values()
+    ):  # 0 is told where it is not what goes by itself
         more["clip_skip"] = model.family.clip_skip
     if model.vae_name is not None:
         more["vae"] = model.vae_name
+    if model.quantize is not None:
+        more["quantize"] = model.quantize
+    if (trained_on := other_base(model.pipeline)) is not None:
+        more["trained_on"] = trained_on
     if scheduler is not None:
         more["scheduler"] = scheduler
     if begin is not None:

@@ -69,6 +69,12 @@ def clip_skips(pipeline: DiffusionPipeline) -> dict[str, int]:
     return {name: found[name] for name in loaded_adapters(pipeline)}
 
 
+def other_base(pipeline: DiffusionPipeline) -> str | None:
+    """The base along whose directions the adapters on `pipeline` lie, where that is another one."""
+    registries = [adapters_on(model) for model in pipeline_components(pipeline).values()]
+    return next((one.directions for registry in registries for one in registry.values() if one.directions), None)
+
+
 def read_as_trained(pipeline: DiffusionPipeline) -> None:
     """Has prompts read as the adapters in force were trained, see `Family.read_earlier`; where these differ, as the first.
 

@@ -17,7 +17,7 @@ from svfit_dreambooth.web.rooms.orders import AS_TRAINED, Order
 from svfit_dreambooth.web.rooms.progress import sum_up
 from svfit_dreambooth.web.rooms.workspace import library_of
 from svfit_dreambooth.web.tabs.draft import Draft
-from svfit_dreambooth.web.tabs.form import ADVANCED
+from svfit_dreambooth.web.tabs.form import ADVANCED, BITS, NUMBERS
 from svfit_dreambooth.web.tabs.mistakes import for_programs
 
 API_GRACE = 20.0  # seconds for which a painting goes on while no program reads it
@@ -34,7 +34,8 @@ class Endpoints:
     def generate(
         self, prompt: str, adapters: dict[str, float] | None, base: str, negative_prompt: str, num_images: float,
         seed: float, num_inference_steps: float, guidance_scale: float, width: float,
-        height: float, scheduler: str, request: gr.Request,
+        height: float, scheduler: str, clip_skip: str, pretrained_vae_model_name_or_path: str, quantize: str,
+        trained_on: str, request: gr.Request,
     ) -> Iterator[list[tuple[str, str]]]:  # fmt: skip
         """Paints; adapters: {"name in the library": strength}; 0 as steps, guidance or size: as suits. Returns PNG files."""
         visitor = self.app.visitor(request)
@@ -57,6 +58,10 @@ class Endpoints:
             width=_whole("width", width or 0) or None,
             height=_whole("height", height or 0) or None,
             scheduler=scheduler or None,
+            clip_skip=_whole("clip_skip", clip_skip) if clip_skip else None,
+            autoencoder=(pretrained_vae_model_name_or_path or "").strip(),
+            quantize=quantize or None,
+            trained_on=(trained_on or "").strip(),
         )
         painting = self.app.paintings.begin(visitor, order, alone=False, grace=API_GRACE)
         seen, shown = 0, -1
@@ -109,17 +114,19 @@ class Endpoints:
     @for_programs
     def train(
         self, photos: list[str], name: str, word: str, kind: str, base: str, preset: str, steps: float,
-        request: gr.Request,
+        options: dict[str, Any] | None, request: gr.Request,
     ) -> str:  # fmt: skip
-        """Queues a run on the given photos; returns its id. steps: 0 takes the preset's."""
+        """Queues a run on the given photos; returns its id. steps: 0 takes the preset's; options: {"clip_skip": 1}, as in Advanced."""
         visitor = self.app.visitor(request)
-        advanced = dict.fromkeys(ADVANCED) | {"max_train_steps": str(_whole("steps", steps)) if steps else None}
+        advanced = _advanced(options or {})
+        if steps:
+            advanced["max_train_steps"] = str(_whole("steps", steps))
         visitor.folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".photos-", dir=visitor.folder) as place:  # those on the page stay as they are
             if refused := add_photos(Path(place), [Path(photo) for photo in photos or []]):
                 raise SVFitError(" ".join(refused))
-            options = self.draft.options(Path(place), word, kind, base, preset or None, *advanced.values())
-            return self.app.jobs.submit(visitor, name, options, Path(place)).id
+            asked = self.draft.options(Path(place), word, kind, base, preset or None, *advanced.values())
+            return self.app.jobs.submit(visitor, name, asked, Path(place)).id
 
     @for_programs
     def run_state(self, id: str, request: gr.Request) -> dict[str, Any]:
@@ -172,7 +179,12 @@ def build_endpoints(app: App) -> None:
             gr.Number(0, label="width"),
             gr.Number(0, label="height"),
             gr.Textbox("", label="scheduler"),
+            gr.Textbox("", label="clip_skip"),
+            gr.Textbox("", label="pretrained_vae_model_name_or_path"),
+            gr.Textbox("", label="quantize"),
+            gr.Textbox("", label="trained_on"),
         ]
+        options = gr.JSON({}, label="options")
         base = gr.Textbox(DEFAULT_BASE, label="base")
         gallery, text, json, download, count = gr.Gallery(), gr.Textbox(), gr.JSON(), gr.File(), gr.Number(precision=0)
     for endpoint, inputs, output in (
@@ -181,7 +193,7 @@ def build_endpoints(app: App) -> None:
         (ends.list_adapters, [], json),
         (ends.import_adapter, [file], text),
         (ends.download_adapter, [name], download),
-        (ends.train, [photos, name, word, kind, base, preset, steps], text),
+        (ends.train, [photos, name, word, kind, base, preset, steps, options], text),
         (ends.run_state, [id], json),
         (ends.stop_run, [id], text),
         (ends.resume_run, [id], text),
@@ -208,3 +220,23 @@ def _whole(name: str, value: Any) -> int:
     if number != int(number):
         raise SVFitError(f"{name} is {value!r}: it must be a whole number.")
     return int(value)
+
+
+def _advanced(options: Any) -> dict[str, Any]:
+    """The fields of Advanced for options that a program gives by name.  Raises SVFitError for what they cannot hold."""
+    if not isinstance(options, dict):
+        raise SVFitError(f'options is {options!r}: write {{"clip_skip": 1}}, names of options with their values.')
+    fields: dict[str, Any] = dict.fromkeys(ADVANCED)
+    for name, value in options.items():
+        if name not in ADVANCED:
+            raise SVFitError(f"there is no option called {name!r} here: use {', '.join(ADVANCED)}.")
+        if name in NUMBERS and value is not None:
+            _number(name, value)
+        elif name == "validation_prompts" and isinstance(value, list):
+            value = "\n".join(map(str, value))
+        elif name == "quantize" and value not in (None, *BITS):
+            raise SVFitError(f"quantize is {value!r}: use one of {', '.join(filter(None, BITS.values()))}.")
+        elif not isinstance(value, str | int | float | None):
+            raise SVFitError(f"{name} is {value!r}: write a text, a number, true or false.")
+        fields[name] = value if value is None or isinstance(value, bool) else str(value)
+    return fields

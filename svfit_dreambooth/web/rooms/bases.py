@@ -25,20 +25,24 @@ class Bases:
     extra: tuple[str, ...] = ()  # folders, files and hub ids that the owner named on the command line
     download: bool = True  # a hub id that a person typed may be fetched
 
-    def names(self) -> list[str]:
-        """What is offered without typing."""
-        inside = [path.name for path in sorted(self.models.glob("*")) if _is_model(path)]
+    def names(self, *, autoencoder: bool = False) -> list[str]:
+        """What is offered without typing; `autoencoder`: also those that are one alone."""
+        inside = [path.name for path in self._inside(autoencoder)]
         return [DEFAULT_BASE, *inside, *(_shown(name) for name in self.extra)]
+
+    def _inside(self, autoencoder: bool) -> list[Path]:
+        kinds = (_is_model, _is_autoencoder) if autoencoder else (_is_model,)
+        return [path for path in sorted(self.models.glob("*")) if any(is_such(path) for is_such in kinds)]
 
     def for_training(self) -> list[str]:
         """The same, and one that knows more than toys, though it must be downloaded."""
         names = self.names()
         return names + [FOR_PHOTOS] * (self.download and FOR_PHOTOS not in names)
 
-    def resolve(self, name: str, *, typed: bool) -> tuple[str, dict[str, Any]]:
+    def resolve(self, name: str, *, typed: bool, autoencoder: bool = False) -> tuple[str, dict[str, Any]]:
         """What to open for `name`, and with which options of open_base_model.
 
-        `typed`: a person asked for it, rather than a file.  Raises SVFitError for what is not offered.
+        `typed`: a person asked for it, rather than a file.  `autoencoder`: it may be one alone.  Raises SVFitError for what is not offered.
         """
         from svfit_dreambooth.bases.names import is_hub_id
 
@@ -48,7 +52,7 @@ class Bases:
         for extra in self.extra:
             if name in (extra, _shown(extra)):
                 return extra, {}
-        models = [path for path in sorted(self.models.glob("*")) if _is_model(path)]
+        models = self._inside(autoencoder)
         for called in (lambda path: path.name, base_name, lambda path: path.stem):
             for path in models:
                 if name == called(path):
@@ -61,10 +65,10 @@ class Bases:
             )
         return repository, {"revision": revision or None, "local_files_only": not (typed and self.download)}
 
-    def shown(self, place: str, revision: str | None = None) -> str:
+    def shown(self, place: str, revision: str | None = None, *, autoencoder: bool = False) -> str:
         """What a person reads and types for `place`, as `resolve` gave it."""
-        for name in self.names():
-            if self.resolve(name, typed=True)[0] == place:
+        for name in self.names(autoencoder=autoencoder):
+            if self.resolve(name, typed=True, autoencoder=autoencoder)[0] == place:
                 return name
         return f"{place}@{revision}" if revision else place
 
@@ -72,16 +76,14 @@ class Bases:
         """Must whoever opens `place`, as `resolve` gave it, ask no network?  So with a hub id that only a visitor named."""
         return not self.download and place != DEFAULT_BASE and place not in self.extra and not Path(place).exists()
 
-    def resolve_for_run(self, name: str) -> tuple[str, str | None]:
+    def resolve_for_run(self, name: str, *, autoencoder: bool = False) -> tuple[str, str | None]:
         """What a run opens for the `name` that a person typed: place and revision.
 
-        Raises SVFitError for what is not offered, and for a hub id that is not on this disk and cannot be downloaded.
+        `autoencoder`: it may be one alone.  Raises SVFitError for what is not offered, and for a hub id that is not on this
+        disk and cannot be downloaded.
         """
-        libraries()
-        from svfit_dreambooth.bases.opening import is_cached
-
-        place, options = self.resolve(name, typed=True)
-        if options and not is_cached(place, options["revision"]):
+        place, options = self.resolve(name, typed=True, autoencoder=autoencoder)
+        if not self._is_held(place, options, autoencoder):
             if options["local_files_only"]:
                 raise SVFitError(f"{name.strip()} is not on this disk, and {OFF}")
             check_on_hub(place, options["revision"])
@@ -89,21 +91,28 @@ class Bases:
 
     def resolve_autoencoder(self, name: str) -> str:
         """The same for another autoencoder: a file or folder among the models, or a hub id."""
-        place, revision = self.resolve_for_run(name)
+        place, revision = self.resolve_for_run(name, autoencoder=True)
         if revision is not None:
             raise SVFitError(f"{name.strip()} names a revision, which is for base models alone: leave @{revision} out.")
         return place
 
-    def is_here(self, name: str) -> bool:
+    def is_here(self, name: str, *, autoencoder: bool = False) -> bool:
         """May what a file calls `name` be opened without a download that nobody asked for?"""
-        libraries()
-        from svfit_dreambooth.bases.opening import is_cached
-
         try:
-            place, options = self.resolve(name, typed=False)
+            place, options = self.resolve(name, typed=False, autoencoder=autoencoder)
         except SVFitError:
             return False
-        return not options or is_cached(place, options["revision"])
+        return self._is_held(place, options, autoencoder)
+
+    @staticmethod
+    def _is_held(place: str, options: dict[str, Any], autoencoder: bool) -> bool:
+        """Is what `resolve` gave on this disk?"""
+        libraries()
+        from svfit_dreambooth.bases.autoencoders import CONFIGS
+        from svfit_dreambooth.bases.opening import is_cached
+
+        own = {"files": CONFIGS} if autoencoder else {}
+        return not options or is_cached(place, options["revision"], **own)
 
 
 def check_on_hub(repository: str, revision: str | None) -> None:
@@ -143,6 +152,10 @@ def check_on_hub(repository: str, revision: str | None) -> None:
 
 def _is_model(path: Path) -> bool:
     return path.name[0] != "." and ((path / "model_index.json").is_file() or path.suffix == ".safetensors")
+
+
+def _is_autoencoder(path: Path) -> bool:
+    return path.name[0] != "." and (path / "config.json").is_file()
 
 
 def _shown(name: str) -> str:

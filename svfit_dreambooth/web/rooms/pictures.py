@@ -13,6 +13,13 @@ from svfit_dreambooth.web.rooms.orders import Order
 
 EARLIER = 60  # that are shown of those painted before
 MAX_TEXT = 100_000  # characters of settings in a file
+UNUSUAL: dict[str, tuple[type, str]] = {  # settings that only some pictures have: their kind, and what people call them
+    "scheduler": (str, "sampler"),
+    "clip_skip": (int, "clip skip"),
+    "vae": (str, "autoencoder"),
+    "quantize": (str, "base in fewer bits"),
+    "trained_on": (str, "trained on"),
+}
 
 
 def earlier(folder: Path, most: int = EARLIER, words: str = "") -> list[str]:
@@ -91,9 +98,11 @@ def read_settings(path: Path) -> dict[str, Any]:
         if not isinstance(value, kinds) or isinstance(value, bool):
             raise SVFitError(f"{path.name} has no usable {name.replace('_', ' ')}: choose a picture made here.")
         read[name] = value
-    for name, kinds in (("scheduler", str), ("strength", int | float)):  # of those that have them
-        if isinstance(settings.get(name), kinds) and not isinstance(settings[name], bool):
+    for name, kind in [(name, kind) for name, (kind, _) in UNUSUAL.items()] + [("strength", int | float)]:
+        if isinstance(settings.get(name), kind) and not isinstance(settings[name], bool):
             read[name] = settings[name]
+    if settings.get("prompt_weights") is True:
+        read["prompt_weights"] = True
     strengths = settings.get("adapters")
     read["adapters"] = {
         str(name): float(strength)
@@ -126,6 +135,6 @@ def describe(settings: dict[str, Any]) -> list[tuple[str, str]]:
         ("steps", str(settings["num_inference_steps"])),
         ("guidance", f"{settings['guidance_scale']:g}"),
         ("size", f"{settings['width']} × {settings['height']}"),
-        *([("sampler", settings["scheduler"])] if settings.get("scheduler") else []),
+        *((label, str(settings[name])) for name, (_, label) in UNUSUAL.items() if name in settings),
         *([("begun with", f"a picture, painted anew to {settings['strength']:g}")] if settings.get("strength") else []),
     ]

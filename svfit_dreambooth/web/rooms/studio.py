@@ -201,13 +201,13 @@ class Studio:
                 ticket.tell("opening")
             if options and not options["local_files_only"] and not is_cached(place, options["revision"]):
                 check_on_hub(place, options["revision"])  # before the open one gives way
-            vae, sibling = (
-                self.bases.resolve_autoencoder(name) if name else None for name in (autoencoder, trained_on)
-            )
+            vae = self.bases.resolve_autoencoder(autoencoder) if autoencoder else None
+            sibling, its_revision = self.bases.resolve_for_run(trained_on) if trained_on else (None, None)
             check_wishes(
                 place, revision=options.get("revision"), pretrained_vae_model_name_or_path=vae, quantize=quantize
             )
             self._close()
+            quiet = not self.bases.download
             try:
                 model = open_base_model(place, **options, quantize=quantize)
             except SVFitError as error:
@@ -217,8 +217,10 @@ class Studio:
                     partly = "only partly" if is_cached(place, options["revision"]) else "not"
                     raise SVFitError(f"{name} is {partly} on this disk, and {why}") from error
                 raise
-            exchange_autoencoder(model, vae, not self.bases.download)
-            directions = open_base_model(sibling, one_at_a_time=True) if sibling else None
+            exchange_autoencoder(model, vae, quiet)
+            directions = None
+            if sibling is not None:
+                directions = open_base_model(sibling, revision=its_revision, one_at_a_time=True, local_files_only=quiet)
             device = default_device()
             model.family.cast(DTYPES[self.dtype or working_dtype(device.type)])
             model.pipeline.to(device)

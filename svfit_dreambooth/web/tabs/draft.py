@@ -220,7 +220,7 @@ class Draft:
         words = job.instance_prompt.removeprefix("a photo of ").partition(" ")
         base = self.app.studio.bases.shown(job.base, options.get("revision"))
         if VAE in options:
-            options = options | {VAE: self.app.studio.bases.shown(options[VAE])}
+            options = options | {VAE: self.app.studio.bases.shown(options[VAE], autoencoder=True)}
         advanced = [as_written(options.get(name), name) for name in ADVANCED]
         form = (job.name, words[0], words[2], base, options.get("preset") or DEFAULT, *advanced)
         remember(visitor.folder, dict(zip(REMEMBERED, form, strict=True)))

@@ -18,6 +18,9 @@ from svfit_dreambooth.web.tabs.painting import IDLE, Painter
 from svfit_dreambooth.web.tabs.reuse import ONCE, OWN_SAMPLER, SAMPLERS
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+LEFT: dict[type, tuple[str, ...]] = {  # kind of a field -> when a person is done with it
+    gr.Textbox: ("blur",), gr.Number: ("blur",), gr.Slider: ("release",), gr.Checkbox: ("input",), gr.Dropdown: ("input", "blur"),
+}  # fmt: skip
 OPEN: dict[str, Any] = {"interactive": True}  # which Gradio cannot see where only a rendered event reads a field
 
 
@@ -188,12 +191,14 @@ def build_generate(app: App, page: gr.Blocks) -> GenerateTab:
         concurrency_limit=None,
         **PRIVATE,
     )
-    kept: list[Any] = [prompt, negative, count, steps, guidance, seed, new_seed, width, height, sampler]
+    kept: list[Any] = [
+        prompt, negative, count, steps, guidance, seed, new_seed, width, height, sampler, base, skip, autoencoder, bits,
+        trained_on, relatives,
+    ]  # fmt: skip
     page.load(painting.recall, None, kept[1:], **PRIVATE)
     for field in kept:
-        blurred = field.input if field is sampler else getattr(field, "blur", field.input)
-        leave = field.release if field is count else blurred
-        leave(painting.remember, kept, None, queue=False, **PRIVATE)
+        for leave in LEFT[type(field)]:
+            getattr(field, leave)(painting.remember, kept, None, queue=False, **PRIVATE)
     adapters.change(painting.fill_in, [adapters, prompt, filled], [prompt, filled], **PRIVATE)
     upload.upload(painting.upload, [upload, adapters], adapters, **PRIVATE)
     stop.click(painting.stop, None, [status, stop], queue=False, **PRIVATE)
@@ -201,16 +206,20 @@ def build_generate(app: App, page: gr.Blocks) -> GenerateTab:
     gallery.select(kept_pictures.select, [shown, selected, several], [gallery, *pictured], **PRIVATE)
     several.input(kept_pictures.choose_several, [several, shown], [gallery, *pictured], **PRIVATE)
     fields = [
-        prompt, negative, base, adapters, steps, guidance, seed, new_seed, width, height, mode, count, sampler, taken_up,
+        prompt, negative, base, adapters, steps, guidance, seed, new_seed, width, height, mode, count, sampler, skip,
+        autoencoder, bits, trained_on, begin, anew, taken_up,
     ]  # fmt: skip
-    reuse.click(painting.reuse, selected, fields, **PRIVATE)
-    from_png.upload(painting.reuse_file, from_png, fields, **PRIVATE)
+    for taken in (
+        reuse.click(painting.reuse, selected, fields, **PRIVATE),
+        from_png.upload(painting.reuse_file, from_png, fields, **PRIVATE),
+        before.input(lambda said: said, before, prompt, queue=False, **PRIVATE),
+    ):
+        taken.then(painting.remember, kept, None, queue=False, **PRIVATE)
     remove.click(kept_pictures.delete, [selected, shown], [gallery, shown, *pictured], **PRIVATE)
     cover.click(kept_pictures.cover, selected, None, **PRIVATE)
     words.submit(kept_pictures.find, words, [gallery, shown, *pictured], **PRIVATE)
     more.click(kept_pictures.more, [words, shown], [gallery, shown, *pictured], **PRIVATE)
     page.load(painting.said_before, None, before, **PRIVATE)
-    before.input(lambda said: said, before, prompt, queue=False, **PRIVATE)
     return GenerateTab(adapters, painting)
 
 

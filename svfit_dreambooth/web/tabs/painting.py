@@ -27,8 +27,10 @@ from svfit_dreambooth.web.tabs.reuse import SAMPLERS, take_up
 SEEDS = 1_000_000  # a new one is chosen among: few enough digits to be told to a friend
 REMEMBERED = (
     "prompt", "negative_prompt", "num_images", "num_inference_steps_painting", "guidance_scale", "seed_painting",
-    "new_seed", "width", "height", "scheduler",
+    "new_seed", "width", "height", "scheduler", "base_painting", "clip_skip_painting", "vae_painting",
+    "quantize_painting", "trained_on", "other_base",
 )  # fmt: skip
+CHOSEN = "adapters_painting"  # as what the chosen adapters are remembered, one a line
 IDLE = '<div class="status" role="status"></div>'
 FIELDS = 24  # of the form; what follows are the strengths of the chosen adapters
 
@@ -44,9 +46,10 @@ class Painter:
     def open_page(self, request: gr.Request) -> tuple[Any, ...]:
         """Base models, adapters, pictures, their names, prompt, what was filled in, and whether there is work to stop."""
         visitor = self.app.visitor(request)
-        choices, value = self.app.adapter_choices(visitor), self.app.offers()
+        choices, form = self.app.adapter_choices(visitor), remembered(visitor.folder)
+        chosen = str(form.get(CHOSEN) or "").splitlines()
+        value = self.app.offers() or [one for one in chosen if one in [value for _, value in choices]]
         words = self.words(visitor, value)
-        form = remembered(visitor.folder)
         names = pictures.earlier(visitor.pictures)
         return (
             gr.Dropdown([AS_TRAINED, *self.app.studio.bases.names()]),
@@ -87,7 +90,8 @@ class Painter:
 
     @plainly
     def fill_in(self, values: list[str] | None, prompt: str, filled: str, request: gr.Request) -> tuple[Any, Any]:
-        """Prompt and what was filled in: the adapter's words, unless the person wrote something."""
+        """Prompt and what was filled in: the adapter's words, unless the person wrote something.  The choice is kept."""
+        remember(self.app.visitor(request).folder, {CHOSEN: "\n".join(values or [])})
         if prompt.strip() and prompt.strip() != filled.strip():
             return gr.skip(), gr.skip()
         words = self.words(self.app.visitor(request), values or [])

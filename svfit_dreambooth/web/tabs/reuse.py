@@ -11,6 +11,7 @@ from svfit_dreambooth.web.rooms import library
 from svfit_dreambooth.web.rooms.app import App
 from svfit_dreambooth.web.rooms.orders import AS_TRAINED
 from svfit_dreambooth.web.rooms.workspace import Visitor
+from svfit_dreambooth.web.tabs.form import BITS
 
 # of samplers.SAMPLERS, which would bring torch before the page is open; a test holds them together
 SAMPLERS = ("ddim", "euler", "euler_a", "heun", "dpm++_2m", "dpm++_2m_karras", "unipc", "pndm")
@@ -21,7 +22,8 @@ ONCE = "just paint"  # what the form says where nothing is to be compared
 def take_up(app: App, visitor: Visitor, settings: dict[str, Any]) -> tuple[Any, ...]:
     """The form for `settings`; then the adapters' strengths, which the sliders take when they appear.
 
-    What is not at hand any more, adapters or base, is named in a warning.
+    A picture to begin with stays in the form only for a picture that began with one.  What is not at hand any more, such as
+    adapters or base, is named in a warning.
     """
     choices, bases = app.adapter_choices(visitor), app.studio.bases
     offered = {Path(value).name: value for _, value in choices[::-1]}
@@ -35,6 +37,14 @@ def take_up(app: App, visitor: Visitor, settings: dict[str, Any]) -> tuple[Any, 
         missing.append(f"the base {spoken(base)}")
     if "strength" in settings:
         missing.append("the picture that it began with, which no file keeps")
+    if "prompt_weights" in settings:
+        missing.append("weights of words in a prompt, which the page does not read")
+    places: dict[str, str] = {}
+    for name, autoencoder, what in (("vae", True, "the autoencoder"), ("trained_on", False, "the base trained on,")):
+        places[name] = settings.get(name, "")
+        if places[name] and not bases.is_here(places[name], autoencoder=autoencoder):
+            missing.append(f"{what} {spoken(places[name])}")
+            places[name] = ""
     if missing:
         gr.Warning(html.escape(f"not here any more: {', '.join(missing)}. The rest was filled in."))
     return (
@@ -51,6 +61,12 @@ def take_up(app: App, visitor: Visitor, settings: dict[str, Any]) -> tuple[Any, 
         ONCE,
         1,  # one picture: the seed is this one's
         settings["scheduler"] if settings.get("scheduler") in SAMPLERS else OWN_SAMPLER,
+        str(settings.get("clip_skip", "")),
+        places["vae"],
+        next((offered for offered, bits in BITS.items() if bits == settings.get("quantize")), next(iter(BITS))),
+        places["trained_on"],
+        gr.skip() if "strength" in settings else None,
+        settings.get("strength", gr.skip()),
         found,
     )
 
