@@ -83,6 +83,27 @@ def test_pickles_are_refused_not_opened(tmp_path, zipped):
     refuses(path, "pickle")
 
 
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"<my-dog>": torch.ones(768)},
+        {"dog-sks": torch.ones(2, 768)},
+        {"clip_l": torch.ones(1, 768), "clip_g": torch.ones(1, 1280)},
+        {"emb_params": torch.ones(4, 1024)},
+    ],
+    ids=["one row", "by its word", "SDXL", "A1111"],
+)
+def test_an_embedding(tmp_path, tensors):
+    save_file(tensors, tmp_path / "a.safetensors")
+    refuses(tmp_path / "a.safetensors", r"is a textual inversion embedding.*load_textual_inversion.*folder embeddings")
+
+
+@pytest.mark.parametrize("tensors", [{"latents": torch.ones(1, 4, 8, 8)}, {"table": torch.ones(1000, 8)}])
+def test_one_tensor_that_is_no_embedding(tmp_path, tensors):
+    save_file(tensors, tmp_path / "a.safetensors")
+    refuses(tmp_path / "a.safetensors", "is a safetensors file but not an SVFit adapter")
+
+
 @pytest.mark.parametrize("suffix", ["lora_A.weight", "lora_B.weight", "lora_down.weight", "lora_up.weight"])
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"format": "svfit"}])
 def test_lora(tmp_path, suffix, metadata):

@@ -311,6 +311,21 @@ def test_import_paint_reuse_change_strength_rename_delete_undo(server, visit, ad
     mia.wait_for()
 
 
+# what lies under a bar that stays in sight, of all that can have the focus, when it has it
+UNDER_THE_BAR = """() => {
+    const seen = (part) => part.getClientRects().length > 0;
+    const bars = [...document.querySelectorAll(".in-sight")].filter(seen);
+    const fields = [...document.querySelectorAll("input, textarea, button, [tabindex='0']")].filter(
+        (field) => seen(field) && !field.disabled && !field.closest(".in-sight"));
+    return fields.filter((field) => {
+        field.focus();
+        const own = field.getBoundingClientRect();
+        return document.activeElement === field && bars.map((bar) => bar.getBoundingClientRect()).some(
+            (bar) => own.bottom > bar.top + 1 && own.top < bar.bottom - 1);
+    }).map((field) => field.outerHTML.slice(0, 200));
+}"""
+
+
 def test_visitors_see_no_photos_of_others_and_phones_have_room(visit, tmp_path):
     Image.new("RGB", (90, 80), "red").save(tmp_path / "mine.png")
     (tmp_path / "text.png").write_text("<script>alert(1)</script>")
@@ -326,7 +341,11 @@ def test_visitors_see_no_photos_of_others_and_phones_have_room(visit, tmp_path):
     assert "pixels" not in theirs.locator("#photo-remarks").inner_text()
     for name in ("Train", "Adapters", "Generate"):
         open_tab(theirs, name)
+        for folded in theirs.locator("#advanced button, #more-settings button").all():
+            if folded.is_visible():
+                folded.click()
         assert theirs.evaluate("document.documentElement.scrollWidth") <= 400
+        assert theirs.evaluate(UNDER_THE_BAR) == []
     mine.reload()
     open_tab(mine, "Train")
     says(mine, "#photo-remarks", "1 photo, 90x80 pixels")

@@ -4,6 +4,7 @@ import errno
 import html
 import shutil
 import zipfile
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -13,9 +14,10 @@ gr = pytest.importorskip("gradio", reason="gradio is not installed")
 from web_stand_ins import Request
 
 from svfit_dreambooth.bases.names import DEFAULT_BASE
+from svfit_dreambooth.painting.sheets import contact_sheet
 from svfit_dreambooth.web.rooms import library, pictures
-from svfit_dreambooth.web.rooms.orders import AS_TRAINED, STRIP
-from svfit_dreambooth.web.tabs.compare import GRID, NOTHING, STRENGTHS
+from svfit_dreambooth.web.rooms.orders import AS_TRAINED, STRIP, Cell
+from svfit_dreambooth.web.tabs.compare import COMPARED, GRID, NOTHING, STRENGTHS, label
 from svfit_dreambooth.web.tabs.generate import _strength
 from svfit_dreambooth.web.tabs.painting import Painter, begin_from
 from svfit_dreambooth.web.tabs.reuse import SAMPLERS, take_up
@@ -190,6 +192,33 @@ def test_a_grid_over_two_axes(home, dog_adapter, tiny_base):
     ):
         with pytest.raises(gr.Error, match=html.escape(sentence)):
             painted(*axes)
+
+
+def test_several_pictures_beside_the_base_are_a_sheet_with_a_row_for_each_seed(
+    home, dog_adapter, tiny_base, monkeypatch
+):
+    drawn = []
+    monkeypatch.setattr(
+        "svfit_dreambooth.painting.sheets.contact_sheet", lambda *a: drawn.append(a) or contact_sheet(*a)
+    )
+    library.add(home.visitor(Request("a" * 32)).library, dog_adapter, name="dog")
+    form = ["a dog", "", tiny_base.name, ["library/dog"], 2, 1, "", 5, False, "16", "16", COMPARED, False, *REST, 0.5]
+    *_, last = Painter(home).generate(Request("a" * 32), *form)
+    assert [caption for _, caption in last[1]] == [
+        "base · seed 5", "dog 0.5 · seed 5", "base · seed 6", "dog 0.5 · seed 6",
+    ]  # fmt: skip
+    ((rows, captions, _),) = drawn
+    assert [label for label, _ in rows] == ["seed 5 · a dog", "seed 6 · a dog"] and captions == ["base", "dog 0.5"]
+    made = [Image.open(path).convert("RGB").tobytes() for path, _ in last[1]]
+    assert [picture.tobytes() for _, row in rows for picture in row] == made and len(set(made)) == 4
+    assert Image.open(last[-1].value["path"]).size[1] > Image.open(last[-1].value["path"]).size[0]
+
+
+def test_what_stands_under_a_picture_is_the_strength_that_it_was_painted_at():
+    dog, mug = (Path("dog"), 0.8), (Path("mug"), 0.4)
+    assert label(Cell(0.5), Cell(), [dog]) == "strength 0.4" and label(Cell(0.0), Cell(), [dog]) == "base"
+    assert label(Cell(0.5), Cell(), [dog, mug]) == "strengths × 0.5"
+    assert label(Cell(0.5, only=1), Cell(), [dog, mug]) == "mug · strength 0.2"
 
 
 def test_pictures_are_found_chosen_and_deleted_several_at_once(home, tiny_base, monkeypatch):

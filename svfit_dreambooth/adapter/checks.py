@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ DTYPES = ("F16", "F32", "BF16")  # safetensors' words for what a file may hold
 POSITION_DTYPES = ("I16", "I32")
 MAX_VALUES = 2**24  # up to the highest positions, all layers together: 64 MB in memory, ten times all of SDXL
 MAX_RANK = 2**16  # singular values of one weight: the widest layers known have some 20,000
+EMBEDDING = "textual inversion embedding"
+MOST_TOKENS = 225  # of a word in an embedding: three times what CLIP reads at once
 MAX_HEADER_BYTES = 16 * 2**20  # all of SDXL needs about 0.3 MB
 
 
@@ -72,8 +74,11 @@ def container(path: Path) -> Iterator[Any]:
         raise SVFitError(f"'{path}' is damaged or cut short ({error}): copy or download it again.") from None
 
 
-def other_kind(keys: Iterable[str]) -> str | None:
-    """What other small changes of a model are called, by the names of their tensors; None: none that is known."""
+def other_kind(file: Any) -> str | None:
+    """What other small changes of a model are called, by the tensors of the open `file`; None: none that is known."""
+    keys = list(file.keys())
+    if _is_embedding(keys, file):
+        return EMBEDDING
     names = "\n".join(keys)
     marks = {
         "LoHa": r"\.hada_w[12]_[ab]$",
@@ -84,9 +89,22 @@ def other_kind(keys: Iterable[str]) -> str | None:
     return next((kind for kind, mark in marks.items() if re.search(mark, names, re.MULTILINE)), None)
 
 
-def check_kind(path: Path, keys: list[str], metadata: dict[str, str]) -> None:
+def _is_embedding(keys: list[str], file: Any) -> bool:
+    """A1111's and SDXL's have names of their own; diffusers' is one tensor called by the word, a row a token."""
+    if len(keys) == 1 and "." not in keys[0]:
+        *tokens, _ = file.get_slice(keys[0]).get_shape() or [0, 0, 0]
+        return len(tokens) < 2 and max(tokens, default=1) <= MOST_TOKENS
+    return bool(keys) and set(keys) <= {"clip_l", "clip_g", "t5xxl", "emb_params"}
+
+
+def check_kind(path: Path, file: Any, metadata: dict[str, str]) -> None:
     """Refuse other safetensors files, by what they are, and versions to come."""
-    kind = other_kind(keys)
+    kind = other_kind(file)
+    if kind == EMBEDDING:
+        raise SVFitError(
+            f"'{path}' is a {EMBEDDING}, not an SVFit adapter: load it with pipeline.load_textual_inversion; for other "
+            "programs it goes into the folder embeddings, and its name into the prompt."
+        )
     if kind == "SVDiff" and metadata.get("format") != FORMAT:
         raise SVFitError(
             f"'{path}' holds spectral shifts of SVDiff ('.delta'), not an SVFit adapter: the command import turns it "

@@ -261,7 +261,7 @@ def read_adapter(path: str | Path) -> Adapter:
         raise SVFitError(f"'{path}' is damaged or cut short ({error}): copy or download it again.") from None
     with opened as file:
         keys, metadata = list(file.keys()), dict(file.metadata() or {})
-        check_kind(path, keys, metadata)
+        check_kind(path, file, metadata)
         targets = read_targets(path, metadata)
         words = read_words(path, keys, metadata, file)
         of_words = {word_key(component, i) for i, word in enumerate(words) for component in word.deltas}

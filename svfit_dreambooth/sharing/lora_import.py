@@ -103,7 +103,7 @@ def kin_of_lora(path: Path) -> bool:
     """Whether the file at `path` holds a LoRA, or one of the kinds that are taken for one; see `check_container`."""
     check_container(path)
     with suppress(SafetensorError, OSError, ValueError), safe_open(path, framework="pt") as file:
-        return other_kind(file.keys()) in {"LoRA", *OTHER_METHODS}
+        return other_kind(file) in {"LoRA", *OTHER_METHODS}
     return False
 
 
@@ -111,7 +111,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors in float32, checked, and the metadata."""
     with container(path) as file:
         keys, metadata = list(file.keys()), dict(file.metadata() or {})
-        kind = other_kind(keys)
+        kind = other_kind(file)
         if kind in OTHER_METHODS or any(DORA.search(key) for key in keys):
             raise SVFitError(
                 f"{path} is a {kind if kind in OTHER_METHODS else 'DoRA'}, whose change is no product of two "

@@ -115,11 +115,12 @@ def _read(path: Path) -> dict[str, Tensor]:
     """Module path -> delta (k,), float32, checked."""
     with container(path) as file:
         keys, metadata = list(file.keys()), file.metadata() or {}
+        kind = other_kind(file)
         known = [key for key in keys if key.endswith(SUFFIX) or key.startswith(ADDED_TOKEN)]
         deltas = {key.removesuffix(SUFFIX): file.get_tensor(key).float() for key in known}
     if not keys or len(deltas) < len(keys):
-        kind = "an SVFit adapter already" if metadata.get("format") == FORMAT else f"a {other_kind(keys)}"
-        what = f"{kind}, " if metadata.get("format") == FORMAT or other_kind(keys) not in (None, "SVDiff") else ""
+        what = "" if kind in (None, "SVDiff") else f"a {kind}, "
+        what = "an SVFit adapter already, " if metadata.get("format") == FORMAT else what
         raise SVFitError(f"{path} is {what}no SVDiff file: the names of its tensors do not end in {SUFFIX!r}.")
     for name, delta in deltas.items():
         if (delta.ndim != 1 and not name.startswith(ADDED_TOKEN)) or not torch.isfinite(delta).all():

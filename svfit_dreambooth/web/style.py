@@ -128,7 +128,8 @@ input[type=range] { --neutral-200: #8290a5; --neutral-300: #8290a5; --neutral-60
 input[type=range]::-webkit-slider-thumb { border: 2px solid var(--primary-600); }
 input[type=range]::-moz-range-thumb { border: 2px solid var(--primary-600); }
 
-/* what starts things stays in sight */
+/* what starts things stays in sight, and what has the focus beside it */
+html { scroll-padding-block: 72px 84px; }
 .in-sight { position: sticky; z-index: 60; bottom: 0; background: var(--body-background-fill); padding: 8px 0 !important; }
 .in-sight.top { top: 0; bottom: auto; }
 :focus-visible { outline: 2px solid var(--primary-500) !important; outline-offset: 2px; }

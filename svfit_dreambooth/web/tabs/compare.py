@@ -17,6 +17,7 @@ from svfit_dreambooth.web.tabs.reuse import ONCE
 
 COMPARED, STRENGTHS, GRID = "beside the base model", "strengths 0 to 1.5", "grid"
 MODES = (ONCE, COMPARED, STRENGTHS, GRID)
+BESIDE = [Cell(0.0), Cell(1.0)]
 NOTHING = "nothing"
 # axis of a grid -> values that stand there at first; an adapter's are the chosen adapters, one at a time
 AXES = {
@@ -37,8 +38,7 @@ def cells(mode: str, axes: Sequence[tuple[str, str]], adapters: int) -> list[Cel
     if mode in (COMPARED, STRENGTHS) and not adapters:
         raise SVFitError("there is nothing to compare without an adapter: choose one.")
     if mode != GRID:
-        factors = {ONCE: (1.0,), COMPARED: (0.0, 1.0), STRENGTHS: STRIP}[mode]
-        return [Cell(factor) for factor in factors]
+        return {ONCE: [Cell()], COMPARED: BESIDE, STRENGTHS: [Cell(factor) for factor in STRIP]}[mode]
     used = [(name, values) for name, values in axes if name != NOTHING]
     if not used or len({name for name, _ in used}) < len(used):
         raise SVFitError("a grid needs one axis or two that differ: choose what its rows and columns are.")
@@ -79,11 +79,21 @@ def _said(cell: Cell, names: Sequence[str], adapters: Sequence[tuple[Path, float
     """Those settings of `cell`, in words."""
     words = {
         "only": adapters[cell.only][0].stem if cell.only is not None and cell.only < len(adapters) else "",
-        "factor": "base" if cell.factor == 0 else f"strength {cell.factor:g}",
+        "factor": _strength(
+            cell.factor, adapters if cell.only is None or "only" not in names else [adapters[cell.only]]
+        ),
         "num_inference_steps": f"{cell.num_inference_steps} steps",
         "guidance_scale": f"guidance {cell.guidance_scale or 0:g}",
     }
     return " · ".join(words[name] for name in words if name in names and words[name])
+
+
+def _strength(factor: float, adapters: Sequence[tuple[Path, float]]) -> str:
+    """What `factor` makes of the strengths of the form."""
+    strengths = {strength for _, strength in adapters}
+    if factor == 0:
+        return "base"
+    return f"strength {strengths.pop() * factor:g}" if len(strengths) == 1 else f"strengths × {factor:g}"
 
 
 def _varied(cells: Sequence[Cell]) -> list[str]:
@@ -92,7 +102,10 @@ def _varied(cells: Sequence[Cell]) -> list[str]:
 
 
 def sheet(made: Sequence[Made], order: Order) -> Image.Image:
-    """The pictures of a comparison as one, with what is different beside them: a grid's first axis gives the rows."""
+    """The pictures of a comparison as one, with what is different beside them.
+
+    A grid's first axis gives the rows; of several pictures beside the base, each seed gives one.
+    """
     libraries()
     from svfit_dreambooth.painting.sheets import CELL, contact_sheet
 
@@ -102,20 +115,24 @@ def sheet(made: Sequence[Made], order: Order) -> Image.Image:
         down = next(name for name in varied if getattr(cells[0], name) == getattr(cells[1], name))
         rows = [list(row) for _, row in itertools.groupby(cells, key=lambda cell: getattr(cell, down))]
         across = [name for name in varied if name != down]
-    painted = {one.cell: one.path for one in made}
+    painted = {(one.cell, one.settings["seed"]): one.path for one in made}
+    seeds = sorted({seed for _, seed in painted})
     labelled = []
-    for row in rows:
+    for seed, row in itertools.product(seeds, rows):
         text = _said(row[0], [name for name in varied if name not in across], order.adapters) or order.prompt[:120]
-        files = [painted[cell] for cell in row if cell in painted]
+        text = f"seed {seed} · {text}" if len(seeds) > 1 else text
+        files = [painted[cell, seed] for cell in row if (cell, seed) in painted]
         labelled += [(text, [Image.open(file).convert("RGB") for file in files])] if files else []
     largest = max(max(picture.size) for _, row in labelled for picture in row)
     captions = [_said(cell, across, order.adapters) for cell in rows[0]]
+    if list(cells) == BESIDE:
+        captions[1] = ", ".join(f"{path.stem} {strength:g}" for path, strength in order.adapters)
     return contact_sheet(labelled, captions, min(max(largest, CELL), LARGEST_CELL))
 
 
 def arranged(made: list[Made], cells: Sequence[Cell]) -> list[Made]:
     """Beside the base: each base picture before the adapter's of the same seed."""
-    if list(cells) != [Cell(0.0), Cell(1.0)]:
+    if list(cells) != BESIDE:
         return made
     base, adapted = ([one for one in made if one.cell == cell] for cell in cells)
     pairs = [one for pair in zip(base, adapted, strict=False) for one in pair]

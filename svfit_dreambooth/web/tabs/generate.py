@@ -111,7 +111,7 @@ def build_generate(app: App, page: gr.Blocks) -> GenerateTab:
                     brush=gr.Brush(default_size=24, colors=[("#ffffff", 0.7)], color_mode="fixed"), **OPEN,
                 )  # fmt: skip
                 anew = gr.Slider(0.05, 1, 0.6, step=0.05, label="How much is painted anew", info="Denoising strength: 1 keeps nothing.", **OPEN)  # fmt: skip
-            with gr.Accordion("More settings", open=False):
+            with gr.Accordion("More settings", open=False, elem_id="more-settings"):
                 base = gr.Dropdown(
                     [AS_TRAINED], value=AS_TRAINED, label="Base model", allow_custom_value=True, elem_id="base", **OPEN,
                     info="The model that paints. Type a hub id such as owner/name for another one: it is downloaded.",

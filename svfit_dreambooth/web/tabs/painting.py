@@ -162,7 +162,7 @@ class Painter:
 
     def _sheet(self, made: list[Made], order: Order) -> Any:
         """The button that downloads a comparison as one picture; none where there was nothing to compare."""
-        if len(made) < 2 or len(order.cells) < 2 or order.num_images > 1:
+        if len(made) < 2 or len(order.cells) < 2:
             return gr.DownloadButton(visible=False)
         place = place_to_serve(self.app.workspace, f"{made[0].path.stem}-sheet.png")
         save_png(sheet(made, order), place)
