@@ -1,24 +1,35 @@
 """Bases as people bring them: what is not whole is refused in a sentence, never made up or passed over."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import httpx
 import pytest
 import torch
 from conftest import tiny_pipeline, tiny_sdxl_pipeline, tiny_unet
-from diffusers import DiffusionPipeline, LCMScheduler
+from diffusers import DiffusionPipeline, Flux2KleinPipeline, LCMScheduler
 from flow_bases import tiny_klein
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors.torch import load_file, save_file
 from single_file import save_single_file
 
 from svfit_dreambooth import TrainConfig
 from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.bases.names import as_asked
-from svfit_dreambooth.bases.opening import open_base_model
+from svfit_dreambooth.bases.opening import exchange_autoencoder, open_base_model
+from svfit_dreambooth.bases.outline import outline_base_model
 from svfit_dreambooth.errors import SVFitError
+from svfit_dreambooth.evaluation.features import open_features
 from svfit_dreambooth.painting.generate import generate
 from svfit_dreambooth.training.definite import with_base
 
@@ -316,6 +327,71 @@ def test_what_the_hub_has_against_a_base_is_said(monkeypatch, kind, message):
     monkeypatch.setattr(DiffusionPipeline, "load_config", load_config)
     with pytest.raises(SVFitError, match=message):
         open_base_model("owner/base")
+
+
+def test_a_base_that_is_nowhere_to_be_had_is_told_as_such(monkeypatch):
+    """By the real libraries, which speak of a missing model_index.json."""
+    there = "its files are not on this disk, or not all of them"
+    offline = f"cannot be opened: {there}, and HF_HUB_OFFLINE forbids to ask the hub for them."
+    own = BaseModel("tiny", tiny_pipeline())
+    for open_it in (open_base_model, partial(open_features, "", None), partial(exchange_autoencoder, own)):
+        with pytest.raises(SVFitError, match=offline.replace("opened:", "opened( as a CLIPModel)?:")):
+            open_it("owner/nowhere")
+    with pytest.raises(SVFitError, match=f"the configs of owner/nowhere cannot be read from this disk: {there}"):
+        outline_base_model("owner/nowhere")
+
+    def load_config(*_, **__):
+        raise OSError("owner/nowhere does not appear to have a file") from fault
+
+    monkeypatch.setattr(DiffusionPipeline, "load_config", load_config)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    (fault := LocalEntryNotFoundError("not in the cache")).__cause__ = HTTPError("refused")
+    with pytest.raises(SVFitError, match=rf"{there}, and the hub cannot be reached .HTTPError.: see whether"):
+        open_base_model("owner/nowhere")
+    fault.__cause__ = None
+    with pytest.raises(SVFitError, match=rf"cannot be opened: {there}\.$"):
+        open_base_model("owner/nowhere", local_files_only=True)
+    fault = RevisionNotFoundError("no v9", response=httpx.Response(404, request=httpx.Request("GET", "https://hub")))
+    with pytest.raises(SVFitError, match=r"cannot be opened: owner/nowhere does not appear to have a file\.$"):
+        open_base_model("owner/nowhere", revision="v9")
+
+
+@pytest.mark.parametrize(
+    ("part", "config", "message"),
+    [
+        ("transformer", {"quantization_config": {"quant_method": "bitsandbytes"}}, "transformer quantised already"),
+        ("text_encoder", {"quantization_config": {"quant_method": "gptq"}}, "text_encoder quantised already .gptq."),
+        ("vae", None, "owner/base lacks its vae"),
+        ("transformer", {}, "whole base is fetched"),
+    ],
+)
+def test_a_base_of_the_hub_is_refused_by_its_small_files_before_it_is_downloaded(
+    tmp_path, monkeypatch, part, config, message
+):
+    tiny_klein().save_pretrained(kept := tmp_path / "hub")
+    fetched, path = [], kept / part / "config.json"
+    if config is None:
+        path.unlink()
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text()) | config))
+
+    def hf_hub_download(repo_id, filename, *, revision=None, local_files_only=False):
+        if not (kept / filename).exists():
+            raise EntryNotFoundError(filename)
+        fetched.append(filename)
+        (tmp_path / "cache" / filename).parent.mkdir(parents=True, exist_ok=True)
+        return str(shutil.copy(kept / filename, tmp_path / "cache" / filename))
+
+    def download(name, **options):
+        raise OSError("the whole base is fetched")
+
+    monkeypatch.setattr("svfit_dreambooth.bases.networks.hf_hub_download", hf_hub_download)
+    monkeypatch.setattr(Flux2KleinPipeline, "download", download)
+    index = json.loads((kept / "model_index.json").read_text())
+    monkeypatch.setattr(DiffusionPipeline, "load_config", lambda name, **location: index)
+    with pytest.raises(SVFitError, match=message):
+        open_base_model("owner/base", revision="main")
+    assert set(map(os.path.basename, fetched)) == {"model_index.json", "config.json"}
 
 
 @pytest.mark.parametrize("one_at_a_time", [True, False])

@@ -11,11 +11,13 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     HFValidationError,
     HTTPError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
+from svfit_dreambooth.bases.hub import reason_of
 from svfit_dreambooth.bases.names import HUB_ID
 from svfit_dreambooth.errors import SVFitError
 
@@ -115,6 +117,8 @@ def plain_hub_errors(subject: str) -> Iterator[None]:
         raise SVFitError("nobody is logged in to the Hugging Face Hub: run `hf auth login` first.") from None
     except HFValidationError as error:
         raise SVFitError(f"{subject} cannot be a repository: {_first_line(error)}") from None
+    except LocalEntryNotFoundError as error:
+        raise SVFitError(f"{subject} cannot be opened: {reason_of(error, subject)}.") from None
     except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
         raise SVFitError(
             f"{subject} was not found, or may not be seen without `hf auth login` ({_first_line(error)})."

@@ -9,6 +9,7 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
+from svfit_dreambooth.bases.hub import reason_of
 from svfit_dreambooth.bases.names import as_asked, is_hub_id
 from svfit_dreambooth.errors import SVFitError
 
@@ -35,8 +36,7 @@ def open_autoencoder(name: str, pipeline: DiffusionPipeline, local_files_only: b
     except (SVFitError, MemoryError):
         raise
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise SVFitError(f"the autoencoder {name} cannot be opened: {reason}") from error
+        raise SVFitError(f"the autoencoder {name} cannot be opened: {reason_of(error, name)}.") from error
     for kind, what in (("missing_keys", "lacks"), ("unexpected_keys", "holds, beside its own,")):
         if keys := sorted(found.get(kind, ())):
             raise SVFitError(f"the autoencoder {name} {what} {keys[0]}: its files do not belong together.")

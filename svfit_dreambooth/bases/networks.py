@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -69,6 +71,23 @@ def check_part(name: str, folder: Path, part: str, index: Mapping[str, Any]) -> 
         raise SVFitError(f"the config.json of the {part} of {name} cannot be read ({error}): fetch it again.") from None
     if isinstance(config, dict):
         check_unquantized(name, part, config)
+
+
+def check_configs(name: str, index: Mapping[str, Any], family: type[Family], **location: Any) -> None:
+    """Raises SVFitError for a base of the hub that lacks a network, or holds one quantised already.
+
+    Fetches no more than configs, before anybody downloads gigabytes.  `index`: its model_index.json; `location`: as for
+    `hf_hub_download`.  Configs that are not to be had now are passed over: whoever opens the base says so.
+    """
+    folder = Path(hf_hub_download(name, "model_index.json", **location)).parent
+    for part in network_names(index, family):
+        try:
+            hf_hub_download(name, f"{part}/config.json", **location)
+        except LocalEntryNotFoundError:
+            continue
+        except EntryNotFoundError:
+            pass
+        check_part(name, folder, part, index)
 
 
 def network_names(index: Mapping[str, Any], family: type[Family]) -> list[str]:

@@ -2,20 +2,24 @@
 
 import json
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from svfit_dreambooth.bases.autoencoders import open_autoencoder
 from svfit_dreambooth.bases.families import family_named
+from svfit_dreambooth.bases.hub import reason_of
 from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.bases.names import DEFAULT_BASE, EMBEDDED_WEIGHTS, as_asked, base_name, is_hub_id
-from svfit_dreambooth.bases.networks import check_latent_unit, check_weights, open_networks, outline_networks
+from svfit_dreambooth.bases.networks import (
+    check_configs,
+    check_latent_unit,
+    check_weights,
+    open_networks,
+    outline_networks,
+)
 from svfit_dreambooth.bases.quantizing import Quantization, check_library
 from svfit_dreambooth.bases.single_file import read_single_file
 from svfit_dreambooth.bases.stable_diffusion import StableDiffusion
@@ -107,8 +111,11 @@ def open_base_model(
                     scheduler=pipeline.scheduler.from_config(pipeline.scheduler.config, **prediction_type)
                 )
         else:
-            kind = DiffusionPipeline.load_config(path if path.exists() else name, **location)["_class_name"]
+            index = DiffusionPipeline.load_config(path if path.exists() else name, **location)
+            kind = index["_class_name"]
             family = family_named(kind, name)
+            if not path.exists():
+                check_configs(name, index, family, **location)
             if not content_filter and not location["local_files_only"]:
                 _fetch_whole(name, variant=variant, **location)
             options = {"variant": variant, "use_safetensors": True, **family.load_options(content_filter)}
@@ -131,13 +138,10 @@ def open_base_model(
     except (SVFitError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        reason = _of_the_hub(error, name)
-        if reason is None:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = ""
         if path.is_file() and base_config is None:
             hint = "; its configs were looked for on the hub, base_config names a folder with them"
-        raise SVFitError(f"the base model {name} cannot be opened: {reason}{hint}") from error
+        raise SVFitError(f"the base model {name} cannot be opened: {reason_of(error, name)}{hint}.") from error
     pipeline.set_progress_bar_config(disable=True)
     display = name if name == DEFAULT_BASE or not path.exists() else base_name(path)
     if revision is not None and not path.exists():
@@ -203,28 +207,6 @@ def _fetch_whole(name: str, **location: Any) -> None:
         DiffusionPipeline.download(name, use_safetensors=True, **location)
     except OSError as error:  # without a network what lies here may do
         logger.info("the base model %s was not fetched whole (%s).", name, error)
-
-
-def _of_the_hub(error: BaseException | None, name: str) -> str | None:
-    """What the hub has against `name`, and what to do, where that is behind `error`: libraries call both alike."""
-    while error is not None:
-        if isinstance(error, GatedRepoError):
-            return f"it is gated, so accept its terms on https://huggingface.co/{name} and log in with `hf auth login`"
-        if isinstance(error, RepositoryNotFoundError):
-            return "the hub has none of that name, or it is private and `hf auth login` comes first"
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def is_cached(name: str, revision: str | None = None, files: Sequence[str] = ("model_index.json",)) -> bool:
-    """Whether the hub's `name` is on this disk, be it in part: without its content filter, or another variant.
-
-    `files`: one of which tells.
-    """
-    try:
-        return any(isinstance(try_to_load_from_cache(name, file, revision=revision), str) for file in files)
-    except ValueError:  # no hub id after all
-        return False
 
 
 def _folder_kind(folder: str) -> str | None:

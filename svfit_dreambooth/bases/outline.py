@@ -7,10 +7,11 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from svfit_dreambooth.bases.families import family_named
+from svfit_dreambooth.bases.hub import is_cached, reason_of
 from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.bases.names import DEFAULT_BASE, EMBEDDED_WEIGHTS, as_asked, base_name
 from svfit_dreambooth.bases.networks import class_of, outline_network
-from svfit_dreambooth.bases.opening import check_base_model, check_exchangeable, check_quantizable, is_cached
+from svfit_dreambooth.bases.opening import check_base_model, check_exchangeable, check_quantizable
 from svfit_dreambooth.bases.quantizing import check_library
 from svfit_dreambooth.errors import SVFitError
 
@@ -43,8 +44,7 @@ def outline_base_model(
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, SVFitError):
             raise
-        reason = str(error).strip().partition("\n")[0]
-        raise SVFitError(f"the configs of {name} cannot be read from this disk: {reason}") from error
+        raise SVFitError(f"the configs of {name} cannot be read from this disk: {reason_of(error, name)}.") from error
     absent = {part: None for part, kind in index.items() if _is_part(kind) and part not in parts}
     taken = inspect.signature(family.pipeline_class.__init__).parameters
     options = {name: value for name, value in index.items() if name in taken and not _is_part(value)}

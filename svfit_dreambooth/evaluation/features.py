@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from svfit_dreambooth.bases.hub import reason_of
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.evaluation.reference import open_judge
 
@@ -61,8 +62,7 @@ def _open(kind: str, path: str, device: str | torch.device) -> tuple[Any, Any]:
         model = getattr(transformers, kind).from_pretrained(path, use_safetensors=True, dtype=torch.float32)
         processor = reader.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SVFitError(f"the weights {path} cannot be opened as a {kind}: {reason}") from error
+        raise SVFitError(f"the weights {path} cannot be opened as a {kind}: {reason_of(error, path)}.") from error
     return model.to(device).eval(), processor
 
 

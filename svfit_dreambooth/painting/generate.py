@@ -14,9 +14,10 @@ from svfit_dreambooth.adapter.file import read_adapter
 from svfit_dreambooth.adapter.source import check_finite, distinct_names, find_adapter
 from svfit_dreambooth.bases.devices import default_device
 from svfit_dreambooth.bases.family import Family
+from svfit_dreambooth.bases.hub import is_cached
 from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.bases.names import DEFAULT_BASE, check_held, is_hub_id, split_revision
-from svfit_dreambooth.bases.opening import check_base_model, exchange_autoencoder, is_cached, open_base_model
+from svfit_dreambooth.bases.opening import check_base_model, exchange_autoencoder, open_base_model
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.painting.from_picture import Begin, begin_arguments, pipeline_from
 from svfit_dreambooth.painting.loading import load_adapter, merge_adapters

@@ -109,7 +109,7 @@ class Bases:
         """Is what `resolve` gave on this disk?"""
         libraries()
         from svfit_dreambooth.bases.autoencoders import CONFIGS
-        from svfit_dreambooth.bases.opening import is_cached
+        from svfit_dreambooth.bases.hub import is_cached
 
         own = {"files": CONFIGS} if autoencoder else {}
         return not options or is_cached(place, options["revision"], **own)

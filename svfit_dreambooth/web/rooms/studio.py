@@ -180,7 +180,8 @@ class Studio:
 
     def _open(self, name: str, typed: bool, adapter: str | None, ticket: Ticket | None = None) -> Any:
         from svfit_dreambooth.bases.devices import DTYPES, default_device
-        from svfit_dreambooth.bases.opening import exchange_autoencoder, is_cached, open_base_model
+        from svfit_dreambooth.bases.hub import is_cached
+        from svfit_dreambooth.bases.opening import exchange_autoencoder, open_base_model
         from svfit_dreambooth.bases.outline import check_wishes
 
         try:
