@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import deque
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from itertools import repeat
 from types import SimpleNamespace
@@ -51,30 +51,44 @@ def workers():
 
 
 class Killer(threading.Thread):
-    """Kills a worker `times` times, at random moments of its life: while it starts, trains, or writes.
+    """Kills a worker `times` times: at random points of the work, and a random moment after each once more.
 
-    A worker lives longer than its start takes, on average, however busy the machine is: nothing would ever get done
-    otherwise.  The start is measured first, until a subject has made a step.
+    Points are counted in steps, so that the work never ends before the last of them, however busy the machine is; the
+    second comes within the time that a worker needs to start, so that some die before they have done anything.
     """
 
     def __init__(self, times, configs, seed=0):
         super().__init__(daemon=True)
-        self.times, self.configs, self.random, self.killed, self.over = times, configs, random.Random(seed), 0, False
+        self.configs, self.random, self.killed, self.over = configs, random.Random(seed), 0, False
+        self.points = sorted(
+            self.random.sample(range(1, sum(each.max_train_steps for each in configs) // 2), times // 2)
+        )
 
     def run(self):
         began = time.monotonic()
-        while not any(steps_made(config) for config in self.configs) and not self.over:
-            time.sleep(0.05)
+        self.wait_for(1)
         start = time.monotonic() - began
-        while self.killed < self.times and not self.over:
-            time.sleep(self.random.uniform(0.1, 1.1) * start)
-            try:
+        for point in self.points:
+            self.wait_for(point)
+            self.kill()
+            time.sleep(self.random.uniform(0, start))
+            self.kill()
+
+    def wait_for(self, point):
+        """Until so many steps have been made by all subjects."""
+        while not self.over and sum(map(steps_made, self.configs)) < point:
+            time.sleep(0.02)
+
+    def kill(self):
+        """One of the workers, once there is one."""
+        while not self.over:
+            with suppress(psutil.NoSuchProcess, ProcessLookupError):
                 victims = [each for each in workers() if each.status() != psutil.STATUS_ZOMBIE]
                 if victims:
                     os.kill(self.random.choice(victims).pid, signal.SIGKILL)
                     self.killed += 1
-            except (psutil.NoSuchProcess, ProcessLookupError):
-                continue
+                    return
+            time.sleep(0.02)
 
 
 def assert_bit_equal(reports, configs, tmp_path):

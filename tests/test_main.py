@@ -1,13 +1,19 @@
 """What the commands do about terminals and pipes, and how they speak of options."""
 
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from svfit_dreambooth.commands.main import _plainly, main, main_train
+from svfit_dreambooth import TrainConfig
+from svfit_dreambooth.commands.arguments import OPTION_NAMES
+from svfit_dreambooth.commands.main import _Formatter, _plainly, main, main_train
+from svfit_dreambooth.commands.subjects import print_plan
+from svfit_dreambooth.training.estimate import estimate_memory
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,6 +35,25 @@ def test_errors_of_the_library_name_flags(capsys):
     assert "error: --energy chooses the ranks itself: leave --rank out." in capsys.readouterr().err
     assert main(["generate", "--prompt", "a", "--output_dir", "x", "--num_images", "0"]) == 2
     assert "--num_images" in capsys.readouterr().err
+
+
+def test_warnings_of_the_library_name_flags(caplog):
+    TrainConfig(rank="4", learning_rate=1e-4).warn_of_lora_values()
+    few, slow = map(_Formatter(set(OPTION_NAMES)).format, caplog.records)
+    assert few.startswith(
+        "warning: --rank 4 trains only 4 numbers in each layer, far fewer than a LoRA of as much does: "
+    )
+    assert slow.startswith("warning: --learning_rate 0.0001 suits LoRA matrices")
+
+
+def test_what_would_fit_into_memory_is_told_as_flags(tiny_run, capsys):
+    run = tiny_run(resolution=128, train_batch_size=3)
+    for free, advice in (
+        (estimate_memory(run).total - 1, "one of --gradient_checkpointing, .*, --resolution 64."),
+        (1, "--gradient_checkpointing .* --rank 16 --resolution 64 is too much, use"),
+    ):
+        print_plan(replace(run, free_memory=free), OPTION_NAMES)
+        assert re.search(f"this will hardly fit: (use|even) {advice}", capsys.readouterr().out)
 
 
 def test_a_reader_that_has_read_enough_is_no_error(tmp_path):

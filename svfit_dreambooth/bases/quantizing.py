@@ -138,5 +138,6 @@ def check_unquantized(name: str, part: str, config: Mapping[str, Any]) -> None:
         method = found.get("quant_method", "another format") if isinstance(found, Mapping) else found
         raise SVFitError(
             f"{name} holds its {part} quantised already ({method}), and directions are those of the weights as they were "
-            "before: give the base that it was made from, and quantise that by the option quantize."
+            "before: give the base that it was made from, and quantise that by quantize.",
+            "quantize",
         )

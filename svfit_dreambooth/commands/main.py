@@ -83,7 +83,10 @@ def _plainly(command: Callable[[Sequence[str], set[str]], None], arguments: Sequ
 
 
 class _Formatter(logging.Formatter):
-    """Plain lines; only warnings and worse say what they are.  Options are named as flags."""
+    """Plain lines; only warnings and worse say what they are.  Options are named as flags.
+
+    Those of a single word if the record names them as `parameters`, given to the logger as `extra` (see SVFitError).
+    """
 
     def __init__(self, names: set[str]) -> None:
         super().__init__()
@@ -94,7 +97,7 @@ class _Formatter(logging.Formatter):
         text = super().format(record)
         if record.name.startswith("svfit_dreambooth") and not record.exc_info:  # ours are single lines
             text = printable(text)
-        return prefix + with_dashes(text, self.names)
+        return prefix + with_dashes(text, self.names, getattr(record, "parameters", ()))
 
 
 def _train(arguments: Sequence[str], names: set[str]) -> None:

@@ -92,8 +92,10 @@ def print_plan(plan: "Plan", names: Iterable[str]) -> None:
     from svfit_dreambooth.training.config import config_to_yaml
     from svfit_dreambooth.training.estimate import estimate_memory
 
+    estimate = estimate_memory(plan)
     print(config_to_yaml(plan.config))
-    print(with_dashes("\n".join([*plan.report(), *estimate_memory(plan).lines()]), names))
+    print(with_dashes("\n".join(plan.report()), names))
+    print(with_dashes("\n".join(estimate.lines()), names, estimate.parameters))
 
 
 def _print_plans(configs: Sequence["TrainConfig"], names: Iterable[str]) -> None:
@@ -104,4 +106,4 @@ def _print_plans(configs: Sequence["TrainConfig"], names: Iterable[str]) -> None
         try:
             print_plan(prepare(config, base=base), names)
         except SVFitError as error:
-            print(with_dashes(printable(f"{config.adapter_name}: {error}"), names))
+            print(with_dashes(printable(f"{config.adapter_name}: {error}"), names, error.parameters))

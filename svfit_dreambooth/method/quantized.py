@@ -45,5 +45,6 @@ def check_stored(name: str, layer: nn.Module) -> None:
     if "stored" not in vars(layer):
         raise SVFitError(
             f"{name} is quantised, and directions are those of the weight as it was before: open the base unquantised, "
-            "and quantise it by the option quantize."
+            "and quantise it by quantize.",
+            "quantize",
         )

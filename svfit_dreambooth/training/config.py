@@ -46,10 +46,11 @@ class TrainConfig(
         """Logs a warning where rank or learning rate look like those of a LoRA command."""
         if self.rank_value != "full" and self.energy is None and self.rank_value < 16:
             logger.warning(
-                "rank %s trains only %s numbers in each layer, far fewer than a LoRA of that rank: "
+                "rank %s trains only %s numbers in each layer, far fewer than a LoRA of as much does: "
                 "leave it out to train all singular values.",
                 self.rank,
                 self.rank,
+                extra={"parameters": ("rank",)},
             )
         if self.learning_rate not in (None, "auto") and float(self.learning_rate) < 1e-3:
             logger.warning(

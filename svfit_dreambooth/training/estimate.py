@@ -42,6 +42,7 @@ class Estimate:
     answers: int  # of the base, that `keep_base` keeps, where they lie on the same device
     available: int | None  # free on the device before the base was opened, which the rest counts; None: unknown
     suggestion: str | None = None  # what would make it fit
+    parameters: tuple[str, ...] = ()  # that the suggestion names
     before: dict[str, int] = field(default_factory=dict)  # what is opened and let go before the steps: bytes of each
 
     @property
@@ -75,13 +76,13 @@ def estimate_memory(plan: Plan) -> Estimate:
     """What `plan` will need, and a suggestion where that is more than is free on the device that it will use."""
     estimate = _estimate(plan, plan.config)
     if not estimate.fits:
-        estimate.suggestion = _suggestion(plan)
+        changes = _changes(plan)
+        estimate.suggestion, estimate.parameters = _suggestion(plan, changes), tuple({option for option, _ in changes})
     return estimate
 
 
-def _suggestion(plan: Plan) -> str:
+def _suggestion(plan: Plan, changes: list[tuple[str, Any]]) -> str:
     """Each option that by itself would make the run fit, with the mildest such value; else as many as it takes."""
-    changes = _changes(plan)
     alone: dict[str, Any] = {}
     for option, value in changes:
         if option not in alone and _fits(plan, {option: value}):

@@ -203,6 +203,7 @@ class Loop(Stepping):
             logger.info(
                 "%d looks in a row are clearly worse than that of step %d: the run ends at step %d of %d; patience 0 makes "
                 "all of them.", self.worse, self.best.step, self.step, self.config.max_train_steps,
+                extra={"parameters": ("patience",)},
             )  # fmt: skip
 
     def is_enough(self) -> bool:

@@ -174,7 +174,8 @@ def begin(plan: Plan, resumed: TrainState | None, accelerator: Accelerator) -> N
             logger.info("%s", line)
         estimate = estimate_memory(plan)
         for line in estimate.lines():
-            logger.log(logging.INFO if estimate.fits else logging.WARNING, "%s", line)
+            level = logging.INFO if estimate.fits else logging.WARNING
+            logger.log(level, "%s", line, extra={"parameters": estimate.parameters})
     accelerator.init_trackers("svfit", config={k: str(v) for k, v in dataclasses.asdict(plan.config).items()})
 
 
