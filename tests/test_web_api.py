@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import httpx
 import pytest
 from PIL import Image
 
@@ -138,6 +139,17 @@ def test_mistakes_and_tricks_end_in_a_sentence(served, dog_adapter, endpoint, ar
         if isinstance(arguments, dict):
             served[0].predict(**arguments, api_name=endpoint)
         served[0].predict(*arguments, api_name=endpoint)
+
+
+def test_the_server_fetches_nothing_for_a_client(served):
+    """Neither a file that is given by its address, nor one that is asked for by its address."""
+    client, _ = served
+    for host in ("example.org", "huggingface.co"):  # which Gradio lets through without a look
+        file = {"path": f"https://{host}/dog.safetensors", "meta": {"_type": "gradio.FileData"}}
+        with pytest.raises(Exception, match=f"'https://{host}/dog.safetensors' is not fetched here: upload the file"):
+            client.predict(file, api_name="/import_adapter")
+    answer = httpx.get(f"{client.src}gradio_api/file=https://example.org/dog.png")
+    assert answer.status_code == 403 and "example.org" in answer.text
 
 
 def test_only_endpoints_with_names_are_shown(served):

@@ -1,4 +1,4 @@
-"""Brakes on what strangers may do often or at length: guess passwords, and upload."""
+"""Brakes on what strangers may do often or at length: guess passwords, and upload; and what they may never have done."""
 
 import shutil
 import time
@@ -16,6 +16,20 @@ LONGEST_WAIT = 900.0  # seconds
 HOUR = 3600.0  # seconds
 MAX_UPLOADED = 2 * 10**9  # bytes of one network within an hour
 FREE_BYTES = 10**9  # that uploads leave on the disk
+
+
+def fetch_nothing() -> None:
+    """Keeps Gradio from fetching addresses, which clients may give in the place of files and ask for as files.
+
+    It would fetch any public one, for anybody, of any length, past all that stands before uploads.
+    """
+    import gradio as gr
+    import safehttpx  # by which it fetches, in all of its places
+
+    async def refuse(url: str, *_: Any, **__: Any) -> Any:
+        raise gr.Error(f"{url!r} is not fetched here: upload the file itself.", print_exception=False)
+
+    safehttpx.get = safehttpx.async_validate_url = refuse  # type: ignore[assignment]
 
 
 class PasswordBrake:

@@ -100,9 +100,10 @@ def serve_page(options: argparse.Namespace) -> None:
 
 def launch(page: Any, workspace: Workspace, hosts: Hosts, **options: Any) -> str:
     """Opens the page, behind all that stands before it, and returns its address; `options`: Gradio's own."""
-    from svfit_dreambooth.web.brakes import PasswordBrake, UploadBrake
+    from svfit_dreambooth.web.brakes import PasswordBrake, UploadBrake, fetch_nothing
     from svfit_dreambooth.web.style import CSS, HEAD, theme
 
+    fetch_nothing()
     layers = (
         lambda app: Door(app, hosts),
         PasswordBrake,
