@@ -181,6 +181,7 @@ def test_uploads_leave_room_and_have_a_length(tmp_path, monkeypatch):
     usage = type("usage", (), {"free": 100 * giga})
     monkeypatch.setattr(brakes.shutil, "disk_usage", lambda folder: usage)
     assert post(brake, path, "192.0.2.1") == 411
+    assert post(brake, "/gradio_api/component_server", "192.0.2.1") == 411
     assert [post(brake, path, "192.0.2.1", content_length=giga) for _ in range(3)] == [200, 200, 429]
     assert post(brake, path, "192.0.2.2", content_length=giga) == 200
     now[0] += brakes.HOUR

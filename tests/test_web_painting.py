@@ -11,13 +11,17 @@ from PIL import Image
 
 gr = pytest.importorskip("gradio", reason="gradio is not installed")
 
+from gradio.components.image_editor import AcceptBlobs, EditorData
+from gradio.data_classes import FileData
 from web_stand_ins import Request
 
 from svfit_dreambooth.bases.names import DEFAULT_BASE
 from svfit_dreambooth.painting.sheets import contact_sheet
 from svfit_dreambooth.web.rooms import library, pictures
 from svfit_dreambooth.web.rooms.orders import AS_TRAINED, STRIP, Cell
+from svfit_dreambooth.web.tabs import drawing
 from svfit_dreambooth.web.tabs.compare import COMPARED, GRID, NOTHING, STRENGTHS, label
+from svfit_dreambooth.web.tabs.drawing import canvas
 from svfit_dreambooth.web.tabs.generate import _strength
 from svfit_dreambooth.web.tabs.painting import Painter, begin_from
 from svfit_dreambooth.web.tabs.reuse import SAMPLERS, take_up
@@ -246,6 +250,8 @@ def test_pictures_are_found_chosen_and_deleted_several_at_once(home, tiny_base, 
     assert sum(caption.startswith("✓") for _, caption in two[0].constructor_args["value"]) == 2
     with zipfile.ZipFile(two[4].value["path"]) as packed:
         assert packed.namelist() == dogs
+    again = gallery._buttons(home.visitor(request), dogs)[1].value["path"]
+    assert Path(again).is_file() and not Path(two[4].value["path"]).exists()
     assert click(1, dogs, True)[1] == dogs[:1]
     with pytest.raises(gr.Error, match="not there any more"):
         gallery.delete(["../secret"], dogs, request)
@@ -260,6 +266,44 @@ def test_what_is_drawn_over_a_picture_is_the_mask():
     drawn.paste("white", (0, 0, 5, 5))
     begin = begin_from({"background": photo, "layers": [drawn, empty]}, 0.5)
     assert (begin.strength, begin.image.mode, begin.mask.getbbox()) == (0.5, "RGB", (0, 0, 5, 5))
+    clear = begin_from({"background": empty, "layers": []}, 0.5)
+    assert clear.image.getpixel((0, 0)) == (255, 255, 255)  # what is transparent lies on white, as photos do
+
+
+def test_what_comes_out_of_an_editor_is_never_large_in_memory(tmp_path, monkeypatch):
+    editor, path = canvas(), tmp_path / "large.png"
+    Image.radial_gradient("L").resize((5000, 2500)).save(path)
+    file = FileData(path=str(path))
+    got = editor.preprocess(EditorData(background=file, layers=[file], composite=None))
+    assert got["background"].size == got["layers"][0].size == (drawing.LARGEST, drawing.LARGEST // 2)
+    assert got["background"].mode == "RGBA" and got["composite"] is None
+    monkeypatch.setattr(drawing, "MOST_PIXELS", 5000 * 2500 - 1)
+    with pytest.raises(gr.Error, match="the picture has 5000 × 2500 pixels: scale it down first"):
+        editor.preprocess(EditorData(background=file, layers=[], composite=None))
+    monkeypatch.undo()
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(gr.Error, match="no readable picture"):
+        editor.preprocess(EditorData(background=file, layers=[], composite=None))
+    assert editor.get_block_name() == "imageeditor"
+
+
+def test_drawings_that_no_event_asks_for_do_not_fill_the_memory(monkeypatch):
+    editor = canvas()
+    monkeypatch.setattr(drawing, "MOST_BYTES", 25)
+
+    def send(id, index="null", kind="background"):
+        told = {"type": kind, "index": index, "id": id}  # as it comes in: not as what it is declared to be
+        editor.accept_blobs(AcceptBlobs.model_construct(data=told, files=[("file", b"0123456789")]))
+
+    for id in ("a", "b", "c"):
+        send(id)
+    assert list(editor.blob_storage) == ["b", "c"]
+    send("c", "1", "layer")
+    assert list(editor.blob_storage) == ["c"] and editor.blob_storage["c"].layers == [None, b"0123456789"]
+    with pytest.raises(gr.Error, match="at most 8 layers"):
+        send("c", str(10**9), "layer")
+    with pytest.raises(gr.Error, match="draw it again"):  # rather than to paint as if nothing were drawn
+        editor.preprocess(EditorData(background=None, layers=[], composite=None, id="a"))
 
 
 def test_the_form_knows_all_samplers():

@@ -268,7 +268,6 @@ def test_what_a_base_has_no_use_for_is_said_before_the_start(public, photo_folde
     add_photos(visitor.photos, sorted(photo_folder.glob("*.png")))
     tiny_klein().save_pretrained(models / "klein")
     shutil.copytree(tiny_base / "vae", models / "better-vae")
-    (models / "better-vae" / "model_index.json").touch()  # offered by its name
     (models / "one.safetensors").touch()
 
     def form(base, **changes):

@@ -15,6 +15,7 @@ MANY_GUESSES = 100  # of all networks within an hour, after which one is free
 LONGEST_WAIT = 900.0  # seconds
 HOUR = 3600.0  # seconds
 MAX_UPLOADED = 2 * 10**9  # bytes of one network within an hour
+UPLOADS = ("/upload", "/component_server")  # where files come in; the latter those of the editors of pictures
 FREE_BYTES = 10**9  # that uploads leave on the disk
 
 
@@ -81,7 +82,7 @@ class UploadBrake:
         self._brought: dict[str, list[tuple[float, int]]] = {}  # network -> (when, bytes), within the last hour
 
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or not scope["path"].rstrip("/").endswith("/upload"):
+        if scope["type"] != "http" or scope["method"] != "POST" or not scope["path"].rstrip("/").endswith(UPLOADS):
             await self.app(scope, receive, send)
             return
         who, now = network(scope["client"]), self.clock()

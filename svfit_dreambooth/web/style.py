@@ -134,7 +134,12 @@ html { scroll-padding-block: 72px 84px; }
 .in-sight.top { top: 0; bottom: auto; }
 :focus-visible { outline: 2px solid var(--primary-500) !important; outline-offset: 2px; }
 
-@media (pointer: coarse) { button:not(.reset-button), [role=tab] { min-height: 40px; } }
+@media (pointer: coarse) {
+  button, [role=tab], label:has(> input[type=radio]), input:not([type=radio], [type=checkbox], [type=range]) { min-height: 40px; }
+  label.checkbox-container { min-height: 40px; display: inline-flex; align-items: center; }
+  input[type=range] { height: 40px; }
+  .reset-button { min-width: 40px; }
+}
 @media (max-width: 640px) {
   .in-sight, .in-sight.top { position: fixed; left: 0; right: 0; bottom: 0; top: auto; padding: 8px 12px !important; }
   .tabitem { padding-bottom: 64px !important; }

@@ -1,6 +1,7 @@
 """The visitor's pictures: found, chosen, one or several, downloaded, deleted, taken as an adapter's picture."""
 
 import html
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ class Pictures:
 
     def __init__(self, app: App):
         self.app = app
+        self._packed: dict[str, str] = {}  # visitor's word -> what was last packed for them
 
     def shown(self, visitor: Visitor, names: list[str], chosen: list[str] = []) -> list[tuple[str, str]]:  # noqa: B006
         """What a gallery shows."""
@@ -70,6 +72,9 @@ class Pictures:
             file = self.app.serve(visitor.pictures / chosen[0])
         elif chosen:
             file = str(place_to_serve(self.app.workspace, "pictures.zip"))
+            if earlier := self._packed.pop(visitor.word, None):
+                shutil.rmtree(Path(earlier).parent, ignore_errors=True)  # every click packs anew
+            self._packed[visitor.word] = file
             with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as packed:
                 for name in chosen:
                     packed.write(pictures.find(visitor.pictures, name), name)

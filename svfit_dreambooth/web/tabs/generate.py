@@ -11,6 +11,7 @@ from svfit_dreambooth.web.rooms.app import App
 from svfit_dreambooth.web.rooms.orders import AS_TRAINED
 from svfit_dreambooth.web.tabs.cards import readable
 from svfit_dreambooth.web.tabs.compare import AXES, GRID, MODES, NOTHING
+from svfit_dreambooth.web.tabs.drawing import canvas
 from svfit_dreambooth.web.tabs.form import BITS
 from svfit_dreambooth.web.tabs.gallery import UNSELECTED
 from svfit_dreambooth.web.tabs.mistakes import told
@@ -105,9 +106,9 @@ def build_generate(app: App, page: gr.Blocks) -> GenerateTab:
                 gr.Markdown(
                     "Draw over what alone is to be painted anew; nothing drawn: all of it is.", elem_classes="note"
                 )
-                begin = gr.ImageEditor(
-                    label="Picture to begin with", show_label=False, type="pil", layers=False, height=300,
-                    sources=("upload", "clipboard"), transforms=("crop",), buttons=[],
+                begin = canvas(
+                    label="Picture to begin with", show_label=False, height=300,
+                    sources=("upload", "clipboard"), transforms=("crop",),
                     brush=gr.Brush(default_size=24, colors=[("#ffffff", 0.7)], color_mode="fixed"), **OPEN,
                 )  # fmt: skip
                 anew = gr.Slider(0.05, 1, 0.6, step=0.05, label="How much is painted anew", info="Denoising strength: 1 keeps nothing.", **OPEN)  # fmt: skip

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.files import save_png
@@ -244,7 +245,9 @@ def begin_from(drawn: dict[str, Any] | None, anew: float) -> Any:
     libraries()
     from svfit_dreambooth.painting.from_picture import Begin
 
-    return Begin(drawn["background"].convert("RGB"), anew, drawn_over(drawn))
+    picture = drawn["background"].convert("RGBA")
+    on_white = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return Begin(on_white, anew, drawn_over(drawn))
 
 
 def _caption(made: Made, order: Order) -> str:

@@ -11,7 +11,7 @@ from svfit_dreambooth.web.rooms.laid_out import bundled_subjects
 from svfit_dreambooth.web.rooms.progress import Progress
 from svfit_dreambooth.web.tabs.curve import loss_plot
 from svfit_dreambooth.web.tabs.draft import Draft
-from svfit_dreambooth.web.tabs.drawing import COLOUR
+from svfit_dreambooth.web.tabs.drawing import COLOUR, canvas
 from svfit_dreambooth.web.tabs.form import ADVANCED, BITS
 from svfit_dreambooth.web.tabs.generate import PRIVATE, GenerateTab
 from svfit_dreambooth.web.tabs.run_list import ON_LOAD
@@ -52,8 +52,8 @@ def build_train(app: App, page: gr.Blocks, tabs: gr.Tabs, generate_tab: Generate
             )  # fmt: skip
             with gr.Accordion("Mask", open=False, visible=False, elem_id="mask") as masking:
                 gr.Markdown("Draw over the subject: what is not drawn over is not learnt. Nothing drawn: all of it is learnt.", elem_classes="note")  # fmt: skip
-                editor = gr.ImageEditor(
-                    show_label=False, type="pil", layers=False, height=420, canvas_size=(512, 512), sources=(), transforms=(), buttons=[],
+                editor = canvas(
+                    show_label=False, height=420, canvas_size=(512, 512), sources=(), transforms=(),
                     brush=gr.Brush(default_size=24, colors=[(COLOUR, 0.6)], color_mode="fixed"), interactive=True,
                 )  # fmt: skip
                 draw = gr.Button("Keep this mask", size="sm", elem_id="keep-mask")
