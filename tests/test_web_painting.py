@@ -89,9 +89,17 @@ def test_base_and_unusual_numbers_of_a_picture_are_taken_up(home, dog_adapter, t
         assert taken[17] is None  # it began with noise, and so does what comes
         warned.clear()
     odd = settings | {"vae": "/etc", "trained_on": "owner/gone", "strength": 0.4, "prompt_weights": True}
+    odd["seed"] = 2**64 - 1
     taken = take_up(home, visitor, {**odd, "base_model": DEFAULT_BASE, "adapters": {}})
     assert (taken[14], taken[16], taken[18]) == ("", "", 0.4) and taken[17] == gr.skip()
-    for missing in ("the autoencoder /etc", "trained on, owner/gone", "picture that it began with", "weights of words"):
+    assert taken[6] == gr.skip()
+    for missing in (
+        f"the seed {2**64 - 1}, which",
+        "the autoencoder /etc",
+        "trained on, owner/gone",
+        "picture that it began with",
+        "weights of words",
+    ):
         assert missing in warned[0]
     for strength, bounds in ((2.5, (0, 2.5)), (-1, (-1, 1.5)), (1, (0, 1.5))):
         slider = _strength("dog", "", strength, "dog")
@@ -256,6 +264,13 @@ def test_pictures_are_found_chosen_and_deleted_several_at_once(home, tiny_base, 
     with pytest.raises(gr.Error, match="not there any more"):
         gallery.delete(["../secret"], dogs, request)
     assert gallery.delete(dogs, dogs, request)[1] == [] and len(list(folder.glob("*.png"))) == 1
+
+
+@pytest.mark.parametrize("seed", [-1, 2**53, 2**64])
+def test_a_seed_that_would_not_come_back_the_same_is_refused(public, tiny_base, seed):
+    form = ["a dog", "", tiny_base.name, [], 1, 1, "", seed, False, "16", "16", "just paint", False, *REST]
+    with pytest.raises(gr.Error, match=f"“Seed” is {seed}: write a whole number from 0 to {2**53 - 1}"):
+        list(Painter(public).generate(Request("a" * 32), *form))
 
 
 def test_what_is_drawn_over_a_picture_is_the_mask():

@@ -23,7 +23,7 @@ from svfit_dreambooth.web.tabs.drawing import drawn_over
 from svfit_dreambooth.web.tabs.form import PAINTING, bits_of, in_form_words
 from svfit_dreambooth.web.tabs.gallery import UNSELECTED, Pictures
 from svfit_dreambooth.web.tabs.mistakes import number, plainly, whole
-from svfit_dreambooth.web.tabs.reuse import SAMPLERS, take_up
+from svfit_dreambooth.web.tabs.reuse import LARGEST_SEED, SAMPLERS, take_up
 
 SEEDS = 1_000_000  # a new one is chosen among: few enough digits to be told to a friend
 REMEMBERED = (
@@ -188,7 +188,7 @@ class Painter:
             ],
             negative_prompt=(negative or "").strip(),
             num_images=int(count),
-            seed=random.randrange(SEEDS) if new_seed or seed is None else int(seed) % 2**63,
+            seed=random.randrange(SEEDS) if new_seed or seed is None else _seed(seed),
             num_inference_steps=whole("Sampling steps", steps),
             guidance_scale=number("Guidance", guidance),
             width=whole("Width", width),
@@ -236,6 +236,15 @@ class Painter:
         visitor = self.app.visitor(request)
         name = library.add(visitor.uploads, Path(file))
         return gr.Dropdown(self.app.adapter_choices(visitor), value=[*(values or []), f"upload/{name}"])
+
+
+def _seed(value: float) -> int:
+    """A seed as it was typed.  Raises SVFitError for one that would not be the same when it comes back."""
+    if not 0 <= value <= LARGEST_SEED:
+        raise SVFitError(
+            f"“Seed” is {value:.0f}: write a whole number from 0 to {LARGEST_SEED}, or tick “A new seed each time”."
+        )
+    return int(value)
 
 
 def begin_from(drawn: dict[str, Any] | None, anew: float) -> Any:

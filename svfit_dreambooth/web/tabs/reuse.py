@@ -16,6 +16,7 @@ from svfit_dreambooth.web.tabs.form import BITS
 # of samplers.SAMPLERS, which would bring torch before the page is open; a test holds them together
 SAMPLERS = ("ddim", "euler", "euler_a", "heun", "dpm++_2m", "dpm++_2m_karras", "unipc", "pndm")
 OWN_SAMPLER = "the base's own"
+LARGEST_SEED = 2**53 - 1  # that a browser tells from its neighbours
 ONCE = "just paint"  # what the form says where nothing is to be compared
 
 
@@ -39,6 +40,8 @@ def take_up(app: App, visitor: Visitor, settings: dict[str, Any]) -> tuple[Any, 
         missing.append("the picture that it began with, which no file keeps")
     if "prompt_weights" in settings:
         missing.append("weights of words in a prompt, which the page does not read")
+    if not (fits := 0 <= settings["seed"] <= LARGEST_SEED):
+        missing.append(f"the seed {settings['seed']}, which no browser can hold: paint it by the command line")
     places: dict[str, str] = {}
     for name, autoencoder, what in (("vae", True, "the autoencoder"), ("trained_on", False, "the base trained on,")):
         places[name] = settings.get(name, "")
@@ -54,7 +57,7 @@ def take_up(app: App, visitor: Visitor, settings: dict[str, Any]) -> tuple[Any, 
         gr.Dropdown(choices, value=list(found)),
         str(settings["num_inference_steps"]),
         f"{settings['guidance_scale']:g}",
-        settings["seed"],
+        settings["seed"] if fits else gr.skip(),
         False,  # no new seed
         str(settings["width"]),
         str(settings["height"]),
