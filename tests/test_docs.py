@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_pipeline, tiny_unet
+from flow_bases import tiny_klein
 from PIL import Image
 from test_loading import make_adapter
 from transformers import ViTConfig, ViTForImageClassification
@@ -28,11 +29,16 @@ TRAIN, COMMAND = "python train_dreambooth_svfit.py", "python -m svfit_dreambooth
 OTHERS = ("python3 -m venv", "pip install", "hf auth login", "accelerate launch", "torchrun", "ray start")
 SCRIPTS = ("python app.py", "python benchmarks/", "python examples/", "python -m toybox")
 HUB = {"stable-diffusion-v1-5/stable-diffusion-v1-5": "toybox", "owner/my-dog:0.8": "dog.safetensors:0.8"}
+SIBLINGS = {  # a distilled base and the one that it was made from; what was trained there
+    "black-forest-labs/FLUX.2-klein-4B": "FLUX.2-klein",
+    "black-forest-labs/FLUX.2-klein-base-4B": "FLUX.2-klein-base",
+    "dog.safetensors": "klein_dog.safetensors",
+}
 NOT_WITHOUT_THE_HUB = ("push runs/my_dog", "push runs/my_dog owner/my-dog")
 NETWORKS = ("--dino_path", "--clip_path")  # toybox has its judge
 QUICK = {  # so few that a test has the time
     "train": ["--max_train_steps=2", "--num_inference_steps=1", "--num_class_images=2", "--mixed_precision=no"],
-    "generate": ["--num_images=1", "--num_inference_steps=1"],
+    "generate": ["--num_images=1", "--num_inference_steps=2"],  # of which --strength takes a part
     "jobs": ["--num_inference_steps=1"],
     "evaluate": ["--num_images=1", "--num_inference_steps=1"],
 }
@@ -85,7 +91,8 @@ def workplace(tmp_path, monkeypatch):
         save_adapter(adapter, tmp_path / f"{name}.safetensors")
     for folder in ("photos/my_dog", "more_photos_of_the_dog"):
         shutil.copytree(SUBJECTS_FOLDER / "dog_patch", tmp_path / folder)
-    Image.new("RGB", (64, 64), "red").save(tmp_path / "dog.png")
+    for name in ("dog.png", "holiday.jpg"):
+        Image.new("RGB", (64, 64), "red").save(tmp_path / name)
     for name in ("photos/my_mug", "subjects/zwx mug", "subjects/cat"):
         shutil.copytree(SUBJECTS_FOLDER / "dog_patch", tmp_path / name)
     (lines,) = blocks(ROOT / "docs/painting.md", "json")
@@ -94,11 +101,25 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def siblings(workplace):
+    """Two bases of one family there, and an adapter trained on the second."""
+    distilled, base = tiny_klein(seed=1, is_distilled=True), tiny_klein(is_distilled=False)
+    distilled.save_pretrained(workplace / "FLUX.2-klein")
+    base.save_pretrained(workplace / "FLUX.2-klein-base")
+    adapter = make_adapter(base, rank=4, components=("transformer",))
+    adapter.base_model = "FLUX.2-klein-base"
+    save_adapter(adapter, workplace / "klein_dog.safetensors")
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("siblings")
 @pytest.mark.parametrize("page", of_pages(lambda page: any(c.startswith((TRAIN, COMMAND)) for c in commands(page))))
 def test_commands_run(page, workplace, capsys):
     for command in commands(page):
-        words = [HUB.get(word, word) for word in arguments(command)] if command.startswith((TRAIN, COMMAND)) else []
+        words = arguments(command) if command.startswith((TRAIN, COMMAND)) else []
+        here = SIBLINGS if "--trained_on" in words else HUB
+        words = [here.get(word, word) for word in words]
         for flag in NETWORKS:
             if flag in words:
                 del words[words.index(flag) : words.index(flag) + 2]
@@ -185,6 +206,6 @@ def known_flags():
 def test_flags_that_are_spoken_of_exist(page):
     named = set(re.findall(r"(?<![\w-])--[a-z]\w*", page.read_text(encoding="utf-8")))
     named -= {"--check"}  # of ruff
-    named -= {"--head", "--port", "--block"}  # of Ray
+    named -= {"--head", "--port", "--block", "--num"}  # of Ray
     named -= {"--nodes", "--ntasks", "--exclude", "--gpus", "--cpus", "--signal"}  # of Slurm
     assert named <= known_flags()

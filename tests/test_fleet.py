@@ -14,6 +14,7 @@ from collections import deque
 from contextlib import nullcontext, suppress
 from functools import partial
 from itertools import repeat
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -142,7 +143,7 @@ def test_two_kills_and_a_stop(tiny_base, tmp_path, monkeypatch):
 
     means = Means(workers=1, cpus_per_worker=1, gpus_per_worker=0)
     with cluster(None) as ray:
-        monkeypatch.setattr("svfit_dreambooth.fleet.fleet.cluster", lambda address: nullcontext(ray))
+        monkeypatch.setattr("svfit_dreambooth.fleet.fleet.cluster", lambda *_: nullcontext(ray))
         reports = run_fleet(configs, means, on_look=both(at(first, 1, kill), at(first, 12, stop)))
         told = {report.subject: (report.state, report.workers_lost, report.message) for report in reports}
         assert told == {
@@ -169,6 +170,70 @@ def test_twenty_kills_at_random_moments(tiny_base, tmp_path):
     assert [report.state for report in reports] == ["finished"] * 12, reports
     assert killer.killed == 20 and not workers()
     assert_bit_equal(reports, configs, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Ray watches memory on Linux")
+def test_workers_that_ray_ends_as_memory_runs_low(tiny_base, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_memory_usage_threshold", "0.01")  # of the machine's
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "100")
+    configs = configs_of(make_subjects(tmp_path / "subjects", 1), tiny_base, tmp_path / "out", 5)
+    reports = []
+    with pytest.raises(SVFitError, match="no worker has opened the base, 5 in a row ran out of memory: give each more"):
+        run_fleet(configs, Means(workers=1, cpus_per_worker=1, gpus_per_worker=0), reports.append)
+    assert [report.state for report in reports] == ["stopped"] and not workers()
+
+
+SRUN = """#!/bin/bash
+while [ "$1" != ray ]; do case "$1" in -w) shift 2;; *) shift;; esac; done
+exec {ray} "${{@:2}}"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="as Slurm is")
+def test_the_slurm_recipe(tiny_base, tmp_path):
+    """Its own lines, with two machines that are this one: all workers come, and save when the time is nearly over."""
+    page = (Path(__file__).parents[1] / "docs" / "many-subjects.md").read_text(encoding="utf-8")
+    (recipe,) = re.findall(r"^```sh\n(#!/bin/bash.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    folder, out = make_subjects(tmp_path / "subjects", 2), tmp_path / "out"
+    more = f"--pretrained_model_name_or_path {tiny_base} --max_train_steps 100000 --resolution 16 --train_batch_size 1 "
+    more += "--validation_steps 0 --no_final_pictures --checkpointing_steps 100000 --fixed_loss_examples 0 "
+    for ours, theirs in {
+        "/shared/subjects": str(folder), "/shared/runs": str(out), "python -m": f"{sys.executable} -m",
+        "--workers 16": f"--workers 2 --cpus_per_worker 1 --gpus_per_worker 0 {more}", "--nodes=3": "--nodes=1",
+    }.items():  # fmt: skip
+        assert ours in recipe
+        recipe = recipe.replace(ours, theirs)
+    (tmp_path / "bin").mkdir()
+    commands = {"scontrol": "#!/bin/bash\necho 127.0.0.1\necho other\n"}
+    commands["srun"] = SRUN.format(ray=Path(sys.executable).with_name("ray"))
+    for name, text in commands.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2",
+        "SLURM_CPUS_PER_TASK": "1", "SLURM_JOB_ID": str(os.getpid()),
+    }  # fmt: skip
+    configs = [TrainConfig(output_dir=str(out / f"sks-thing-{i}"), adapter_name=f"sks-thing-{i}") for i in range(2)]
+    with open(tmp_path / "lines", "w") as lines, open(tmp_path / "said", "w") as said:
+        job = subprocess.Popen(["bash", "-c", recipe], stdout=lines, stderr=said, env=environment)
+    inside = []
+    try:
+        while job.poll() is None and not all(steps_made(config) > 3 for config in configs):
+            time.sleep(0.2)
+        inside = psutil.Process(job.pid).children(recursive=True)
+        os.kill(job.pid, signal.SIGTERM)  # as --signal=B:TERM does, to the batch shell alone
+        job.wait(timeout=120)
+    finally:  # as Slurm does then
+        for process in inside:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+    lines, said = ((tmp_path / name).read_text() for name in ("lines", "said"))
+    told = {line["subject"]: line for line in map(json.loads, lines.splitlines())}
+    assert job.returncode == 0 and {line["state"] for line in told.values()} == {"stopped"}, said
+    for config in configs:
+        assert checkpoint_steps(config) == [steps_made(config)] == [told[config.adapter_name]["steps"]]
 
 
 @pytest.mark.slow
@@ -286,7 +351,7 @@ def reports_of(script, folder):
 
 def test_the_command_repeats_nothing_and_passes_bad_folders(tiny_base, tmp_path, monkeypatch, capsys):
     here = Here()
-    monkeypatch.setattr("svfit_dreambooth.fleet.fleet.cluster", lambda address: nullcontext(here))
+    monkeypatch.setattr("svfit_dreambooth.fleet.fleet.cluster", lambda *_: nullcontext(here))
     monkeypatch.setattr("svfit_dreambooth.fleet.worker.whereabouts", opened)
     folder, out = make_subjects(tmp_path / "subjects", 1), tmp_path / "out"
     command = ["fleet", str(folder), "--output_dir", str(out), "--pretrained_model_name_or_path", str(tiny_base)]
@@ -341,7 +406,7 @@ def test_workers_that_die_while_they_open_the_base_say_nothing_about_a_subject(t
     openings = [*[out_of_memory] * (MOST_LOSSES - 1), opened] * 2
     (report,) = reports_of(Script(openings, [dies_at(1), finished]), tmp_path)
     assert (report.state, report.workers_lost) == ("finished", 1)
-    with pytest.raises(SVFitError, match="5 workers in a row ran out of memory before they had opened the base"):
+    with pytest.raises(SVFitError, match="no worker has opened the base, 5 in a row ran out of memory"):
         reports_of(Script(repeat(out_of_memory), []), tmp_path)
 
 
@@ -377,6 +442,18 @@ def test_room_for_workers():
     ]:
         with pytest.raises(SVFitError, match=message):
             room({"CPU": 8.0}, means, 20)
+
+
+def test_machines_of_a_cluster_may_join_while_a_fleet_waits(tmp_path, monkeypatch):
+    monkeypatch.setattr("svfit_dreambooth.fleet.cluster.time.sleep", lambda seconds: None)
+    script = Script(repeat(opened), repeat(finished))
+    there = iter([{"CPU": 1.0}, {"CPU": 1.0}, {"CPU": 2.0}])
+    script.cluster_resources = lambda: next(there)
+    turns = deque(Turn([TrainConfig(output_dir=str(tmp_path / name), adapter_name=name)]) for name in ("dog", "mug"))
+    assert Fleet(script, Means(workers=2, startup_seconds=60), turns, print).count == 2
+    there = iter([{"CPU": 1.0}])
+    with pytest.raises(SVFitError, match="workers is 2, and there is room for 1"):
+        Fleet(script, Means(workers=2), turns, print)
 
 
 @pytest.mark.parametrize(

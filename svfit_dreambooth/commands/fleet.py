@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from svfit_dreambooth.fleet.worker import Report
     from svfit_dreambooth.training.config import TrainConfig
 
-OWN = ("subjects", "subjects_at_once", "workers", "gpus_per_worker", "cpus_per_worker", "address")
+OWN = (
+    "subjects", "subjects_at_once", "workers", "gpus_per_worker", "cpus_per_worker", "address", "startup_seconds",
+)  # fmt: skip
 PROG = "python -m svfit_dreambooth fleet"
 
 
@@ -28,6 +30,9 @@ def add_fleet(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cpus_per_worker", metavar="N", help="threads of each (default: all, shared out evenly)")
     group.add_argument(
         "--address", help='Ray cluster, HOST:PORT or "auto" (default: this machine, started and ended here)'
+    )
+    group.add_argument(
+        "--startup_seconds", metavar="N", help="for which the cluster and its machines are waited for (default: 0)"
     )
     group.add_argument("--subjects_at_once", metavar="N", help="subjects that share each step of a worker (default: 1)")
 
@@ -51,6 +56,7 @@ def fleet(arguments: Sequence[str], names: set[str]) -> None:
         _number(given, "cpus_per_worker", int),
         given.get("address"),
         at_once(given, 1),
+        _number(given, "startup_seconds", float) or 0,
     )
     if config.instance_data_dir is not None:
         raise SVFitError("a fleet's photos are those of its subjects: leave instance_data_dir out.")

@@ -5,9 +5,11 @@ import os
 import signal
 import socket
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import psutil
@@ -32,6 +34,7 @@ class Means:
     cpus_per_worker: int | None = None  # threads of each; None: those that there are, shared out evenly
     address: str | None = None  # of a Ray cluster; None: this machine alone
     at_once: int = 1  # subjects in one run
+    startup_seconds: float = 0  # in which a cluster may still come up, and get room for the workers that are asked for
 
 
 def room(there: dict[str, float], means: Means, turns: int) -> tuple[int, dict[str, float]]:
@@ -57,9 +60,24 @@ def room(there: dict[str, float], means: Means, turns: int) -> tuple[int, dict[s
     return count, {"num_cpus": means.cpus_per_worker or max(1, cpus // count), "num_gpus": own_gpus}
 
 
+def in_time(ask: Callable[[], Any], seconds: float) -> Any:
+    """What `ask` returns, which is tried once a second while it raises SVFitError, for so long."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            return ask()
+        except SVFitError:
+            if time.monotonic() >= until:
+                raise
+        time.sleep(min(1.0, seconds))
+
+
 @contextmanager
-def cluster(address: str | None) -> Iterator[Any]:
-    """Ray, connected to the cluster at `address`, or, None, to one on this machine that ends with the block."""
+def cluster(address: str | None, startup_seconds: float = 0) -> Iterator[Any]:
+    """Ray, connected to the cluster at `address`, or, None, to one on this machine that ends with the block.
+
+    Raises SVFitError where there is none, nor comes up within `startup_seconds`.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody else is told of what runs here
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray would let training wait for whatever else runs
     try:
@@ -72,6 +90,7 @@ def cluster(address: str | None) -> Iterator[Any]:
             if address is None:
                 _start(ray, folder)
             else:
+                in_time(partial(check_there, address), startup_seconds)
                 _connect(ray, address)
             yield ray
         finally:
@@ -107,7 +126,6 @@ def _end_rest(folder: str) -> None:
 
 
 def _connect(ray: Any, address: str) -> None:
-    check_there(address)
     try:
         ray.init(address=address, **QUIETLY)
     except (ConnectionError, RuntimeError, ValueError) as error:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.fleet.cluster import Means, cluster, end_process, room
+from svfit_dreambooth.fleet.cluster import Means, cluster, end_process, in_time, room
 from svfit_dreambooth.fleet.worker import Report, Worker
 from svfit_dreambooth.training.config import TrainConfig
 from svfit_dreambooth.training.events import Phase, from_line
@@ -95,7 +95,7 @@ def run_fleet(
     waiting = deque(Turn(list(configs[i : i + means.at_once])) for i in range(0, len(configs), means.at_once))
     if not waiting:
         return []
-    with cluster(means.address) as ray, stop_signals() as asked:
+    with cluster(means.address, means.startup_seconds) as ray, stop_signals() as asked:
         fleet = Fleet(ray, means, waiting, on_report)
         try:
             while fleet.step():
@@ -115,7 +115,9 @@ class Fleet:
 
     def __init__(self, ray: Any, means: Means, waiting: deque[Turn], on_report: Callable[[Report], None]) -> None:
         self.ray, self.waiting, self.on_report = ray, waiting, on_report
-        self.count, resources = room(ray.cluster_resources(), means, len(waiting))
+        self.count, resources = in_time(
+            lambda: room(ray.cluster_resources(), means, len(waiting)), means.startup_seconds
+        )
         self.kind = ray.remote(**resources, max_restarts=0)(Worker)
         self.opening: dict[Any, Any] = {}  # what will answer -> who opens the base
         self.idle: list[Any] = []
@@ -181,8 +183,8 @@ class Fleet:
             self.unopened += 1
             if self.unopened >= MOST_LOSSES * self.count:
                 raise SVFitError(
-                    f"{self.unopened} workers in a row {self._end_of(error)} before they had opened the base: give them "
-                    "more memory, or ask for fewer workers.",
+                    f"no worker has opened the base, {self.unopened} in a row {self._end_of(error)}: give each more memory, "
+                    "or ask for fewer workers.",
                     "workers",
                 ) from None
             logger.warning("a worker died before it had opened the base: another is started.")
