@@ -22,8 +22,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from toybox.architecture import WEIGHTS, load_pipeline
+from toybox.denoiser import contact_sheet
 from toybox.judge import Judge, load_judge
-from toybox.stages import contact_sheet
 from toybox.world import (
     COLOURS,
     KINDS,

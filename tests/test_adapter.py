@@ -12,6 +12,7 @@ import torch
 
 from svfit_dreambooth.adapter.describe import describe_adapter
 from svfit_dreambooth.adapter.file import Adapter, read_adapter, save_adapter
+from svfit_dreambooth.bases.names import DEFAULT_BASE
 from svfit_dreambooth.errors import SVFitError
 
 FINGERPRINT = {"unet": {"sha256": "ab" * 32, "sample": [0.25, -1.5]}}
@@ -38,7 +39,7 @@ def make_adapter(**changes):
     torch.manual_seed(0)
     fields = {
         "shifts": {name: torch.randn(rank) * 0.1 for name, rank in zip(NAMES, (8, 5), strict=True)},
-        "base_model": "toybox",
+        "base_model": DEFAULT_BASE,
         "base_fingerprint": FINGERPRINT,
         "instance_prompt": "a photo of sks dog",
         "class_prompt": "a photo of a dog",
@@ -322,4 +323,4 @@ def test_description(tmp_path):
     }  # fmt: skip
     assert described["components"]["unet"]["values"] == 18
     assert described["total"]["projections"] == 6 and described["total"]["values"] == 25
-    assert described["base_model"] == "toybox" and described["instance_prompt"] == "a photo of sks dog"
+    assert described["base_model"] == DEFAULT_BASE and described["instance_prompt"] == "a photo of sks dog"

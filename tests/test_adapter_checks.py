@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save, save_file
 
 from svfit_dreambooth.adapter.file import Adapter, read_adapter, save_adapter
+from svfit_dreambooth.bases.names import DEFAULT_BASE
 from svfit_dreambooth.errors import SVFitError
 
 NAMES = ("unet.mid_block.attentions.0.attn1.to_q", "text_encoder.text_model.encoder.layers.3.self_attn.q_proj")
@@ -21,7 +22,7 @@ def path(tmp_path):
     """A good file."""
     torch.manual_seed(0)
     shifts = {name: torch.randn(rank) * 0.1 for name, rank in zip(NAMES, (8, 5), strict=True)}
-    adapter = Adapter(shifts, "toybox", {}, "a photo of sks dog", training={"learning_rate": 0.05})
+    adapter = Adapter(shifts, DEFAULT_BASE, {}, "a photo of sks dog", training={"learning_rate": 0.05})
     return save_adapter(adapter, tmp_path / "dog.safetensors", torch.float32)
 
 
@@ -32,7 +33,7 @@ def write_with(path, tensors, **changes):
     metadata = {
         "format": "svfit",
         "format_version": "1",
-        "base_model": "toybox",
+        "base_model": DEFAULT_BASE,
         "base_fingerprint": "{}",
         "targets": json.dumps({key.removesuffix(".shift"): tensor.numel() for key, tensor in tensors.items()}),
         "training": "{}",
@@ -255,7 +256,7 @@ def exchanged(content, *pairs):
 
 def test_exchanged_places_and_types_do_not_pass(tmp_path):
     """The bytes after the header are the same, and so is their hash."""
-    adapter = Adapter({name: torch.randn(8) for name in NAMES}, "toybox", {})
+    adapter = Adapter({name: torch.randn(8) for name in NAMES}, DEFAULT_BASE, {})
     path = save_adapter(adapter, tmp_path / "dog.safetensors")
     content = path.read_bytes()
     (length,) = struct.unpack("<Q", content[:8])

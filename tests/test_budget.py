@@ -13,6 +13,7 @@ from svfit_dreambooth import TrainConfig, load_adapter, read_adapter, save_adapt
 from svfit_dreambooth.adapter.describe import describe_adapter
 from svfit_dreambooth.adapter.file import Adapter
 from svfit_dreambooth.bases.families import apply_svfit, find_projections
+from svfit_dreambooth.bases.names import DEFAULT_BASE
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.method.basis import model_basis
 from svfit_dreambooth.method.targets import svfit_layers
@@ -87,7 +88,7 @@ def sparse_adapter():
     torch.manual_seed(0)
     wide, dense = torch.zeros(300), torch.randn(40)
     wide[torch.tensor([0, 17, 299])] = torch.tensor([0.5, -1.0, 2.0])
-    return Adapter({"unet.wide": wide, "unet.dense": dense, "unet.zero": torch.zeros(500)}, "toybox", {})
+    return Adapter({"unet.wide": wide, "unet.dense": dense, "unet.zero": torch.zeros(500)}, DEFAULT_BASE, {})
 
 
 def test_mostly_zeros_are_written_as_positions(tmp_path):
@@ -142,7 +143,7 @@ def test_the_loader_on_the_page_takes_positions_and_kernels(tmp_path):
     U, S, Vh = torch.linalg.svd(conv.weight.detach().flatten(1), full_matrices=False)
     shift = torch.zeros(110)
     shift[torch.tensor([2, 109])] = torch.tensor([0.5, -0.25])
-    path = save_adapter(Adapter({"unet.c": shift}, "toybox", {}), tmp_path / "a.safetensors", torch.float32)
+    path = save_adapter(Adapter({"unet.c": shift}, DEFAULT_BASE, {}), tmp_path / "a.safetensors", torch.float32)
     assert read_adapter(path).ranks == {"unet.c": 2}
     names["merge"](path, {"unet": torch.nn.ModuleDict({"c": conv})})
     S[:110] += shift

@@ -177,7 +177,7 @@ def test_the_card_of_an_unknown_base_makes_no_claims(run):
 
 
 def test_the_card_says_what_the_file_says():
-    adapter = Adapter({"unet.a.to_q": torch.ones(3)}, base_model="toybox", base_fingerprint={})
+    adapter = Adapter({"unet.a.to_q": torch.ones(3)}, base_model=DEFAULT_BASE, base_fingerprint={})
     adapter.metadata |= {"modelspec.license": "CC BY 4.0", "modelspec.author": "Ann *Other*"}
     adapter.learned_words = [LearnedWord("sks", {"text_encoder": ["sks"]}, {"text_encoder": torch.ones(1, 24)})]
     head, body = front_matter(model_card(adapter, title="x", file_name="x", file_bytes=1, repository="a/b"))

@@ -5,6 +5,7 @@ import json
 import pytest
 from PIL import Image
 
+from svfit_dreambooth.bases.names import DEFAULT_BASE
 from svfit_dreambooth.painting.generate import generate, open_for_adapters
 from svfit_dreambooth.painting.picture import Picture, free_path, save_picture
 
@@ -13,7 +14,7 @@ SETTINGS = {
     "negative_prompt": "",
     "seed": 9,
     "adapters": {"dog": 0.5},
-    "base_model": "toybox",
+    "base_model": DEFAULT_BASE,
     "num_inference_steps": 3,
     "guidance_scale": 7.5,
     "width": 8,

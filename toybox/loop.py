@@ -115,9 +115,10 @@ def fit(
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             step += 1
-            decay = min(ema_decay, (1 + step) / (10 + step))
+            # The average follows sooner as the rate falls, so that it ends at the last weights rather than behind them.
+            share = min(1.0, max((1 - ema_decay) / max(rate_factor(fraction), 1e-6), 9 / (10 + step)))
             with torch.no_grad():
-                torch._foreach_lerp_(average, parameters, 1 - decay)
+                torch._foreach_lerp_(average, parameters, share)
             recent.append(loss.detach())
             if step % log_every == 0 and accelerator.is_main_process:
                 minutes = (time.monotonic() - started) / 60

@@ -31,6 +31,7 @@ OF_A_FAMILY = {  # beginning of modelspec's architecture -> the licence of the f
 }
 OF_A_BASE = {  # name of a base -> its licence; fine-tunes of these have their own
     "toybox": APACHE,
+    "toybox 2": APACHE,
     "stable-diffusion-v1-5/stable-diffusion-v1-5": OPENRAIL,
     "CompVis/stable-diffusion-v1-4": OPENRAIL,
     "stabilityai/stable-diffusion-2-1": OPENRAIL_2,

@@ -6,8 +6,10 @@ from pathlib import Path
 from svfit_dreambooth.errors import SVFitError
 
 TOYBOX = "toybox"  # the word by which people ask for the embedded base model, whichever that is
-DEFAULT_BASE = TOYBOX  # what files call the one at hand, which is taken where none is named
-FORMER: dict[str, str] = {}  # what files call embedded ones whose weights are no longer here -> what people are told
+DEFAULT_BASE = "toybox 2"  # what files call the one at hand, which is taken where none is named
+FORMER = {
+    "toybox": "the first toybox"
+}  # embedded ones whose weights are gone, by their name in files: how we call them
 
 EMBEDDED_WEIGHTS = Path(__file__).resolve().parents[2] / "toybox" / "weights"
 SUBJECTS_FOLDER = EMBEDDED_WEIGHTS.parent / "subjects"  # a folder of photos each
