@@ -16,6 +16,7 @@ from transformers import (
     ViTModel,
 )
 
+from svfit_dreambooth.bases.names import DEFAULT_BASE
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.evaluation.features import open_features
 from toybox.tokenizer import build_tokenizer
@@ -59,7 +60,7 @@ def test_dino_gives_its_class_token(dino):
 
 
 def test_clip_gives_pictures_and_texts_in_one_space(clip):
-    features = open_features("toybox", clip_path=clip)  # what is asked for goes before the judge
+    features = open_features(DEFAULT_BASE, clip_path=clip)  # what is asked for goes before the judge
     pictures, texts = features.picture(IMAGES), features.text(["a photo of a dog", "a cat"])
     assert pictures.shape == (3, 12) and texts.shape == (2, 12)
     model = CLIPModel.from_pretrained(clip).eval()

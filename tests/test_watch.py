@@ -7,6 +7,7 @@ from PIL import Image
 
 from svfit_dreambooth import TrainConfig, train
 from svfit_dreambooth.bases.families import apply_svfit
+from svfit_dreambooth.bases.names import DEFAULT_BASE
 from svfit_dreambooth.evaluation.features import Features, open_features
 from svfit_dreambooth.method.targets import get_shifts, set_shifts
 from svfit_dreambooth.training.events import Measured
@@ -99,7 +100,7 @@ def test_default_prompts_of_a_bundled_subject_are_places_without_a_photo(tmp_pat
 
 
 def test_toybox_brings_its_judge_and_other_bases_nothing():
-    features = open_features("toybox")
+    features = open_features(DEFAULT_BASE)
     images = [Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue")]
     assert features.subject(images).shape == (2, 128) and features.text(["a red car"]).shape[0] == 1
     assert open_features("another base").any is None
