@@ -135,7 +135,8 @@ html { scroll-padding-block: 72px 84px; }
 :focus-visible { outline: 2px solid var(--primary-500) !important; outline-offset: 2px; }
 
 @media (pointer: coarse) {
-  button, [role=tab], label:has(> input[type=radio]), input:not([type=radio], [type=checkbox], [type=range]) { min-height: 40px; }
+  button, [role=tab], label:has(> input[type=radio]), .wrap-inner, input:not([role], [type=radio], [type=checkbox], [type=range]) { min-height: 40px; }
+  .head .tab-like-container { height: 42px; margin-bottom: 0; }
   label.checkbox-container { min-height: 40px; display: inline-flex; align-items: center; }
   input[type=range] { height: 40px; }
   .reset-button { min-width: 40px; }
