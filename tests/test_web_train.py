@@ -27,6 +27,7 @@ from svfit_dreambooth.web.rooms.laid_out import add_photos, caption, mask, photo
 from svfit_dreambooth.web.rooms.queue import Queue
 from svfit_dreambooth.web.rooms.workspace import Workspace
 from svfit_dreambooth.web.tabs.draft import Draft
+from svfit_dreambooth.web.tabs.forecast import estimate, time_of_runs_like
 from svfit_dreambooth.web.tabs.form import ADVANCED
 from svfit_dreambooth.web.tabs.runs import Runs
 
@@ -254,6 +255,8 @@ def test_the_settings_of_a_run_are_taken_up_again(public, photo_folder):
         folder.note(event)
     other = runs.submit(request, "like it", *form)
     assert "1 run before it · about 2 min, going by dog" in other[3]  # before its first step
+    slower = options | {"keep_base": True, "class_prompt": "a photo of a dog"}
+    assert time_of_runs_like(public, visitor, options, 30) and time_of_runs_like(public, visitor, slower, 30) is None
     draft.clear(request)
     thumbs, _, _, _, *taken = runs.again(id, request)
     assert len(thumbs.value) == len(photo_files(visitor.photos)) > 0 and taken[:5] == ["dog", *form[:4]]
@@ -303,13 +306,13 @@ def test_no_way_of_training_downloads_for_a_stranger(public, photo_folder, monke
     for call in (
         lambda: Runs(public, draft).submit(request, "dog", *form),
         lambda: Runs(public, draft).estimate(request, *form),
-        lambda: Endpoints(public).train(photos, "dog", "sks", "dog", "stranger/model", "fast", 0, request),
+        lambda: Endpoints(public).train(photos, "dog", "sks", "dog", "stranger/model", "fast", 0, {}, request),
     ):
         with pytest.raises(gr.Error, match="stranger/model is not on this disk, and downloads are off here"):
             call()
     monkeypatch.setattr("svfit_dreambooth.training.plan.prepare", lambda *a, **k: pytest.fail("opened"))
     options = {"pretrained_model_name_or_path": "stranger/model", "instance_prompt": "a photo of sks dog"}
-    said = draft.estimate(visitor, options)[0]
+    said = estimate(public, visitor, options)[0]
     assert said == "memory: told when stranger/model is on this disk; a run downloads it first"
 
 

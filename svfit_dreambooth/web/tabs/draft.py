@@ -32,7 +32,6 @@ from svfit_dreambooth.web.rooms.laid_out import (
     touched,
 )
 from svfit_dreambooth.web.rooms.memory import remember, remembered
-from svfit_dreambooth.web.rooms.progress import sum_up
 from svfit_dreambooth.web.rooms.windows import training_windows
 from svfit_dreambooth.web.rooms.workspace import Visitor
 from svfit_dreambooth.web.tabs.drawing import drawn_over, to_draw_on
@@ -44,7 +43,6 @@ from svfit_dreambooth.web.tabs.form import (
     as_written,
     bits_of,
     check_base,
-    in_form_words,
     worded,
 )
 from svfit_dreambooth.web.tabs.mistakes import number, plainly, whole
@@ -226,37 +224,6 @@ class Draft:
         remember(visitor.folder, dict(zip(REMEMBERED, form, strict=True)))
         return (*self._shown(visitor, base, str(options.get("resolution") or "")), *form)
 
-    def estimate(self, visitor: Visitor, options: dict[str, Any]) -> list[str]:
-        """What a run would take, in plain lines: memory, and time as far as earlier runs tell.  No weight is read."""
-        from svfit_dreambooth.training.estimate import estimate_memory
-        from svfit_dreambooth.training.plan import prepare
-
-        if not photo_files(visitor.photos):
-            raise SVFitError("there are no photos yet: add 3 to 10 of your subject.")
-        options = {"instance_data_dir": str(visitor.photos), "adapter_name": "estimate", **options}
-        config = TrainConfig(**options, output_dir=str(visitor.folder), dry_run=True)  # refuses before anything slow
-        base = config.pretrained_model_name_or_path
-        if not (Path(base).exists() or self.app.studio.bases.is_here(base)):
-            memory = [f"memory: told when {base} is on this disk; a run downloads it first"]
-        else:
-            memory = estimate_memory(prepare(config, weightless=True)).lines()
-        time = self.time_of_runs_like(visitor, options, config.max_train_steps)
-        unknown = "told after the first steps, as no run like it has been made on this computer yet"
-        return [*map(in_form_words, memory), f"time: {time or unknown}"]
-
-    def time_of_runs_like(self, visitor: Visitor, options: dict[str, Any], steps: int) -> str | None:
-        """How long earlier runs like it took; None where there was none."""
-        alike = ("pretrained_model_name_or_path", "preset", "resolution", "train_batch_size", "train_text_encoder")
-        for job in self.app.jobs.listed(visitor):
-            state = sum_up(self.app.jobs.run_folder(job))
-            if not state.seconds_a_step or any(job.options.get(name) != options.get(name) for name in alike):
-                continue
-            if state.seconds is not None and state.status == "finished" and state.of == steps:
-                return f"about {duration(state.seconds)}, going by {job.name}"
-            seconds = steps * state.seconds_a_step
-            return f"about {duration(seconds)} for the steps alone, going by {job.name}"
-        return None
-
     def _shown(self, visitor: Visitor, base: str = DEFAULT_BASE, resolution: str = "") -> tuple[Any, ...]:
         paths = photo_files(visitor.photos)
         thumbs = [
@@ -289,12 +256,3 @@ def trained_at(base: str, resolution: str) -> int:
     except SVFitError:  # said when the run is to start
         asked = None
     return int(asked or 0) or (EMBEDDED_RESOLUTION if as_asked(base or DEFAULT_BASE) == DEFAULT_BASE else RESOLUTION)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them."""
-    if seconds < 90:
-        return f"{max(seconds, 1):.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

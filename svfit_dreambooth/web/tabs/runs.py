@@ -15,7 +15,8 @@ from svfit_dreambooth.web.rooms.jobs import Job
 from svfit_dreambooth.web.rooms.progress import Progress, sum_up
 from svfit_dreambooth.web.rooms.workspace import Visitor
 from svfit_dreambooth.web.tabs.curve import loss_plot
-from svfit_dreambooth.web.tabs.draft import Draft, duration
+from svfit_dreambooth.web.tabs.draft import Draft
+from svfit_dreambooth.web.tabs.forecast import duration, estimate, time_of_runs_like
 from svfit_dreambooth.web.tabs.form import in_form_words, worded
 from svfit_dreambooth.web.tabs.mistakes import plainly
 from svfit_dreambooth.web.tabs.run_list import ACTS, OVER, WORDS, rows, when
@@ -51,7 +52,7 @@ class Runs:
         """What the run would take."""
         visitor = self.app.visitor(request)
         with worded():
-            lines = self.draft.estimate(visitor, self.draft.options(visitor.photos, *form))
+            lines = estimate(self.app, visitor, self.draft.options(visitor.photos, *form))
         return "\n".join(f"- {html.escape(line)}" for line in lines)
 
     @plainly
@@ -231,7 +232,7 @@ class Runs:
             right += f" · {html.escape(last[0][:100])}" if last and not last[0].startswith("started ") else ""
         if state in ("queued", "running") and progress.seconds_left is None:  # what is known before the first step
             steps = TrainConfig(**job.options).max_train_steps
-            if told := self.draft.time_of_runs_like(visitor, job.options, steps):
+            if told := time_of_runs_like(self.app, visitor, job.options, steps):
                 right += f" · {html.escape(told)}"
         notes = []
         if state in ("failed", "cut off", "stopped"):
