@@ -40,7 +40,7 @@ from svfit_dreambooth import TrainConfig, load_adapter, train, unload_adapter
 from svfit_dreambooth.adapter.file import read_adapter
 from svfit_dreambooth.bases.devices import default_device
 from svfit_dreambooth.bases.model import BaseModel
-from svfit_dreambooth.bases.names import SUBJECTS_FOLDER, TOYBOX
+from svfit_dreambooth.bases.names import DEFAULT_BASE, SUBJECTS_FOLDER, TOYBOX
 from svfit_dreambooth.bases.opening import open_base_model
 from svfit_dreambooth.evaluation.features import Features, open_features
 from svfit_dreambooth.evaluation.measures import number
@@ -127,7 +127,7 @@ def rule(
 @cache
 def opened(place: str) -> BaseModel:
     """The base at `place`, as one of toybox's world; its digest is that of its weights as they are stored."""
-    base = BaseModel(TOYBOX, open_base_model(place, content_filter=False).pipeline)
+    base = BaseModel(DEFAULT_BASE, open_base_model(place, content_filter=False).pipeline)
     _ = base.digest
     return base
 

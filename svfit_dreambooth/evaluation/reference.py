@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from svfit_dreambooth.bases.names import DEFAULT_BASE, subject_kind
+from svfit_dreambooth.bases.names import DEFAULT_BASE, as_asked, subject_kind
 
 WORLD_PROMPTS = 32
 
 
 def open_judge(base: str, device: str = "cpu") -> Any:
     """The network that sees the pictures of `base` as features and names; None where there is none."""
-    if base != DEFAULT_BASE:
+    if as_asked(base) != DEFAULT_BASE:
         return None
     from toybox.judge import load_judge
 
@@ -24,7 +24,7 @@ def open_judge(base: str, device: str = "cpu") -> Any:
 
 def world_prompts(base: str) -> tuple[str, ...]:
     """Things that `base` can paint, in its own words, and no setting of them; empty where its world is not known."""
-    if base != DEFAULT_BASE:
+    if as_asked(base) != DEFAULT_BASE:
         return ()
     from toybox.world import COLOURS, KINDS, plain_caption
 
