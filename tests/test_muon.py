@@ -18,6 +18,11 @@ def test_all_singular_values_come_near_one(shape):
     assert inner.diag().min() > 0.6 and inner.diag().max() < 1.3
 
 
+def test_several_matrices_are_taken_as_each_alone():
+    matrices = torch.randn(3, 8, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(orthogonalise(matrices), torch.stack([orthogonalise(each) for each in matrices]), atol=1e-6)
+
+
 def test_a_step_has_the_size_of_adamw_whatever_the_gradient():
     for scale in (1e-6, 1e3):
         conv = nn.Conv2d(8, 16, 3)

@@ -21,9 +21,9 @@ from toybox.architecture import (
     load_pipeline,
 )
 from toybox.dataset import as_tensor, batch_indices
-from toybox.denoiser import OBJECT_WEIGHT, draw_timesteps, object_weights
+from toybox.denoiser import OBJECT_WEIGHT, Lessons, draw_timesteps, object_weights
 from toybox.judge import load_judge
-from toybox.loop import Budget, fit, rate_factor
+from toybox.loop import Budget, average_share, fit, rate_factor
 from toybox.pretrain import main
 from toybox.stages import fit_encoder
 from toybox.tokenizer import build_tokenizer
@@ -95,6 +95,21 @@ def test_resumed_equals_uninterrupted(tmp_path, muon_rate):
     whole = _fit(tmp_path / "whole", 20, muon_rate=muon_rate)
     parts = _fit(tmp_path / "parts", 7, 20, muon_rate=muon_rate)
     assert torch.equal(whole, parts)
+
+
+def test_the_average_ends_at_the_last_weights():
+    shares = [average_share(10_000, fraction, 0.998) for fraction in (0.3, 0.6, 0.8, 0.9, 0.99, 0.9999)]
+    assert shares[:2] == [pytest.approx(0.002)] * 2 and shares == sorted(shares) and shares[-1] == 1.0
+    assert average_share(0, 0.0, 0.998) == 0.9
+
+
+def test_lessons_are_the_same_whoever_makes_them():
+    scenes = list(training_scenes(np.random.default_rng(0), 12))
+    lessons = Lessons(scenes, build_tokenizer(WORDS), batch_size=4)
+    asked, ahead = lessons.from_step(3, 2, workers=0), lessons.from_step(3, 2, workers=2)
+    for step in (3, 5, 7, 9):
+        one, other = next(asked), next(ahead)
+        assert all(map(torch.equal, one, other)) and all(map(torch.equal, one, lessons[step]))
 
 
 def test_a_tiny_run_goes_from_nothing_to_a_pipeline(tmp_path):

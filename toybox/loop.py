@@ -43,6 +43,14 @@ def rate_factor(fraction: float, warmup: float = 0.02, hold: float = 0.7) -> flo
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (fraction - hold) / (1 - hold))))
 
 
+def average_share(step: int, fraction: float, ema_decay: float) -> float:
+    """How far the averaged weights go toward the present ones in a step: 1 - ema_decay while the rate is at its peak.
+
+    More at the beginning, to forget it, and as the rate falls, so that the average ends at the last weights.
+    """
+    return min(1.0, max((1 - ema_decay) / max(rate_factor(fraction), 1e-6), 9 / (10 + step)))
+
+
 def fit(
     modules: nn.ModuleDict,
     compute_loss: Callable[[int], Tensor],
@@ -115,8 +123,7 @@ def fit(
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             step += 1
-            # The average follows sooner as the rate falls, so that it ends at the last weights rather than behind them.
-            share = min(1.0, max((1 - ema_decay) / max(rate_factor(fraction), 1e-6), 9 / (10 + step)))
+            share = average_share(step, fraction, ema_decay)
             with torch.no_grad():
                 torch._foreach_lerp_(average, parameters, share)
             recent.append(loss.detach())
