@@ -279,8 +279,8 @@ class Here:
     def __init__(self):
         self.hired = 0
 
-    def cluster_resources(self):
-        return {"CPU": 2.0}
+    def nodes(self):
+        return [{"Alive": True, "Resources": {"CPU": 2.0}}, {"Alive": False, "Resources": {}}]
 
     def remote(self, **resources):
         return lambda kind: SimpleNamespace(remote=lambda: self.hire(kind()))
@@ -430,28 +430,45 @@ def test_subjects_of_a_worker_that_was_told_to_end_go_on(tmp_path):
 
 
 def test_room_for_workers():
-    assert room({"CPU": 8.0}, Means(), 20) == (1, {"num_cpus": 8, "num_gpus": 0.0})
-    assert room({"CPU": 8.0}, Means(workers=3), 20) == (3, {"num_cpus": 2, "num_gpus": 0.0})
-    assert room({"CPU": 8.0}, Means(workers=3), 1) == (1, {"num_cpus": 8, "num_gpus": 0.0})
-    assert room({"CPU": 16.0, "GPU": 4.0}, Means(), 20) == (4, {"num_cpus": 4, "num_gpus": 1.0})
-    assert room({"CPU": 16.0, "GPU": 1.0}, Means(gpus_per_worker=0.5), 20) == (2, {"num_cpus": 8, "num_gpus": 0.5})
+    assert room([{"CPU": 8.0}], Means(), 20) == (1, {"num_cpus": 8, "num_gpus": 0.0})
+    assert room([{"CPU": 8.0}], Means(workers=3), 20) == (3, {"num_cpus": 2, "num_gpus": 0.0})
+    assert room([{"CPU": 8.0}], Means(workers=3), 1) == (1, {"num_cpus": 8, "num_gpus": 0.0})
+    assert room([{"CPU": 16.0, "GPU": 4.0}], Means(), 20) == (4, {"num_cpus": 4, "num_gpus": 1.0})
+    assert room([{"CPU": 16.0, "GPU": 1.0}], Means(gpus_per_worker=0.5), 20) == (2, {"num_cpus": 8, "num_gpus": 0.5})
     for means, message in [
         (Means(gpus_per_worker=1), "gpus_per_worker is 1, and there are 0 GPUs"),
         (Means(cpus_per_worker=9), "cpus_per_worker is 9, and there are 8"),
         (Means(workers=9), "workers is 9, and there is room for 8"),
     ]:
         with pytest.raises(SVFitError, match=message):
-            room({"CPU": 8.0}, means, 20)
+            room([{"CPU": 8.0}], means, 20)
+
+
+def test_a_worker_is_on_one_machine():
+    """One that is given more CPUs than any machine has would be waited for in vain."""
+    assert room([{"CPU": 8.0}, {"CPU": 4.0}], Means(), 20) == (1, {"num_cpus": 8, "num_gpus": 0.0})
+    assert room([{"CPU": 8.0}, {"CPU": 4.0}], Means(workers=2), 20) == (2, {"num_cpus": 4, "num_gpus": 0.0})
+    assert room([{"CPU": 3.0}] * 3, Means(workers=4), 20) == (4, {"num_cpus": 1, "num_gpus": 0.0})
+    assert room([{"CPU": 32.0, "GPU": 4.0}] * 4, Means(workers=16), 20) == (16, {"num_cpus": 8, "num_gpus": 1.0})
+    assert room([{"CPU": 8.0, "GPU": 1.0}, {"CPU": 64.0}], Means(), 20) == (1, {"num_cpus": 8, "num_gpus": 1.0})
+    for means, message in [
+        (Means(gpus_per_worker=2), "gpus_per_worker is 2, and there are 1 GPUs on a machine"),
+        (Means(cpus_per_worker=6), "cpus_per_worker is 6, and there are 4 on a machine"),
+        (Means(gpus_per_worker=0, cpus_per_worker=3, workers=4), "workers is 4, and there is room for 2"),
+    ]:
+        with pytest.raises(SVFitError, match=message):
+            room([{"CPU": 4.0, "GPU": 1.0}] * 2, means, 20)
 
 
 def test_machines_of_a_cluster_may_join_while_a_fleet_waits(tmp_path, monkeypatch):
     monkeypatch.setattr("svfit_dreambooth.fleet.cluster.time.sleep", lambda seconds: None)
     script = Script(repeat(opened), repeat(finished))
-    there = iter([{"CPU": 1.0}, {"CPU": 1.0}, {"CPU": 2.0}])
-    script.cluster_resources = lambda: next(there)
+    machine = {"Alive": True, "Resources": {"CPU": 1.0}}
+    there = iter([[machine], [machine], [machine, machine]])
+    script.nodes = lambda: next(there)
     turns = deque(Turn([TrainConfig(output_dir=str(tmp_path / name), adapter_name=name)]) for name in ("dog", "mug"))
     assert Fleet(script, Means(workers=2, startup_seconds=60), turns, print).count == 2
-    there = iter([{"CPU": 1.0}])
+    there = iter([[machine]])
     with pytest.raises(SVFitError, match="workers is 2, and there is room for 1"):
         Fleet(script, Means(workers=2), turns, print)
 

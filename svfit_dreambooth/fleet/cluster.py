@@ -6,7 +6,7 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -37,27 +37,44 @@ class Means:
     startup_seconds: float = 0  # in which a cluster may still come up, and get room for the workers that are asked for
 
 
-def room(there: dict[str, float], means: Means, turns: int) -> tuple[int, dict[str, float]]:
-    """How many workers, and what Ray gives to each of them, of the resources that are `there`.
+def machines(ray: Any) -> list[dict[str, float]]:
+    """What each machine of a cluster has, in Ray's words."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
-    Raises SVFitError where there is no room for one.
+
+def room(there: Sequence[dict[str, float]], means: Means, turns: int) -> tuple[int, dict[str, float]]:
+    """How many workers, and what Ray gives to each of them, of what is `there` on each machine.
+
+    A worker is on one machine.  Raises SVFitError where there is no room for one.
     """
-    cpus, gpus = int(there.get("CPU", 0)), there.get("GPU", 0.0)
-    own_gpus = means.gpus_per_worker if means.gpus_per_worker is not None else min(1.0, gpus)
-    if own_gpus > gpus:
-        raise SVFitError(f"gpus_per_worker is {own_gpus:g}, and there are {gpus:g} GPUs: give less.", "gpus_per_worker")
-    if (means.cpus_per_worker or 1) > cpus:
+    cpus = [int(machine.get("CPU", 0)) for machine in there]
+    gpus = [machine.get("GPU", 0.0) for machine in there]
+    own_gpus = means.gpus_per_worker if means.gpus_per_worker is not None else min(1.0, max(gpus))
+    if own_gpus > max(gpus):
         raise SVFitError(
-            f"cpus_per_worker is {means.cpus_per_worker}, and there are {cpus}: give less.", "cpus_per_worker"
+            f"gpus_per_worker is {own_gpus:g}, and there are {max(gpus):g} GPUs{' on a machine' * (len(there) > 1)}: give "
+            "less.",
+            "gpus_per_worker",
         )
-    most = cpus // (means.cpus_per_worker or 1)
-    if own_gpus:
-        most = min(most, int(gpus / own_gpus + 1e-9))
+    if (means.cpus_per_worker or 1) > max(cpus):
+        raise SVFitError(
+            f"cpus_per_worker is {means.cpus_per_worker}, and there are {max(cpus)}{' on a machine' * (len(there) > 1)}: "
+            "give less.",
+            "cpus_per_worker",
+        )
+
+    def places(own_cpus: int) -> int:
+        """For how many workers there is room, of so many CPUs each."""
+        by_gpus = [int(each / own_gpus + 1e-9) for each in gpus] if own_gpus else cpus
+        return sum(min(each // own_cpus, most) for each, most in zip(cpus, by_gpus, strict=True))
+
+    most = places(means.cpus_per_worker or 1)
     asked = means.workers if means.workers is not None else most if own_gpus or means.cpus_per_worker else 1
-    if asked > most:
+    if max(asked, 1) > most:
         raise SVFitError(f"workers is {asked}, and there is room for {most}: give fewer, or less to each.", "workers")
     count = min(asked, turns)
-    return count, {"num_cpus": means.cpus_per_worker or max(1, cpus // count), "num_gpus": own_gpus}
+    own_cpus = means.cpus_per_worker or max(each for each in range(1, max(cpus) + 1) if places(each) >= count)
+    return count, {"num_cpus": own_cpus, "num_gpus": own_gpus}
 
 
 def in_time(ask: Callable[[], Any], seconds: float) -> Any:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from svfit_dreambooth.errors import SVFitError
-from svfit_dreambooth.fleet.cluster import Means, cluster, end_process, in_time, room
+from svfit_dreambooth.fleet.cluster import Means, cluster, end_process, in_time, machines, room
 from svfit_dreambooth.fleet.worker import Report, Worker
 from svfit_dreambooth.training.config import TrainConfig
 from svfit_dreambooth.training.events import Phase, from_line
@@ -115,9 +115,7 @@ class Fleet:
 
     def __init__(self, ray: Any, means: Means, waiting: deque[Turn], on_report: Callable[[Report], None]) -> None:
         self.ray, self.waiting, self.on_report = ray, waiting, on_report
-        self.count, resources = in_time(
-            lambda: room(ray.cluster_resources(), means, len(waiting)), means.startup_seconds
-        )
+        self.count, resources = in_time(lambda: room(machines(ray), means, len(waiting)), means.startup_seconds)
         self.kind = ray.remote(**resources, max_restarts=0)(Worker)
         self.opening: dict[Any, Any] = {}  # what will answer -> who opens the base
         self.idle: list[Any] = []
