@@ -11,7 +11,7 @@ from svfit_dreambooth import web
 
 HEAVY = ("bases.opening", "painting.", "sharing.", "training.estimate", "training.plan")
 # called within `Studio.paint` or after `resolve_for_run` alone, which import them
-LATER = ("rooms/studio.py", "rooms/together.py", "rooms/loaded.py", "rooms/pictures.py", "tabs/draft.py")
+LATER = ("rooms/studio.py", "rooms/together.py", "rooms/loaded.py", "rooms/pictures.py")
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.training.config import TrainConfig
 from svfit_dreambooth.web.rooms.app import App
 from svfit_dreambooth.web.rooms.laid_out import photo_files
+from svfit_dreambooth.web.rooms.libraries import libraries
 from svfit_dreambooth.web.rooms.progress import sum_up
 from svfit_dreambooth.web.rooms.workspace import Visitor
 from svfit_dreambooth.web.tabs.form import in_form_words
@@ -19,6 +20,7 @@ ALIKE = (  # options that a step's time depends on
 
 def estimate(app: App, visitor: Visitor, options: dict[str, Any]) -> list[str]:
     """What a run would take, in plain lines: memory, and time as far as earlier runs tell.  No weight is read."""
+    libraries()
     from svfit_dreambooth.training.estimate import estimate_memory
     from svfit_dreambooth.training.plan import prepare
 
