@@ -61,12 +61,14 @@ def check_initial(
             raise SVFitError(f"init_adapter {path} learned a word: add learned_word {learned.word}.")
     lacking = sorted(set(initial.components) - set(base.family.networks))
     if lacking:
+        check_held(initial.base_model, f"init_adapter {path}")
         raise SVFitError(
             f"init_adapter {path} changes {lacking[0]}, which this base lacks: it was trained on "
             f"{spoken(initial.base_model)}."
         )
     missing = sorted(set(initial.shifts) - set(weights))
     if missing:
+        check_held(initial.base_model, f"init_adapter {path}")
         raise SVFitError(
             f"init_adapter {path} adapts {missing[0]}, which this run does not train: "
             "use the same target_modules and train_text_encoder as its run."
