@@ -50,7 +50,7 @@ def test_adapters_of_a_base_that_is_gone_say_so(old_adapter, tiny_base_v, photo_
     with pytest.raises(SVFitError, match=GONE):
         prepare(TrainConfig(**options, init_adapter=str(old_adapter)))
     with pytest.raises(SVFitError, match=GONE):  # whatever else does not fit
-        prepare(TrainConfig(**options, init_adapter=str(old_adapter), target_modules=["attn2"]))
+        prepare(TrainConfig(**options, init_adapter=str(old_adapter), target_modules=["feed-forward"]))
 
 
 def test_the_page_says_so_too(old_adapter, tmp_path, home):
