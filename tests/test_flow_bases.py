@@ -16,6 +16,7 @@ from svfit_dreambooth import load_adapter, save_adapter, train, unload_adapter
 from svfit_dreambooth.adapter.file import read_adapter
 from svfit_dreambooth.bases.families import family_of
 from svfit_dreambooth.bases.flow import FlowTransformer, TransformerFamily
+from svfit_dreambooth.bases.krea2 import Krea2
 from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.bases.opening import open_base_model
 from svfit_dreambooth.bases.stored import StoredBase
@@ -41,7 +42,9 @@ def folder(request, tmp_path_factory):
     """Folder of a tiny base of each family."""
     path = tmp_path_factory.mktemp("flow") / f"tiny-{request.param}"
     BASES[request.param]().save_pretrained(path)
-    return path
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Krea2, "resolution", 16)  # which no config names: pictures of its own size would take minutes
+        yield path
 
 
 @pytest.fixture
