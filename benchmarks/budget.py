@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=[3, 12])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--learning_rate", type=float, default=5e-2)
-    parser.add_argument("--target_modules", nargs="+")
+    parser.add_argument("--target_modules", nargs="+", default=["attention"])
     parser.add_argument("--fixed_loss_examples", type=int, default=32)
     parser.add_argument("--full", action="store_true", help="train all values too")
     parser.add_argument("--output", type=Path, help="JSON lines, appended")

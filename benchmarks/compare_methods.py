@@ -97,7 +97,7 @@ class Setting:
             checkpointing_steps=self.steps[-1] + 1,
             train_batch_size=self.batch_size,
             seed=job.seed,
-            **method.options,
+            **{"target_modules": ["attention"], **method.options},
         )
 
 

@@ -43,7 +43,7 @@ def measure(name: str) -> dict[str, float]:
                 instance_prompt="a photo of sks dog",
                 output_dir=folder,
                 learning_rate=1e-4,
-                **METHODS[name].options,
+                **{"target_modules": ["attention"], **METHODS[name].options},
             )
         )
         examples = encode_examples(run, device)

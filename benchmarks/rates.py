@@ -49,10 +49,10 @@ from svfit_dreambooth.training import optimizer
 from svfit_dreambooth.training.plan import Plan
 
 LAYERS: dict[str, dict[str, Any]] = {
-    "attention": {},
-    "budget": {"budget": 2000},
+    "attention": {"target_modules": ["attention"]},
+    "budget": {"target_modules": ["attention"], "budget": 2000},
     "all": {"target_modules": ["all"]},
-    "text": {"train_text_encoder": True},
+    "text": {"target_modules": ["attention"], "train_text_encoder": True},
 }
 AUTO = "factor=1"
 ARMS = (AUTO, "factor=0.5", "factor=2", "factor=0.25", "factor=4", "learning_rate=0.02", "learning_rate=0.05")

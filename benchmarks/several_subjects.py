@@ -56,6 +56,7 @@ def plans(folder: Path, count: int, options: argparse.Namespace, base: BaseModel
             resolution=options.resolution,
             train_batch_size=options.batch_size,
             mixed_precision=options.precision,
+            target_modules=["attention"],
             learning_rate=0.05,
             validation_steps=0,
             max_train_steps=10_000,

@@ -100,6 +100,7 @@ def svfit(base: Path, options: argparse.Namespace, output: Path) -> list[float]:
             basis_cache_dir=str(options.cache_dir) if options.cache_dir else None,
             max_train_steps=options.steps + 1,
             train_batch_size=1,
+            target_modules=["attention"],
             resolution=options.resolution,
             crops_per_photo=1,
             mixed_precision="no" if options.precision == "fp32" else "bf16",
