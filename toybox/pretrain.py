@@ -43,7 +43,7 @@ from toybox.loop import Budget, averaged_state
 from toybox.tokenizer import build_tokenizer, frequent_words, save_tokenizer
 
 STAGES = ("render", "autoencoder", "text", "unet", "judge", "export")
-MINUTES = {"autoencoder": 10.0, "text": 4.0, "unet": 600.0, "judge": 12.0}  # default budgets on a processor
+MINUTES = {"autoencoder": 60.0, "text": 4.0, "unet": 600.0, "judge": 12.0}  # default budgets on a processor
 GPU_MINUTES = {"autoencoder": 2.0, "text": 1.0, "unet": 8.0, "judge": 3.0}
 
 
