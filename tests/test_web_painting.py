@@ -197,6 +197,7 @@ def test_a_grid_over_two_axes(home, dog_adapter, tiny_base):
     for axes, sentence in (
         ((NOTHING, "", NOTHING, ""), "a grid needs one axis or two that differ"),
         (("guidance", "1", "guidance", "2"), "a grid needs one axis or two that differ"),
+        (("strength", "0,5 1", NOTHING, ""), "“strength” is '0,5 1': write 0.5 for a half, and a space"),
         (("guidance", "much", NOTHING, ""), "“guidance” is 'much': write a number"),
         (("sampling steps", "1.5", NOTHING, ""), "write whole numbers"),
         (("guidance", "", NOTHING, ""), "write 1 to 12 numbers, such as 3, 5, 7.5"),

@@ -44,6 +44,9 @@ def test_what_the_page_cannot_do_alone_it_offers(home, tiny_base, photo_folder, 
     assert "compared with the adapter" in said and "word-lora-sks" not in said
     assert button.value["path"].endswith("word-lora.safetensors")
     assert Shelf(home).combine(["word", "keys"], "0.5 0.25", "of different layers", 0, request) == 1
+    for wrong, said in (("0,5", "write 0.5 for a half"), ("nan 1", "write a number"), ("1", "write 2 numbers")):
+        with pytest.raises(Exception, match=said):
+            Shelf(home).combine(["word", "keys"], wrong, "another", 0, request)
     assert home.studio.line.is_free
     both = read_adapter(folder / "of-different-layers.safetensors")
     word, keys = (read_adapter(folder / f"{name}.safetensors").shifts for name in ("word", "keys"))

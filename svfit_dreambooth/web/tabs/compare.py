@@ -12,7 +12,7 @@ from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.web.rooms.libraries import libraries
 from svfit_dreambooth.web.rooms.orders import STRIP, Cell, Order
 from svfit_dreambooth.web.rooms.paintings import Made
-from svfit_dreambooth.web.tabs.mistakes import number
+from svfit_dreambooth.web.tabs.mistakes import numbers
 from svfit_dreambooth.web.tabs.reuse import ONCE
 
 COMPARED, STRENGTHS, GRID = "beside the base model", "strengths 0 to 1.5", "grid"
@@ -58,15 +58,14 @@ def _changes(name: str, values: str, adapters: int) -> list[dict[str, Any]]:
     if name in ("strength",) and not adapters:
         raise SVFitError("a grid over strengths needs an adapter: choose one.")
     key = {"strength": "factor", "sampling steps": "num_inference_steps", "guidance": "guidance_scale"}.get(name)
-    words = values.replace(",", " ").replace(";", " ").split()
-    if key is None or not 1 <= len(words) <= MOST:
+    wanted = numbers(name, values)
+    if key is None or not 1 <= len(wanted) <= MOST:
         raise SVFitError(
             f"the values of “{name}” are {values[:40]!r}: write 1 to {MOST} numbers, such as {AXES.get(name)}."
         )
-    numbers = [number(name, word) or 0 for word in words]
-    if key == "num_inference_steps" and any(value != int(value) for value in numbers):
+    if key == "num_inference_steps" and any(value != int(value) for value in wanted):
         raise SVFitError(f"“{name}” are {values[:40]!r}: write whole numbers.")
-    return [{key: float(value) if key != "num_inference_steps" else int(value)} for value in numbers]
+    return [{key: float(value) if key != "num_inference_steps" else int(value)} for value in wanted]
 
 
 def label(cell: Cell, base: Cell, adapters: Sequence[tuple[Path, float]]) -> str:

@@ -15,7 +15,7 @@ from svfit_dreambooth.web.rooms.libraries import libraries
 from svfit_dreambooth.web.tabs.cards import card
 from svfit_dreambooth.web.tabs.export import build_export
 from svfit_dreambooth.web.tabs.generate import OPEN, PRIVATE, GenerateTab
-from svfit_dreambooth.web.tabs.mistakes import plainly
+from svfit_dreambooth.web.tabs.mistakes import numbers, plainly
 
 EMPTY = (
     '<div class="empty"><b>No adapters yet.</b><br>Train one from your photos, or import a file that somebody '
@@ -81,7 +81,7 @@ class Shelf:
         folder = self.app.visitor(request).library
         if len(names or []) < 2:
             raise SVFitError("choose two or more adapters to add.")
-        factors = _numbers(strengths, len(names))
+        factors = _strengths(strengths, len(names))
         files, adapters = [library.find(folder, name) for name in names], []
         for file, factor in zip(files, factors, strict=True):
             adapter = read_adapter(file)
@@ -179,14 +179,9 @@ def _card(
     delete.click(shelf.delete, [name, changed], [changed, deleted, undo_row, said], **PRIVATE)
 
 
-def _numbers(text: str, count: int) -> list[float]:
-    """`count` strengths; none written: 1 each."""
-    if not text.strip():
-        return [1.0] * count
-    try:
-        numbers = [float(word) for word in text.replace(",", " ").split()]
-    except ValueError:
-        numbers = []
-    if len(numbers) != count:
+def _strengths(text: str, count: int) -> list[float]:
+    """`count` of them; none written: 1 each."""
+    found = [float(value) for value in numbers("strengths", text)] or [1.0] * count
+    if len(found) != count:
         raise SVFitError(f"the strengths are {text!r}: write {count} numbers, such as {', '.join(['1'] * count)}.")
-    return numbers
+    return found

@@ -4,6 +4,7 @@ import functools
 import html
 import inspect
 import math
+import re
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -81,6 +82,18 @@ def number(name: str, text: str | int | None) -> int | float | None:
     if not math.isfinite(value):
         raise SVFitError(f"“{name}” is {text[:40]!r}: write a number, or leave it empty.")
     return int(value) if value == int(value) and name != "Learning rate" else value
+
+
+def numbers(name: str, text: str) -> list[int | float]:
+    """What a field holds that takes several, divided by commas, semicolons or spaces.
+
+    Raises SVFitError for anything but numbers, and for a decimal comma, which would be two of them.
+    """
+    if any(re.fullmatch(r"-?0,\d+", word) for word in re.split(r"[\s;]+", text)):
+        raise SVFitError(
+            f"“{name}” is {text[:40]!r}: write 0.5 for a half, and a space behind the comma for two numbers."
+        )
+    return [value for word in re.split(r"[\s,;]+", text) if (value := number(name, word)) is not None]
 
 
 def whole(name: str, text: str | int | None) -> int | None:
