@@ -7,9 +7,7 @@ from svfit_dreambooth.errors import SVFitError
 
 TOYBOX = "toybox"  # the word by which people ask for the embedded base model, whichever that is
 DEFAULT_BASE = "toybox 2"  # what files call the one at hand, which is taken where none is named
-FORMER = {
-    "toybox": "the first toybox"
-}  # embedded ones whose weights are gone, by their name in files: how we call them
+FORMER = {"toybox": "the first toybox"}  # embedded ones of earlier versions: name in files -> what people are told
 
 EMBEDDED_WEIGHTS = Path(__file__).resolve().parents[2] / "toybox" / "weights"
 SUBJECTS_FOLDER = EMBEDDED_WEIGHTS.parent / "subjects"  # a folder of photos each
