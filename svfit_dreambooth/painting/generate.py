@@ -245,9 +245,8 @@ def picture_settings(
 ) -> dict[str, Any]:
     """What makes a picture again, beside the picture that it began with."""
     more: dict[str, Any] = {"prompt_weights": True} if prompt_weights else {}
-    if model.family.clip_skip or any(
-        clip_skips(model.pipeline).values()
-    ):  # 0 is told where it is not what goes by itself
+    # 0 is told where it is not what goes by itself
+    if model.family.clip_skip or any(clip_skips(model.pipeline).values()):
         more["clip_skip"] = model.family.clip_skip
     if model.vae_name is not None:
         more["vae"] = model.vae_name

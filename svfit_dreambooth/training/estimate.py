@@ -123,9 +123,8 @@ def _changes(plan: Plan) -> list[tuple[str, Any]]:
 
 
 def _fits(plan: Plan, changes: dict[str, Any]) -> bool:
-    beside: dict[str, Any] = (
-        {"budget": None, "energy": None} if "rank" in changes else {}
-    )  # which choose the values themselves
+    choosers: dict[str, Any] = {"budget": None, "energy": None}  # of the values, beside a rank
+    beside = choosers if "rank" in changes else {}
     return _estimate(plan, dataclasses.replace(plan.config, **changes, **beside)).fits
 
 

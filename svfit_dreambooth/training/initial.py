@@ -59,23 +59,25 @@ def check_initial(
     for learned in initial.learned_words:
         if learned.word != word:
             raise SVFitError(f"init_adapter {path} learned a word: add learned_word {learned.word}.")
+    if (misfit := _misfit(initial, word, base, weights)) is not None:
+        check_held(initial.base_model, f"init_adapter {path}")
+        raise SVFitError(f"init_adapter {path} {misfit}.")
+
+
+def _misfit(initial: Adapter, word: str | None, base: BaseModel, weights: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with going on from `initial`, without a full stop; None: nothing."""
     lacking = sorted(set(initial.components) - set(base.family.networks))
     if lacking:
-        check_held(initial.base_model, f"init_adapter {path}")
-        raise SVFitError(
-            f"init_adapter {path} changes {lacking[0]}, which this base lacks: it was trained on "
-            f"{spoken(initial.base_model)}."
-        )
+        return f"changes {lacking[0]}, which this base lacks: it was trained on {spoken(initial.base_model)}"
     missing = sorted(set(initial.shifts) - set(weights))
     if missing:
-        check_held(initial.base_model, f"init_adapter {path}")
-        raise SVFitError(
-            f"init_adapter {path} adapts {missing[0]}, which this run does not train: "
-            "use the same target_modules and train_text_encoder as its run."
+        return (
+            f"adapts {missing[0]}, which this run does not train: use the same target_modules and train_text_encoder as "
+            "its run"
         )
     names = {*initial.shifts, *initial.word_deltas()}
     all_weights = joined(weights, word_rows(base.family, word))
     own = chosen(all_weights, [name for name in all_weights if name in names])
     if same_base(initial.base_fingerprint, own) == "different":
-        check_held(initial.base_model, f"init_adapter {path}")
-        raise SVFitError(f"init_adapter {path} was trained on another base model, {initial.base_model}.")
+        return f"was trained on another base model, {initial.base_model}"
+    return None
