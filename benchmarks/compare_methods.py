@@ -153,7 +153,7 @@ def make(
         sensitivity = None
         if config.step_scaling == "sensitivity":  # of all values of its layers, which the method must train
             sensitivity = base_sensitivity(run.base, run.targets, run.weights(), device=device).values
-        values = method.put_in(run, examples)
+        values, positions = method.put_in(run, examples)
         numbers = {name: value.detach().half().contiguous() for name, value in values.items()}
         record = Record(
             job.method, job.subject, job.seed, job.rate, sum(v.numel() for v in values.values()),
@@ -190,7 +190,10 @@ def make(
         model = Objective(run, examples, run.base.family.components, device, torch.float32)
         accelerator = Accelerator(cpu=device.type == "cpu")
         kept_base = KeptBase(model) if config.keep_base else None  # every method begins at the base
-        scales = {} if sensitivity is None else step_scales({name: sensitivity[f"unet.{name}"] for name in values})
+        scales = {}
+        if sensitivity is not None:
+            own = {name: sensitivity[f"unet.{name}"] for name in values}
+            scales = step_scales({name: every[positions[name]] for name, every in own.items()})
         moves = Steps(rates, scales)
         loop = Loop(config, accelerator, model, [pipeline.unet], values, moves, run.folder, kept_base=kept_base)
         started = time.perf_counter()

@@ -48,7 +48,7 @@ def measure(name: str) -> dict[str, float]:
         )
         examples = encode_examples(run, device)
         before = resident("VmRSS")
-        values = list(METHODS[name].put_in(run, examples).values())
+        values = list(METHODS[name].put_in(run, examples).values.values())
         model = Objective(run, examples, run.base.family.components, device, torch.float32)
         optimizer = torch.optim.AdamW(values, lr=1e-4)
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading

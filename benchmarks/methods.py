@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftConfig, TinyLoraConfig, get_peft_model
@@ -16,11 +16,20 @@ from svfit_dreambooth.method.decomposition import as_matrix
 from svfit_dreambooth.method.targets import svfit_layers
 from svfit_dreambooth.training.budget import allocate, score_values
 from svfit_dreambooth.training.examples import Examples
+from svfit_dreambooth.training.optimizer import needs_sensitivity
 from svfit_dreambooth.training.plan import Plan
+from svfit_dreambooth.training.sensitivity import base_sensitivity
 from svfit_dreambooth.training.words import learn_words
 
-Values = dict[str, nn.Parameter]
-PutIn = Callable[[Plan, Examples], Values]
+
+class Trained(NamedTuple):
+    """What a method trains."""
+
+    values: dict[str, nn.Parameter]
+    positions: dict[str, Tensor]  # which singular values of a layer these are, (r,); without those that are no choice
+
+
+PutIn = Callable[[Plan, Examples], Trained]
 
 
 @dataclass(frozen=True)
@@ -32,27 +41,27 @@ class Method:
     options: dict[str, Any] = field(default_factory=dict)  # of TrainConfig, where they differ from the common ones
 
 
-def nothing(run: Plan, examples: Examples) -> Values:
+def nothing(run: Plan, examples: Examples) -> Trained:
     """The base as it is."""
     run.base.pipeline.unet.requires_grad_(False)
-    return {}
+    return Trained({}, {})
 
 
-def full(run: Plan, examples: Examples) -> Values:
+def full(run: Plan, examples: Examples) -> Trained:
     """Every weight."""
     unet = run.base.pipeline.unet.requires_grad_(True)
-    return dict(unet.named_parameters())
+    return Trained(dict(unet.named_parameters()), {})
 
 
 def peft(
     make: Callable[[list[str]], PeftConfig], run: Plan, examples: Examples, targets: Sequence[str] | None = None
-) -> Values:
+) -> Trained:
     """An adapter of PEFT on `targets` as `find_projections` takes them; None: the attention projections."""
     unet = run.base.pipeline.unet
     layers = list(find_projections(unet, targets))
     wrapper = get_peft_model(unet, make(layers))  # type: ignore[arg-type]
     run.base.pipeline.unet.__dict__["peft"] = wrapper  # which TinyLoRA keeps its values in; not as a submodule
-    return {name: value for name, value in wrapper.named_parameters() if value.requires_grad}
+    return Trained({name: value for name, value in wrapper.named_parameters() if value.requires_grad}, {})
 
 
 def lora(rank: int, init: bool | str = True, targets: Sequence[str] | None = None) -> PutIn:
@@ -84,7 +93,7 @@ def svfit(
 
 def _svfit(
     run: Plan, examples: Examples, targets: Sequence[str] | None, share: float, choose: str, relative: bool
-) -> Values:
+) -> Trained:
     unet = run.base.pipeline.unet
     weights = {
         name: as_matrix(layer.weight.detach()) for name, (_, _, layer) in find_projections(unet, targets).items()
@@ -99,7 +108,10 @@ def _svfit(
             generator = torch.Generator().manual_seed(1000 * run.config.seed + number)
             positions[name] = torch.randperm(size, generator=generator)[:count].sort().values
     if choose == "budget":
-        scores = score_values(run, examples, unet.device)
+        sensitivity = None
+        if needs_sensitivity(run.config):
+            sensitivity = base_sensitivity(run.base, run.targets, run.weights(), device=unet.device)
+        scores = score_values(run, examples, unet.device, sensitivity=sensitivity)
         chosen = allocate(scores, sum(len(own) for own in positions.values()))
         positions = {name.removeprefix("unet."): own for name, own in chosen.items()}
         weights = {name: weights[name] for name in positions}
@@ -107,7 +119,7 @@ def _svfit(
     values = {name: shift for name, shift in apply_svfit(unet, target_modules=list(bases), basis=bases).items()}
     for shift in values.values():
         shift.requires_grad_(True)
-    return _relative(unet, weights, positions) if relative else values
+    return Trained(_relative(unet, weights, positions) if relative else values, positions)
 
 
 class _Scaled(nn.Module):
@@ -124,7 +136,7 @@ class _Scaled(nn.Module):
         return shift / self.scale
 
 
-def _relative(unet: nn.Module, weights: dict[str, Tensor], positions: dict[str, Tensor]) -> Values:
+def _relative(unet: nn.Module, weights: dict[str, Tensor], positions: dict[str, Tensor]) -> dict[str, nn.Parameter]:
     values = {}
     for name, layer in svfit_layers(unet).items():
         S = torch.linalg.svdvals(weights[name])[positions[name]]
@@ -136,14 +148,15 @@ def _relative(unet: nn.Module, weights: dict[str, Tensor], positions: dict[str, 
 def with_text_encoder(put_in: PutIn) -> PutIn:
     """The attention projections of the text encoder as well, by SVFit at full rank."""
 
-    def both(run: Plan, examples: Examples) -> Values:
+    def both(run: Plan, examples: Examples) -> Trained:
         encoder = run.base.pipeline.text_encoder
         layers = find_projections(encoder)
         bases = model_basis({name: as_matrix(layer.weight.detach()) for name, (_, _, layer) in layers.items()})
         shifts = apply_svfit(encoder, target_modules=list(bases), basis=bases)
         for shift in shifts.values():
             shift.requires_grad_(True)
-        return put_in(run, examples) | {f"text_encoder.{name}": shift for name, shift in shifts.items()}
+        values, positions = put_in(run, examples)
+        return Trained(values | {f"text_encoder.{name}": shift for name, shift in shifts.items()}, positions)
 
     return both
 
@@ -151,36 +164,36 @@ def with_text_encoder(put_in: PutIn) -> PutIn:
 def with_learned_word(put_in: PutIn) -> PutIn:
     """The embedding of the subject's rare word as well."""
 
-    def both(run: Plan, examples: Examples) -> Values:
+    def both(run: Plan, examples: Examples) -> Trained:
         words = learn_words(run.base.family, run.config.learned_word)
-        return put_in(run, examples) | {f"text_encoder.{name}": delta for name, delta in words.items()}
+        values, positions = put_in(run, examples)
+        return Trained(values | {f"text_encoder.{name}": delta for name, delta in words.items()}, positions)
 
     return both
 
 
 WIDER, ALL = ("attention", "feed-forward"), ("all",)
-USUAL = (1e-2, 2e-2, 5e-2, 1e-1)  # around the best of most kinds of SVFit
+USUAL = (2e-2, 5e-2, 1e-1)  # around the best of most kinds of SVFit
+SENSITIVE = {"step_scaling": "sensitivity"}
+KEPT = {"keep_base": True}
+EVERY_LAYER = {"target_modules": ["all"]}
 # 1, 2, 5, 10 ...: a sweep that ends at one of its ends goes on
 METHODS = {
     "none": Method(nothing, ()),
-    "svfit": Method(svfit(), (2e-2, 5e-2, 1e-1, 2e-1)),
-    "svfit-kept": Method(svfit(), (2e-2, 5e-2, 1e-1, 2e-1), {"keep_base": True}),
-    "svfit-sensitive": Method(svfit(), USUAL, {"step_scaling": "sensitivity"}),
-    "svfit-sensitive-kept": Method(svfit(), USUAL, {"step_scaling": "sensitivity", "keep_base": True}),
-    "svfit-half": Method(svfit(share=1 / 2), (2e-2, 5e-2, 1e-1, 2e-1)),
-    "svfit-eighth": Method(svfit(share=1 / 8), (5e-2, 1e-1, 2e-1, 5e-1)),
-    "svfit-wider": Method(svfit(WIDER), (2e-2, 5e-2, 1e-1, 2e-1)),
+    "svfit": Method(svfit(), USUAL),
+    "svfit-kept": Method(svfit(), USUAL, KEPT),
+    "svfit-sensitive": Method(svfit(), USUAL, SENSITIVE),
+    "svfit-sensitive-kept": Method(svfit(), USUAL, SENSITIVE | KEPT),
     "svdiff": Method(svfit(ALL), USUAL),
-    "svdiff-half-budget": Method(svfit(ALL, share=1 / 2, choose="budget"), USUAL, {"target_modules": ["all"]}),
-    "lora-1": Method(lora(1), (2e-3, 5e-3, 1e-2, 2e-2)),
+    "svdiff-sensitive": Method(svfit(ALL), USUAL, EVERY_LAYER | SENSITIVE),
+    "svdiff-sensitive-kept": Method(svfit(ALL), USUAL, EVERY_LAYER | SENSITIVE | KEPT),
+    "svdiff-eighth-budget": Method(svfit(ALL, 1 / 8, "budget"), USUAL, EVERY_LAYER),
+    "svdiff-eighth-budget-sensitive": Method(svfit(ALL, 1 / 8, "budget"), USUAL, EVERY_LAYER | SENSITIVE),
     "lora-4": Method(lora(4), (1e-3, 2e-3, 5e-3, 1e-2)),
     "lora-8": Method(lora(8), (1e-3, 2e-3, 5e-3, 1e-2)),
-    "lora-8-kept": Method(lora(8), (1e-3, 2e-3, 5e-3, 1e-2), {"keep_base": True}),
-    "pissa-8": Method(lora(8, "pissa"), (1e-4, 2e-4, 5e-4, 1e-3)),
-    "tinylora": Method(tinylora(64), (1e-2, 2e-2, 5e-2, 1e-1)),
-    "full": Method(full, (5e-5, 1e-4, 2e-4, 5e-4)),
-    "lora-1-all": Method(lora(1, targets=ALL), (5e-4, 1e-3, 2e-3, 5e-3)),
+    "lora-8-kept": Method(lora(8), (1e-3, 2e-3, 5e-3, 1e-2), KEPT),
     "lora-4-all": Method(lora(4, targets=ALL), (2e-4, 5e-4, 1e-3, 2e-3)),
+    "full": Method(full, (5e-5, 1e-4, 2e-4, 5e-4)),
 }
 ABLATIONS = {
     "svfit-1/32": Method(svfit(share=1 / 32), USUAL),
@@ -188,7 +201,14 @@ ABLATIONS = {
     "svfit-eighth-random": Method(svfit(share=1 / 8, choose="random"), USUAL),
     "svfit-eighth-budget": Method(svfit(share=1 / 8, choose="budget"), USUAL),
     "svfit-half-budget": Method(svfit(share=1 / 2, choose="budget"), USUAL),
-    "svdiff-eighth-budget": Method(svfit(ALL, share=1 / 8, choose="budget"), USUAL, {"target_modules": ["all"]}),
+    "svfit-half": Method(svfit(share=1 / 2), USUAL),
+    "svfit-eighth": Method(svfit(share=1 / 8), (5e-2, 1e-1, 2e-1)),
+    "svfit-wider": Method(svfit(WIDER), USUAL),
+    "svdiff-half-budget": Method(svfit(ALL, share=1 / 2, choose="budget"), USUAL, EVERY_LAYER),
+    "lora-1": Method(lora(1), (2e-3, 5e-3, 1e-2, 2e-2)),
+    "lora-1-all": Method(lora(1, targets=ALL), (5e-4, 1e-3, 2e-3, 5e-3)),
+    "pissa-8": Method(lora(8, "pissa"), (1e-4, 2e-4, 5e-4, 1e-3)),
+    "tinylora": Method(tinylora(64), (1e-2, 2e-2, 5e-2, 1e-1)),
     "svfit-relative": Method(svfit(relative=True), USUAL),
     "svfit-text": Method(with_text_encoder(svfit()), USUAL, {"train_text_encoder": True}),
     "svfit-word": Method(with_learned_word(svfit()), USUAL, {"learned_word": "sks"}),

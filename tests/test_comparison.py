@@ -93,7 +93,8 @@ def test_every_method_starts_at_the_base_and_learns(run, name):
     method = (methods.METHODS | methods.ABLATIONS)[name]
     config = dataclasses.replace(run.config, **method.options, class_prompt="a photo of a dog")
     run = dataclasses.replace(run, config=config)
-    values = method.put_in(run, examples)
+    values, positions = method.put_in(run, examples)
+    assert all(len(own) == len(values[key]) for key, own in positions.items())
     assert torch.allclose(predict(pipeline.unet, examples.conditions["prompt_embeds"]), before, atol=1e-5)
     trainable = [p for p in pipeline.unet.parameters() if p.requires_grad]
     inside = [value for key, value in values.items() if not key.startswith("text_encoder.")]
