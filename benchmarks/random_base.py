@@ -29,7 +29,7 @@ def stable_diffusion_15(seed: int = 0) -> StableDiffusionPipeline:
     torch.manual_seed(seed)
     tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED_WEIGHTS / "tokenizer")
     text = CLIPTextConfig(
-        vocab_size=49408,
+        vocab_size=len(tokenizer),
         hidden_size=768,
         projection_dim=768,
         intermediate_size=3072,
