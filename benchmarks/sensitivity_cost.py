@@ -58,7 +58,9 @@ def differences(first: Sensitivity, second: Sensitivity) -> str:
     """How far steps by the second are from steps by the first."""
     scales = [step_scales(found.values) for found in (first, second)]
     quotients = torch.cat([scales[1][name] / own for name, own in scales[0].items()])
-    rates = [auto_rate(found.values, own, found.power) for found, own in zip((first, second), scales, strict=True)]
+    rates = [
+        auto_rate(found.values, own, found.power, STEPS) for found, own in zip((first, second), scales, strict=True)
+    ]
     return f"scales off by {quotients.log().std():.3f}, auto rate {rates[1]:.4f} in place of {rates[0]:.4f}"
 
 

@@ -43,15 +43,15 @@ def test_scales_fall_with_the_sensitivity_and_their_mean_is_one():
 
 
 @pytest.mark.parametrize("scaled", [True, False])
-def test_an_automatic_step_changes_the_answers_by_the_same_share_on_every_base(scaled):
+def test_an_automatic_run_changes_the_answers_by_the_same_share_on_every_base(scaled):
     """A linear base, whose answers are J s: with random signs the mean square of a step's change is known."""
     torch.manual_seed(0)
     for size in (1.0, 30.0):  # of the singular values, and so of the shifts that matter as much
         J = torch.randn(2000, 40) / size  # (numbers of an answer, values)
         own = {"unet.a": J.square().mean(0)}
         scales = step_scales(own) if scaled else {}
-        rate = auto_rate(own, scales, power=4.0)
-        signs = torch.randint(0, 2, (40, 500)) * 2.0 - 1
+        rate = auto_rate(own, scales, power=4.0, steps=9)
+        signs = (torch.randint(0, 2, (9, 40, 500)) * 2.0 - 1).sum(0)  # of nine steps together
         change = J @ (rate * scales.get("unet.a", torch.ones(40))[:, None] * signs)  # (numbers, trials)
         assert change.square().mean().sqrt().item() / math.sqrt(4.0) == pytest.approx(CHANGE, rel=0.05)
 
@@ -60,17 +60,19 @@ def test_a_few_heavy_layers_do_not_set_the_rate_of_the_others():
     """As the first and last convolution of a network would, which hold most of its sensitivity."""
     usual = {f"unet.{i}": torch.full((50,), 1e-6) for i in range(20)}
     heavy = usual | {"unet.conv_in": torch.full((50,), 1e-2)}
-    rate, with_heavy = (auto_rate(own, step_scales(own), 1.0) for own in (usual, heavy))
+    rate, with_heavy = (auto_rate(own, step_scales(own), 1.0, 100) for own in (usual, heavy))
     share = sum(float(own.sum()) for own in usual.values()) / sum(float(own.sum()) for own in heavy.values())
     assert share < 0.01 and 0.5 < with_heavy / rate <= 1
 
 
 def test_the_rates_that_options_ask_for():
     auto = plan_steps(ROLES, config(), MEASURED)
-    assert auto.rates["unet.a"] == auto.rates["text_encoder.b"] == auto_rate(F, auto.scales, 0.5)
+    assert (
+        auto.rates["unet.a"] == auto.rates["text_encoder.b"] == auto_rate(F, auto.scales, 0.5, config().max_train_steps)
+    )
     assert auto.rates["text_encoder.word"] == 1e-3 and set(auto.scales) == set(F)
     equal = plan_steps(ROLES, config(step_scaling="none"), MEASURED)
-    assert not equal.scales and equal.learning_rate == auto_rate(F, {}, 0.5)
+    assert not equal.scales and equal.learning_rate == auto_rate(F, {}, 0.5, config().max_train_steps)
     plain = plan_steps(ROLES, config(learning_rate=0.05))
     assert plain == Steps({"unet.a": 0.05, "text_encoder.b": 2e-3, "text_encoder.word": 1e-3})
     scaled = plan_steps(ROLES, config(learning_rate=0.05, step_scaling="sensitivity"), MEASURED)
@@ -84,7 +86,7 @@ def test_chosen_values_have_the_sensitivity_of_their_positions():
     steps = plan_steps({"unet.a": "denoiser"}, config(), MEASURED, positions)
     chosen = {"unet.a": F["unet.a"][[1, 3]]}
     assert torch.equal(steps.scales["unet.a"], step_scales(chosen)["unet.a"])
-    assert steps.learning_rate == auto_rate(chosen, steps.scales, 0.5)
+    assert steps.learning_rate == auto_rate(chosen, steps.scales, 0.5, config().max_train_steps)
 
 
 def moved(scales, steps=30, decay=0.1, **options):

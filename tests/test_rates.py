@@ -82,7 +82,7 @@ def test_with_one_half_between_layers_it_does_not_matter_how_large_their_weights
 
     def steps(own, scales):
         """How far each value moves at the auto rate, in units of its layer's weights."""
-        rate = optimizer.auto_rate(own, scales, 1.0)
+        rate = optimizer.auto_rate(own, scales, 1.0, 100)
         return {name: rate * scale for name, scale in scales.items()}
 
     before, after = (steps(own, scales_between(own, 0.5)) for own in (F, rescaled))

@@ -8,10 +8,10 @@ however large its gradient is.  Where steps are scaled, value i moves by scale_i
 
 so values on which everything depends move less than those on which little does.  A rate is "auto" where it follows
 from the base at hand.  Steps of independent signs in one layer change the answers p by rate^2 sum_i scale_i^2 F_i in the
-mean square, the sum over its values.  Relative to p, that is to be the same in the mean over the layers, for every base and
-every choice of values:
+mean square, the sum over its values, and n of them by n times that.  Relative to p, what a run of n steps changes is to be
+the same in the mean over the layers, for every base, every choice of values and every length:
 
-    rate = CHANGE * sqrt(E p^2) / mean over layers of sqrt(sum_i scale_i^2 F_i)
+    rate = CHANGE / sqrt(n) * sqrt(E p^2) / mean over layers of sqrt(sum_i scale_i^2 F_i)
 
 The mean over layers, not the sum over all values: of all layers of a network, the first and last convolution and the
 last shortcuts hold nearly all of that sum, and would set the rate of the hundred others.
@@ -33,7 +33,7 @@ from svfit_dreambooth.training.sensitivity import Sensitivity
 
 POWER = 0.25  # of the sensitivity: 0 are equal steps, 1/2 equal changes of the answers by every value
 FLOOR = 0.1  # of the median sensitivity, so that values that never matter do not run away
-CHANGE = 5e-4  # of the answers by a layer's step at the peak of the schedule, relative
+CHANGE = 8.7e-3  # of the answers by a layer's steps of a whole run, at the peak of the schedule, relative
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ def step_scales(sensitivity: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: (own / mean).float() for name, own in raw.items()}
 
 
-def auto_rate(sensitivity: Mapping[str, Tensor], scales: Mapping[str, Tensor], power: float) -> float:
-    """The rate at which steps of `scales` change the answers by `CHANGE`, see above; 0 where nothing changes them.
+def auto_rate(sensitivity: Mapping[str, Tensor], scales: Mapping[str, Tensor], power: float, steps: int) -> float:
+    """The rate at which `steps` steps change the answers by `CHANGE`, see above; 0 where nothing changes them.
 
     `sensitivity`: F_i of each layer, (r,) by name; `scales`: those of the same names, none where steps are equal;
     `power`: E p^2.
@@ -74,7 +74,7 @@ def auto_rate(sensitivity: Mapping[str, Tensor], scales: Mapping[str, Tensor], p
         float((own.double() * scales.get(name, torch.ones(())).double().square()).sum()) ** 0.5
         for name, own in sensitivity.items()
     ]
-    return CHANGE * power**0.5 * len(changes) / sum(changes) if any(changes) else 0.0
+    return CHANGE * (power / steps) ** 0.5 * len(changes) / sum(changes) if any(changes) else 0.0
 
 
 def plan_steps(
@@ -98,7 +98,7 @@ def plan_steps(
     scales = step_scales(own) if config.step_scaling == "sensitivity" else {}
     given = {"denoiser": config.learning_rate, "text_encoder": config.text_encoder_lr, "word": config.learned_word_lr}
     auto = {name: values for name, values in own.items() if given[roles[name]] == "auto"}
-    rate = auto_rate(auto, scales, 0.0 if sensitivity is None else sensitivity.power)
+    rate = auto_rate(auto, scales, 0.0 if sensitivity is None else sensitivity.power, config.max_train_steps)
     rates = {role: rate if value == "auto" else float(value) for role, value in given.items()}
     return Steps({name: rates[role] for name, role in roles.items()}, scales)
 
