@@ -117,13 +117,13 @@ def test_shares_top_bottom_and_random_take_equally_many(run):
     sizes = [min(layer.weight.shape) for _, _, layer in find_projections(run.base.pipeline.unet).values()]
     for choose in ("top", "bottom", "random", "budget"):
         run.base.pipeline = tiny_pipeline()
-        values = methods.svfit(share=1 / 8, choose=choose)(run, examples)
+        values, _ = methods.svfit(share=1 / 8, choose=choose)(run, examples)
         assert sum(value.numel() for value in values.values()) == sum(max(1, round(size / 8)) for size in sizes)
 
 
 def test_relative_steps_move_values_in_proportion(run):
     examples = encode_examples(run, torch.device("cpu"))
-    values = methods.svfit(relative=True)(run, examples)
+    values, _ = methods.svfit(relative=True)(run, examples)
     layer = next(iter(svfit_layers(run.base.pipeline.unet).values()))
     value = next(iter(values.values()))
     with torch.no_grad():
@@ -142,18 +142,18 @@ def test_it_runs_on_any_base_leaves_what_is_finished_and_tells_what_it_found(
     for name in ("dog1", "dog2", "dog6"):
         shutil.copytree(photo_folder, tmp_path / "subjects" / name)
     monkeypatch.setattr(records, "MOST_RATES", 1)
-    monkeypatch.setitem(compare_methods.METHODS, "lora-1", methods.Method(methods.lora(1), (0.01,)))
+    monkeypatch.setitem(compare_methods.METHODS, "lora-4", methods.Method(methods.lora(4), (0.01,)))
     monkeypatch.setattr(compare_methods, "open_features", lambda *_: Features(pixels))
     arguments = ["--pretrained_model_name_or_path", tiny_base, "--subjects", tmp_path / "subjects", "--steps", 1, 2]
-    arguments += ["--methods", "none", "lora-1", "--seeds", 0, "--train_batch_size", 1, "--num_inference_steps", 1]
+    arguments += ["--methods", "none", "lora-4", "--seeds", 0, "--train_batch_size", 1, "--num_inference_steps", 1]
     results = tmp_path / "results"
     monkeypatch.setattr(sys, "argv", [str(a) for a in ["compare", *arguments, "--results", results]])
     compare_methods.main()
     names = {path.name for path in results.glob("*.json")}
-    tuned = {f"lora-1-{subject}-100-0.01.json" for subject in ("dog1", "dog2")}
-    assert names == {*tuned, "none-dog6-0-0.json", "lora-1-dog6-0-0.01.json"}
+    tuned = {f"lora-4-{subject}-100-0.01.json" for subject in ("dog1", "dog2")}
+    assert names == {*tuned, "none-dog6-0-0.json", "lora-4-dog6-0-0.01.json"}
     done = {r.job: r for r in records.read_records(results)}
-    learnt = done[Job("lora-1", "dog6", 0, 0.01)]
+    learnt = done[Job("lora-4", "dog6", 0, 0.01)]
     assert set(learnt.readings) == {"1", "2"} and learnt.readings["2"]["drift"] > 0 and learnt.values > 0
     assert learnt.readings["2"]["loss"] > 0 and done[Job("none", "dog6", 0, 0.0)].readings["2"]["drift"] == 0
     before = {path: path.stat().st_mtime_ns for path in results.glob("*.json")}
@@ -164,7 +164,7 @@ def test_it_runs_on_any_base_leaves_what_is_finished_and_tells_what_it_found(
                         "--sheet", tmp_path / "s.png", "--subject", "dog6"]])  # fmt: skip
     evidence.main()
     text = capsys.readouterr().out
-    assert "1 subjects, seeds 0, 1 runs" in text and "| lora-1 | 0.01 |" in text
+    assert "1 subjects, seeds 0, 1 runs" in text and "| lora-4 | 0.01 |" in text
     assert Image.open(tmp_path / "s.png").height > CELL  # two rows at half the size
 
 
