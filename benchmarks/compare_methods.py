@@ -192,8 +192,7 @@ def make(
         kept_base = KeptBase(model) if config.keep_base else None  # every method begins at the base
         scales = {}
         if sensitivity is not None:
-            own = {name: sensitivity[f"unet.{name}"] for name in values}
-            scales = step_scales({name: every[positions[name]] for name, every in own.items()})
+            scales = step_scales({name: sensitivity[f"unet.{name}"][own] for name, own in positions.items()})
         moves = Steps(rates, scales)
         loop = Loop(config, accelerator, model, [pipeline.unet], values, moves, run.folder, kept_base=kept_base)
         started = time.perf_counter()

@@ -44,7 +44,7 @@ def test_scales_fall_with_the_sensitivity_and_their_mean_is_one():
 
 @pytest.mark.parametrize("scaled", [True, False])
 def test_an_automatic_run_changes_the_answers_by_the_same_share_on_every_base(scaled):
-    """A linear base, whose answers are J s: with random signs the mean square of a step's change is known."""
+    """A linear base, whose answers are J s: with random signs the mean square of a run's change is known."""
     torch.manual_seed(0)
     for size in (1.0, 30.0):  # of the singular values, and so of the shifts that matter as much
         J = torch.randn(2000, 40) / size  # (numbers of an answer, values)
