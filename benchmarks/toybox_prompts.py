@@ -21,6 +21,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from svfit_dreambooth.bases.toybox import Toybox
 from toybox.architecture import WEIGHTS, load_pipeline
 from toybox.denoiser import contact_sheet
 from toybox.judge import Judge, load_judge
@@ -49,14 +50,25 @@ def draw_combinations(count: int, seed: int = 0) -> list[tuple[str, str, str]]:
 
 
 def generate(
-    pipeline: StableDiffusionPipeline, prompts: Sequence[str], steps: int, guidance_scale: float, batch_size: int = 25
+    pipeline: StableDiffusionPipeline,
+    prompts: Sequence[str],
+    steps: int,
+    guidance_scale: float,
+    guidance_rescale: float,
+    batch_size: int = 25,
 ) -> list[Image.Image]:
     """One picture a prompt; the seed is the prompt's number, whatever the batch size."""
     images: list[Image.Image] = []
     for start in range(0, len(prompts), batch_size):
         batch = list(prompts[start : start + batch_size])
         generators = [torch.Generator().manual_seed(start + i) for i in range(len(batch))]
-        images += pipeline(batch, num_inference_steps=steps, guidance_scale=guidance_scale, generator=generators).images
+        images += pipeline(
+            batch,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            generator=generators,
+        ).images
     return images
 
 
@@ -131,6 +143,7 @@ def main() -> None:
     parser.add_argument("--num_prompts", type=int, default=300)
     parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--guidance_scale", type=float, nargs="+", default=[4.0], help="several: a table for each")
+    parser.add_argument("--guidance_rescale", type=float, default=Toybox.guidance_rescale, help="0: none")
     parser.add_argument("--num_threads", type=int, help="processor threads; None: all cores")
     parser.add_argument("--output", type=Path, help="JSON file for the numbers; None: only printed")
     parser.add_argument(
@@ -146,9 +159,9 @@ def main() -> None:
     pipeline, judge = load_pipeline(args.model), load_judge()
     results: dict[str, Any] = {}
     for guidance_scale in args.guidance_scale:
-        images = generate(pipeline, prompts, args.num_inference_steps, guidance_scale)
+        images = generate(pipeline, prompts, args.num_inference_steps, guidance_scale, args.guidance_rescale)
         results[str(guidance_scale)] = score(judge, images, wanted)
-        print(f"guidance {guidance_scale}, {args.num_inference_steps} steps")
+        print(f"guidance {guidance_scale} rescaled {args.guidance_rescale:g}, {args.num_inference_steps} steps")
         print_table(results[str(guidance_scale)])
         distance = excess_distance(judge, images, wanted)
         results[str(guidance_scale)]["frechet"] = distance
@@ -156,7 +169,8 @@ def main() -> None:
     if args.contact_sheet:
         beside_the_world(images[:24], wanted[:24], columns=12).save(args.contact_sheet)
     if args.output:
-        settings = {"num_inference_steps": args.num_inference_steps, "num_prompts": args.num_prompts}
+        names = ("num_inference_steps", "num_prompts", "guidance_rescale")
+        settings = {name: getattr(args, name) for name in names}
         args.output.write_text(json.dumps({**settings, "by_guidance_scale": results}, indent=2) + "\n")
 
 

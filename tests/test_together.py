@@ -129,7 +129,9 @@ def test_looks_and_the_best_step_are_each_subjects_own(configs):
         alone = train(config)
         assert outcome.result.kept_step == alone.kept_step
         ours, theirs = (RunFolder(folder).events() for folder in (outcome.folder, alone.adapter_path.parent))
-        assert [event.name for event in ours] == [event.name for event in theirs]
+        # "phase" announces what takes time, and what runs second may find that done
+        names = [[event.name for event in all_ if event.name != "phase"] for all_ in (ours, theirs)]
+        assert names[0] == names[1]
         measured = [[event.fixed_loss for event in all_ if event.name == "measure"] for all_ in (ours, theirs)]
         assert len(measured[0]) == 4 and measured[0] == pytest.approx(measured[1], abs=2e-5)
         assert (outcome.folder / "validation" / "step_000002.png").is_file()

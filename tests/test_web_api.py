@@ -61,9 +61,11 @@ def test_a_program_asks_for_all_that_the_page_offers(served, dog_adapter, tiny_b
     shutil.copytree(tiny_base / "vae", app.workspace.models / "better")
     client.predict(handle_file(dog_adapter), api_name="/import_adapter")
     wishes = {"clip_skip": "1", "pretrained_vae_model_name_or_path": "better", "trained_on": tiny_base.name}
+    wishes["guidance_rescale"] = "0.7"
     (picture,) = client.predict("a dog", {"dog": 1.0}, tiny_base.name, api_name="/generate", **wishes, **SIZE)
     settings = json.loads(Image.open(picture["image"]).text["svfit"])
     assert (settings["clip_skip"], settings["vae"], settings["trained_on"]) == (1, "better", tiny_base.name)
+    assert settings["guidance_rescale"] == 0.7
 
     photos = [handle_file(path) for path in sorted(photo_folder.glob("*.png"))[:1]]
 
@@ -176,7 +178,7 @@ def test_adapters_of_the_command_line_are_for_all_but_theirs_to_paint_with_alone
     assert Painter(app).open_page(request)[1].value == ["offered/mug"]
     assert app.adapter_file(visitor, "offered/mug").samefile(workspace.folder / "adapters" / "mug.safetensors")
     *_, painted = Endpoints(app).generate(
-        "a dog", {"mug": 1.0}, tiny_base.name, "", 1, 0, 1, 0, 16, 16, "", "", "", "", "", request
+        "a dog", {"mug": 1.0}, tiny_base.name, "", 1, 0, 1, 0, 16, 16, "", "", "", "", "", "", request
     )
     assert painted[0][1].startswith("mug 1")
     assert [entry["name"] for entry in Endpoints(app).list_adapters(request)] == ["mug"]

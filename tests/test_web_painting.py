@@ -26,8 +26,8 @@ from svfit_dreambooth.web.tabs.generate import _strength
 from svfit_dreambooth.web.tabs.painting import Painter, begin_from
 from svfit_dreambooth.web.tabs.reuse import SAMPLERS, take_up
 
-# sampler, picture to begin with, how much is painted anew, clip skip, VAE, bits, base trained on; axes of a grid
-OWN = ["", "", "as it is", ""]
+# sampler, picture to begin with, how much is painted anew, clip skip, guidance rescale, VAE, bits, base trained on; axes of a grid
+OWN = ["", "", "", "as it is", ""]
 REST = ["the base's own", None, 0.6, *OWN, NOTHING, "", NOTHING, ""]
 
 
@@ -73,6 +73,7 @@ def test_base_and_unusual_numbers_of_a_picture_are_taken_up(home, dog_adapter, t
         "prompt": "a dog", "negative_prompt": "", "num_inference_steps": 200, "guidance_scale": 7.5, "seed": 3,
         "width": 16, "height": 16,
         "scheduler": "euler_a", "clip_skip": 0, "quantize": "nf4", "vae": "better", "trained_on": tiny_base.name,
+        "guidance_rescale": 0.7,
     }  # fmt: skip
     shutil.copytree(tiny_base / "vae", home.workspace.models / "better")
     for base, adapters, shown, missing in (
@@ -85,13 +86,14 @@ def test_base_and_unusual_numbers_of_a_picture_are_taken_up(home, dog_adapter, t
     ):
         taken = take_up(home, visitor, {**settings, "base_model": base, "adapters": adapters})
         assert taken[2].value == shown and "".join(warned).startswith(missing) and bool(warned) == bool(missing)
-        assert taken[12:17] == ("euler_a", "0", "better", "nf4", tiny_base.name)
-        assert taken[17] is None  # it began with noise, and so does what comes
+        assert taken[12:18] == ("euler_a", "0", "0.7", "better", "nf4", tiny_base.name)
+        assert taken[18] is None  # it began with noise, and so does what comes
         warned.clear()
     odd = settings | {"vae": "/etc", "trained_on": "owner/gone", "strength": 0.4, "prompt_weights": True}
     odd["seed"] = 2**64 - 1
+    del odd["guidance_rescale"]  # a picture that knows of none was painted with none
     taken = take_up(home, visitor, {**odd, "base_model": DEFAULT_BASE, "adapters": {}})
-    assert (taken[14], taken[16], taken[18]) == ("", "", 0.4) and taken[17] == gr.skip()
+    assert (taken[14], taken[15], taken[17], taken[19]) == ("0", "", "", 0.4) and taken[18] == gr.skip()
     assert taken[6] == gr.skip()
     for missing in (
         f"the seed {2**64 - 1}, which",
@@ -143,7 +145,7 @@ def test_a_page_that_is_reloaded_finds_its_painting_again(public, tiny_base):
 def test_the_form_that_paints_comes_back_to_its_visitor(public, dog_adapter):
     painter, request = Painter(public), Request("a" * 32)
     form = (
-        "a sks dog\non the beach", "rain", 3, 12, "7.5", 5, False, "64", "", "euler", "toybox", "1", "better", "nf4", "mother", True,
+        "a sks dog\non the beach", "rain", 3, 12, "7.5", 5, False, "64", "", "euler", "toybox", "1", "0.5", "better", "nf4", "mother", True,
     )  # fmt: skip
     painter.remember(request, *form)
     assert painter.open_page(request)[4] == form[0] and painter.recall(request) == form[1:]
@@ -178,7 +180,7 @@ def test_a_grid_over_two_axes(home, dog_adapter, tiny_base):
     sheets = []
 
     def painted(*axes):
-        *_, last = painter.generate(request, *common, *REST[:7], *axes, 1.0, 0.5)
+        *_, last = painter.generate(request, *common, *REST[:-4], *axes, 1.0, 0.5)
         sheets.append(last[-1])
         return [caption for _, caption in last[1]], [
             pictures.read_settings(home.visitor(request).pictures / n) for n in last[2]

@@ -67,6 +67,7 @@ class Family(ABC):
     original_names: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     checkpointed: ClassVar[tuple[type[nn.Module], ...]]  # the blocks that gradient checkpointing runs again
     guidance_scale: float  # that suits
+    guidance_rescale: ClassVar[float] = 0.0  # that suits; see `rescale_for` of painting/numbers.py
     num_inference_steps: ClassVar[int] = 25  # denoising steps that suit a base that was not distilled
     no_prompt: ClassVar[str] = ""  # what stands for no negative prompt
     guided_together: ClassVar[bool] = True  # whether one call of the denoiser answers with and without the prompt

@@ -77,6 +77,12 @@ class BaseModel:
         return self.family.guidance_scale if self.few_steps is None else self.few_steps.guidance_scale
 
     @property
+    def guiding(self) -> list[float]:
+        """What pictures that are guided as suits the base are kept under."""
+        rescale = self.family.guidance_rescale
+        return [self.guidance_scale, *([rescale] if rescale else [])]
+
+    @property
     def num_inference_steps(self) -> int:
         """Denoising steps that suit the base."""
         return self.family.num_inference_steps if self.few_steps is None else self.few_steps.num_inference_steps

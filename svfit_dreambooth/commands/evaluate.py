@@ -31,6 +31,10 @@ def add_evaluate(commands: Any) -> None:
         "--num_inference_steps", type=int, help="denoising steps; default: what suits the base, mostly 25"
     )
     evaluate.add_argument("--guidance_scale", type=float, help="default: what suits the base, 7.5 for Stable Diffusion")
+    evaluate.add_argument(
+        "--guidance_rescale", type=float, metavar="PHI",
+        help="0 to 1, against colours that guidance makes too strong; try 0.7 on v-prediction bases; default: what suits the base",
+    )  # fmt: skip
     evaluate.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     add_base(evaluate)
     evaluate.set_defaults(run=_evaluate)
@@ -74,6 +78,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         seed=options.seed,
         num_inference_steps=options.num_inference_steps,
         guidance_scale=options.guidance_scale,
+        guidance_rescale=options.guidance_rescale,
     )  # fmt: skip
     print("\n".join(table(rows)))
     print(f"{options.output_dir / 'scores.json'}, {options.output_dir / 'sheet.png'}")

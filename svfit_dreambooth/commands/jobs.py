@@ -67,6 +67,7 @@ def generate_jobs(options: argparse.Namespace) -> None:
         batch_size=4 if options.batch_size is None else options.batch_size,
         num_inference_steps=options.num_inference_steps,
         guidance_scale=options.guidance_scale,
+        guidance_rescale=options.guidance_rescale,
         prompt_weights=options.prompt_weights,
         clip_skip=options.clip_skip,
         height=options.height,

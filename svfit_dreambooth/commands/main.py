@@ -165,6 +165,10 @@ def _parser() -> argparse.ArgumentParser:
         "--num_inference_steps", type=int, help="denoising steps; default: what suits the base, mostly 25"
     )
     generate.add_argument("--guidance_scale", type=float, help="default: what suits the base, 7.5 for Stable Diffusion")
+    generate.add_argument(
+        "--guidance_rescale", type=float, metavar="PHI",
+        help="0 to 1, against colours that guidance makes too strong; try 0.7 on v-prediction bases; default: what suits the base",
+    )  # fmt: skip
     generate.add_argument("--height", type=int, help="pixels; default: the base's")
     generate.add_argument("--width", type=int, help="pixels; default: the base's")
     generate.add_argument("--scheduler", help="sampler, such as euler_a or dpm++_2m_karras (default: the base's own)")
@@ -234,6 +238,7 @@ def _generate(options: argparse.Namespace) -> None:
         seed=options.seed or 0,
         num_inference_steps=options.num_inference_steps,
         guidance_scale=options.guidance_scale,
+        guidance_rescale=options.guidance_rescale,
         negative_prompt=options.negative_prompt,
         prompt_weights=options.prompt_weights,
         clip_skip=options.clip_skip,

@@ -21,14 +21,13 @@ from svfit_dreambooth.bases.opening import check_base_model, exchange_autoencode
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.painting.from_picture import Begin, begin_arguments, pipeline_from
 from svfit_dreambooth.painting.loading import load_adapter, merge_adapters
+from svfit_dreambooth.painting.numbers import check_numbers, rescale_for, rescaling, size_multiple
 from svfit_dreambooth.painting.picture import Picture
 from svfit_dreambooth.painting.prompts import check_text, prompt_arguments
 from svfit_dreambooth.painting.registry import clip_skips, loaded_adapters, other_base, reading
 from svfit_dreambooth.painting.samplers import sampled_with
 
 NAME_THE_BASE = "name the base yourself with pretrained_model_name_or_path"
-LARGEST = 8  # times the base's own side: what one may ask to paint
-MOST_IMAGES = 1_000_000  # of a prompt
 
 
 def open_for_adapters(
@@ -127,6 +126,7 @@ def generate(
     seed: int = 0,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
+    guidance_rescale: float | None = None,
     negative_prompt: str | None = None,
     prompt_weights: bool = False,
     clip_skip: int | None = None,
@@ -140,7 +140,8 @@ def generate(
     """`num_images` pictures of every prompt with the adapters that `model` carries.
 
     Image i of each prompt starts from noise of the seed `seed + i`, drawn on the CPU, whatever the other pictures
-    are.  `num_inference_steps`, `guidance_scale`: None takes the base's own; `height`, `width` in pixels: None takes the base's.
+    are.  `num_inference_steps`, `guidance_scale`, `guidance_rescale` (see `rescale_for`), and `height` and `width` in
+    pixels: None takes the base's own.
     `scheduler`: a name of `SAMPLERS`; None takes the base's.  `begin`: a picture to paint from instead of noise, whose shape
     the pictures then have where no size is given.
     `prompt_weights`: "ball++" and "(red ball)1.3" in a prompt weigh, see `prompt_arguments`.
@@ -151,7 +152,7 @@ def generate(
     Raises SVFitError for numbers that the base cannot paint with.
     """
     pipeline = model.pipeline
-    own = (model.resolution, model.resolution) if begin is None else begin.size(_multiple(model), model.resolution)
+    own = (model.resolution, model.resolution) if begin is None else begin.size(size_multiple(model), model.resolution)
     height, width = height or own[1], width or own[0]
     guidance_scale = model.guidance_scale if guidance_scale is None else guidance_scale
     num_inference_steps = model.num_inference_steps if num_inference_steps is None else num_inference_steps
@@ -167,6 +168,7 @@ def generate(
         if begin is not None:
             painter = pipeline_from(pipeline, begin)
             place = begin_arguments(painter.__call__, begin, width, height)
+        rescale = rescale_for(model, painter, guidance_rescale)
         for prompt in prompts:
             words = prompt_arguments(pipeline, prompt, negative_prompt, prompt_weights)
             words = model.family.painting_arguments(words, guidance_scale)
@@ -177,6 +179,7 @@ def generate(
                     painter,
                     **words,
                     **place,
+                    **rescaling(rescale),
                     generator=torch.Generator().manual_seed(seed + i),
                     num_inference_steps=num_inference_steps,
                 )
@@ -191,6 +194,7 @@ def generate(
                     loaded_adapters(pipeline),
                     num_inference_steps=num_inference_steps,
                     guidance_scale=guidance_scale,
+                    guidance_rescale=rescale,
                     height=height,
                     width=width,
                     prompt_weights=prompt_weights,
@@ -203,31 +207,6 @@ def generate(
     return pictures
 
 
-def check_numbers(
-    model: BaseModel, num_images: int, seed: int, steps: int, guidance_scale: float, height: int, width: int
-) -> None:
-    """Raises SVFitError for numbers that the base cannot paint with."""
-    multiple, largest = _multiple(model), LARGEST * model.resolution
-    for name, size in (("height", height), ("width", width)):
-        if size < 1 or size % multiple or size > largest:
-            raise SVFitError(
-                f"{name} {size} does not work: it must be a multiple of {multiple}, at most {largest}.", name
-            )
-    if not 1 <= num_images <= MOST_IMAGES:
-        raise SVFitError(f"num_images is {num_images}: give 1 to {MOST_IMAGES:,}.")
-    most = model.pipeline.scheduler.config.num_train_timesteps
-    if not 1 <= steps <= most:
-        raise SVFitError(f"num_inference_steps is {steps}: give 1 to {most}, the steps of this base's noise schedule.")
-    if not -(2**63) <= seed <= 2**64 - num_images:  # what torch takes
-        raise SVFitError(f"seed is {seed}: for {num_images} pictures, give at most {2**64 - num_images}.", "seed")
-    check_finite("guidance_scale", guidance_scale)
-
-
-def _multiple(model: BaseModel) -> int:
-    """What sides of its pictures are multiples of, in pixels."""
-    return max(model.family.required_multiple, 8)
-
-
 def picture_settings(
     model: BaseModel,
     prompt: str,
@@ -237,6 +216,7 @@ def picture_settings(
     *,
     num_inference_steps: int,
     guidance_scale: float,
+    guidance_rescale: float,
     height: int,
     width: int,
     prompt_weights: bool,
@@ -248,6 +228,8 @@ def picture_settings(
     # 0 is told where it is not what goes by itself
     if model.family.clip_skip or any(clip_skips(model.pipeline).values()):
         more["clip_skip"] = model.family.clip_skip
+    if guidance_rescale or model.family.guidance_rescale:
+        more["guidance_rescale"] = guidance_rescale
     if model.vae_name is not None:
         more["vae"] = model.vae_name
     if model.quantize is not None:

@@ -17,7 +17,8 @@ from svfit_dreambooth.bases.devices import default_device
 from svfit_dreambooth.bases.model import BaseModel
 from svfit_dreambooth.errors import SVFitError
 from svfit_dreambooth.painting.batches import Sample, paint_batch, read_words
-from svfit_dreambooth.painting.generate import check_numbers, open_for_adapters, open_named_base, picture_settings
+from svfit_dreambooth.painting.generate import open_for_adapters, open_named_base, picture_settings
+from svfit_dreambooth.painting.numbers import check_numbers, rescale_for, rescaling
 from svfit_dreambooth.painting.picture import Picture
 from svfit_dreambooth.painting.prompts import check_text
 from svfit_dreambooth.painting.shelf import AdapterFiles, Shelf
@@ -131,6 +132,7 @@ def paint_jobs(
     batch_size: int = 4,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
+    guidance_rescale: float | None = None,
     prompt_weights: bool = False,
     clip_skip: int | None = None,
     height: int | None = None,
@@ -154,6 +156,7 @@ def paint_jobs(
             check_numbers(model, job.count, job.seed, num_inference_steps, guidance_scale, height, width)
         except SVFitError as error:
             raise SVFitError(f"line {job.line}: {error}", *error.parameters) from None
+    rescale = rescale_for(model, model.pipeline, guidance_rescale)
     _check_adapters(shelf, jobs)
     common: dict[str, Any] = {
         "num_inference_steps": num_inference_steps,
@@ -163,12 +166,19 @@ def paint_jobs(
     }
     for batch in _batches(shelf, jobs, batch_size, guidance_scale, prompt_weights, clip_skip):
         shelf.bring(list(dict.fromkeys(name for _, sample in batch for name in sample.mix)))
-        painted = paint_batch(model, [sample for _, sample in batch], **common) or []
+        painted = paint_batch(model, [sample for _, sample in batch], **common, **rescaling(rescale)) or []
         for (job, sample), (image, filtered) in zip(batch, painted, strict=True):
             names = distinct_names(Path(name).stem for name, _ in job.adapters)
             strengths = dict(zip(names, (strength for _, strength in job.adapters), strict=True))
             settings = picture_settings(
-                model, job.prompt, job.negative_prompt, sample.seed, strengths, prompt_weights=prompt_weights, **common
+                model,
+                job.prompt,
+                job.negative_prompt,
+                sample.seed,
+                strengths,
+                guidance_rescale=rescale,
+                prompt_weights=prompt_weights,
+                **common,
             )
             if on_picture is not None:
                 on_picture(job, Picture(image, settings, filtered))

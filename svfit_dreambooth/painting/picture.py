@@ -34,10 +34,11 @@ def save_picture(picture: Picture, path: Path) -> Path:
     lines = [settings["prompt"]]
     vae = f"VAE: {settings['vae']}, " if settings.get("vae") else ""
     clip_skip = f"Clip skip: {settings['clip_skip'] + 1}, " if settings.get("clip_skip") else ""  # as A1111 counts
+    rescale = f"CFG rescale: {settings['guidance_rescale']:g}, " if settings.get("guidance_rescale") else ""
     if settings["negative_prompt"]:
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
     lines.append(
-        f"Steps: {settings['num_inference_steps']}, CFG scale: {settings['guidance_scale']:g}, "
+        f"Steps: {settings['num_inference_steps']}, CFG scale: {settings['guidance_scale']:g}, {rescale}"
         f"Seed: {settings['seed']}, Size: {settings['width']}x{settings['height']}, Model: {settings['base_model']}, "
         f"{clip_skip}{sampler}{vae}Adapters: {adapters or 'none'}, Version: svfit-dreambooth {__version__}"
     )

@@ -132,7 +132,7 @@ def picture_files(
 ) -> list[Path]:
     """Where `base_latents` keeps each of its pictures."""
     folder = Path(cache_dir or folders.cache_dir()) / "base_pictures" / base.digest
-    how = [CACHE_VERSION, resolution, _steps(base, steps), base.guidance_scale, str(dtype)]
+    how = [CACHE_VERSION, resolution, _steps(base, steps), *base.guiding, str(dtype)]
     how += [base.family.clip_skip] * (base.family.clip_skip > 0)
     keys = [json.dumps([*how, SEED + number, prompt]) for number, prompt in enumerate(prompts)]
     return [folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors" for key in keys]

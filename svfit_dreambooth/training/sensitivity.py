@@ -94,7 +94,7 @@ def base_sensitivity(
     prompts = asked_prompts(base.name)
     prints = {component: own["sha256"] for component, own in fingerprint(weights, hashes).items()}
     steps = min(STEPS, base.num_inference_steps)
-    how = [VERSION, prompts, steps, PASSES, base.guidance_scale, resolution, str(dtype), rank, energy]
+    how = [VERSION, prompts, steps, PASSES, *base.guiding, resolution, str(dtype), rank, energy]
     facts = json.dumps([base.digest, prints, *how])
     folder = Path(cache_dir or folders.cache_dir()) / "sensitivity"
     path = folder / f"{hashlib.sha256(facts.encode()).hexdigest()}.safetensors"

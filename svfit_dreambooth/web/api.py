@@ -35,7 +35,7 @@ class Endpoints:
         self, prompt: str, adapters: dict[str, float] | None, base: str, negative_prompt: str, num_images: float,
         seed: float, num_inference_steps: float, guidance_scale: float, width: float,
         height: float, scheduler: str, clip_skip: str, pretrained_vae_model_name_or_path: str, quantize: str,
-        trained_on: str, request: gr.Request,
+        trained_on: str, guidance_rescale: str, request: gr.Request,
     ) -> Iterator[list[tuple[str, str]]]:  # fmt: skip
         """Paints; adapters: {"name in the library": strength}; 0 as steps, guidance or size: as suits. Returns PNG files."""
         visitor = self.app.visitor(request)
@@ -62,6 +62,7 @@ class Endpoints:
             autoencoder=(pretrained_vae_model_name_or_path or "").strip(),
             quantize=quantize or None,
             trained_on=(trained_on or "").strip(),
+            guidance_rescale=_number("guidance_rescale", guidance_rescale) if guidance_rescale else None,
         )
         painting = self.app.paintings.begin(visitor, order, alone=False, grace=API_GRACE)
         seen, shown = 0, -1
@@ -183,6 +184,7 @@ def build_endpoints(app: App) -> None:
             gr.Textbox("", label="pretrained_vae_model_name_or_path"),
             gr.Textbox("", label="quantize"),
             gr.Textbox("", label="trained_on"),
+            gr.Textbox("", label="guidance_rescale"),
         ]
         options = gr.JSON({}, label="options")
         base = gr.Textbox(DEFAULT_BASE, label="base")

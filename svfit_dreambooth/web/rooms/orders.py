@@ -37,6 +37,7 @@ class Order:
     seed: int = 0
     num_inference_steps: int | None = None  # None: what suits the base
     guidance_scale: float | None = None  # None: the base's own
+    guidance_rescale: float | None = None  # None: what suits the base
     width: int | None = None  # None: the base's own
     height: int | None = None
     scheduler: str | None = None  # a name of samplers.SAMPLERS; None: the base's own
@@ -64,6 +65,7 @@ class Order:
         return {
             "num_inference_steps": cell.num_inference_steps or self.num_inference_steps,
             "guidance_scale": self.guidance_scale if cell.guidance_scale is None else cell.guidance_scale,
+            "guidance_rescale": self.guidance_rescale,
             "height": self.height,
             "width": self.width,
             "scheduler": self.scheduler,

@@ -13,7 +13,8 @@ from svfit_dreambooth.web.rooms.orders import Order
 
 EARLIER = 60  # that are shown of those painted before
 MAX_TEXT = 100_000  # characters of settings in a file
-UNUSUAL: dict[str, tuple[type, str]] = {  # settings that only some pictures have: their kind, and what people call them
+UNUSUAL: dict[str, tuple[Any, str]] = {  # settings that only some pictures have: their kind, and what people call them
+    "guidance_rescale": (int | float, "guidance rescale"),
     "scheduler": (str, "sampler"),
     "clip_skip": (int, "clip skip"),
     "vae": (str, "autoencoder"),

@@ -18,6 +18,7 @@ def paint_together(model: Any, loaded: Loaded, tickets: Sequence[Ticket]) -> Non
     from svfit_dreambooth.adapter.source import distinct_names
     from svfit_dreambooth.painting.batches import paint_batch
     from svfit_dreambooth.painting.generate import picture_settings
+    from svfit_dreambooth.painting.numbers import rescaling
     from svfit_dreambooth.painting.picture import Picture
 
     def on_step(step: int, of: int) -> bool:
@@ -33,7 +34,8 @@ def paint_together(model: Any, loaded: Loaded, tickets: Sequence[Ticket]) -> Non
             model,
             [sample for sample in samples if sample.kind == samples[0].kind],
             on_step,
-            **{name: value for name, value in numbers.items() if name != "guidance_scale"},
+            **{name: value for name, value in numbers.items() if not name.startswith("guidance")},
+            **rescaling(numbers["guidance_rescale"]),
         )
     except (SVFitError, RuntimeError, MemoryError):  # whose fault it is shows when each has a turn alone
         for ticket in tickets:
@@ -60,7 +62,7 @@ def paint_together(model: Any, loaded: Loaded, tickets: Sequence[Ticket]) -> Non
 def _samples(model: Any, loaded: Loaded, tickets: Sequence[Ticket]) -> tuple[list[Any], dict[str, Any]]:
     """What is painted for each, and the numbers that are the same for all."""
     from svfit_dreambooth.painting.batches import Sample, read_words
-    from svfit_dreambooth.painting.generate import check_numbers
+    from svfit_dreambooth.painting.numbers import check_numbers, rescale_for
 
     files: dict[Path, Any] = {path: adapter for ticket in tickets for path, adapter in ticket.adapters}
     names = loaded.exchange(model, list(files.items()), tickets[0].order.allow_other_base)
@@ -69,6 +71,7 @@ def _samples(model: Any, loaded: Loaded, tickets: Sequence[Ticket]) -> tuple[lis
     steps, guidance = own["num_inference_steps"], own["guidance_scale"]
     steps = model.num_inference_steps if steps is None else steps
     guidance = model.guidance_scale if guidance is None else guidance
+    rescale = rescale_for(model, model.pipeline, own["guidance_rescale"])
     height, width = own["height"] or model.resolution, own["width"] or model.resolution
     samples = []
     for ticket in tickets:
@@ -80,4 +83,5 @@ def _samples(model: Any, loaded: Loaded, tickets: Sequence[Ticket]) -> tuple[lis
             model, order.prompt, order.negative_prompt or None, mix, guidance, clip_skip=own["clip_skip"]
         )
         samples.append(Sample(words, seed, mix, skipped))
-    return samples, {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}
+    numbers = {"num_inference_steps": steps, "guidance_scale": guidance, "guidance_rescale": rescale}
+    return samples, numbers | {"height": height, "width": width}

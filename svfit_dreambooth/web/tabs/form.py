@@ -36,6 +36,7 @@ SWITCHES = ("train_text_encoder", "random_flip", "gradient_checkpointing", "with
 PAINTING = {  # the same of the form that paints
     "num_inference_steps": "Sampling steps",
     "guidance_scale": "Guidance",
+    "guidance_rescale": "Guidance rescale",
     "scheduler": "Sampler",
     "clip_skip": "Clip skip",
     "pretrained_vae_model_name_or_path": "Another autoencoder (VAE)",

@@ -126,6 +126,7 @@ def build_generate(app: App, page: gr.Blocks) -> GenerateTab:
                     width = gr.Textbox(label="Width", placeholder="as suits", max_lines=1, min_width=90, **OPEN)
                     height = gr.Textbox(label="Height", placeholder="as suits", max_lines=1, min_width=90, **OPEN)
                 with gr.Row():
+                    rescale = gr.Textbox(label="Guidance rescale", placeholder="as suits", max_lines=1, min_width=90, info="0 to 1, against too strong colours.", **OPEN)  # fmt: skip
                     skip = gr.Textbox(label="Clip skip", placeholder="as trained", max_lines=1, min_width=90, info="1 is what others call 2.", **OPEN)  # fmt: skip
                     autoencoder = gr.Textbox(label="Another autoencoder (VAE)", placeholder="the base's own", max_lines=1, min_width=150, info="A hub id, or a model here.", **OPEN)  # fmt: skip
                 with gr.Row():
@@ -177,6 +178,7 @@ def build_generate(app: App, page: gr.Blocks) -> GenerateTab:
         begin,
         anew,
         skip,
+        rescale,
         autoencoder,
         bits,
         trained_on,
@@ -193,7 +195,7 @@ def build_generate(app: App, page: gr.Blocks) -> GenerateTab:
         **PRIVATE,
     )
     kept: list[Any] = [
-        prompt, negative, count, steps, guidance, seed, new_seed, width, height, sampler, base, skip, autoencoder, bits,
+        prompt, negative, count, steps, guidance, seed, new_seed, width, height, sampler, base, skip, rescale, autoencoder, bits,
         trained_on, relatives,
     ]  # fmt: skip
     page.load(painting.recall, None, kept[1:], **PRIVATE)
@@ -208,7 +210,7 @@ def build_generate(app: App, page: gr.Blocks) -> GenerateTab:
     several.input(kept_pictures.choose_several, [several, shown], [gallery, *pictured], **PRIVATE)
     fields = [
         prompt, negative, base, adapters, steps, guidance, seed, new_seed, width, height, mode, count, sampler, skip,
-        autoencoder, bits, trained_on, begin, anew, taken_up,
+        rescale, autoencoder, bits, trained_on, begin, anew, taken_up,
     ]  # fmt: skip
     for taken in (
         reuse.click(painting.reuse, selected, fields, **PRIVATE),

@@ -28,12 +28,12 @@ from svfit_dreambooth.web.tabs.reuse import LARGEST_SEED, SAMPLERS, take_up
 SEEDS = 1_000_000  # a new one is chosen among: few enough digits to be told to a friend
 REMEMBERED = (
     "prompt", "negative_prompt", "num_images", "num_inference_steps_painting", "guidance_scale", "seed_painting",
-    "new_seed", "width", "height", "scheduler", "base_painting", "clip_skip_painting", "vae_painting",
+    "new_seed", "width", "height", "scheduler", "base_painting", "clip_skip_painting", "guidance_rescale", "vae_painting",
     "quantize_painting", "trained_on", "other_base",
 )  # fmt: skip
 CHOSEN = "adapters_painting"  # as what the chosen adapters are remembered, one a line
 IDLE = '<div class="status" role="status"></div>'
-FIELDS = 24  # of the form; what follows are the strengths of the chosen adapters
+FIELDS = 25  # of the form; what follows are the strengths of the chosen adapters
 
 
 class Painter:
@@ -173,7 +173,7 @@ class Painter:
         """The form as an order."""
         (
             prompt, negative, base, adapters, count, steps, guidance, seed, new_seed, width, height, mode, relatives,
-            sampler, begin, anew, skip, autoencoder, bits, trained_on, *axes,
+            sampler, begin, anew, skip, rescale, autoencoder, bits, trained_on, *axes,
         ) = values[:FIELDS]  # fmt: skip
         adapters = adapters or []
         if len(values) - FIELDS != len(adapters):
@@ -191,6 +191,7 @@ class Painter:
             seed=random.randrange(SEEDS) if new_seed or seed is None else _seed(seed),
             num_inference_steps=whole("Sampling steps", steps),
             guidance_scale=number("Guidance", guidance),
+            guidance_rescale=number("Guidance rescale", rescale),
             width=whole("Width", width),
             height=whole("Height", height),
             scheduler=sampler if sampler in SAMPLERS else None,

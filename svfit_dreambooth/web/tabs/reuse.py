@@ -65,6 +65,7 @@ def take_up(app: App, visitor: Visitor, settings: dict[str, Any]) -> tuple[Any, 
         1,  # one picture: the seed is this one's
         settings["scheduler"] if settings.get("scheduler") in SAMPLERS else OWN_SAMPLER,
         str(settings.get("clip_skip", "")),
+        f"{settings.get('guidance_rescale', 0):g}",
         places["vae"],
         next((offered for offered, bits in BITS.items() if bits == settings.get("quantize")), next(iter(BITS))),
         places["trained_on"],
