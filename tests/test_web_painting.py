@@ -58,6 +58,8 @@ def test_a_strip_over_strengths_and_its_settings_taken_up(home, dog_adapter, tin
     name = last_gallery[2][-1]
     taken = painting.reuse([name], mine)
     assert (taken[0], taken[6], taken[-1]) == ("a photo of sks dog", 5, {"upload/own": 1.5})
+    painting.fill_in(["upload/own"], "", "", mine)
+    assert painting.open_page(mine)[6] == {"upload/own": 1.5}
 
     with pytest.raises(gr.Error, match="not there any more"):
         painting.reuse([name], theirs)
@@ -151,7 +153,10 @@ def test_the_form_that_paints_comes_back_to_its_visitor(public, dog_adapter):
     assert painter.open_page(request)[4] == form[0] and painter.recall(request) == form[1:]
     library.add(public.visitor(request).library, dog_adapter, name="dog")
     painter.fill_in(["library/dog", "upload/gone"], "", "", request)
-    assert painter.open_page(request)[1].value == ["library/dog"]
+    painter.remember_strength("library/dog", 0.8, request)
+    painter.remember_strength("upload/gone", 0.5, request)
+    opened = painter.open_page(request)
+    assert opened[1].value == ["library/dog"] and opened[6] == {"library/dog": 0.8}
     other = Request("b" * 32)
     assert painter.open_page(other)[4] == "" and set(map(str, painter.recall(other))) == {str(gr.skip())}
     (public.visitor(request).folder / "form.json").write_text("[" * 100_000)

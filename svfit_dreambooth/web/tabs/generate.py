@@ -39,7 +39,7 @@ def build_generate(app: App, page: gr.Blocks) -> GenerateTab:
     shown = gr.State([])  # names of the visitor's pictures in the gallery
     selected = gr.State([])  # names of those that are chosen among them
     filled = gr.State("")  # what was last written into the prompt for the person
-    taken_up = gr.State({})  # strengths of adapters that a picture's settings ask for
+    taken_up = gr.State({})  # strengths of adapters that a picture's settings ask for, or that were chosen before
     with gr.Row():
         with gr.Column(scale=4, min_width=300):
             prompt = gr.Textbox(
@@ -70,7 +70,9 @@ def build_generate(app: App, page: gr.Blocks) -> GenerateTab:
                         )  # a stranger's file puts no links into the page
                     except SVFitError as error:
                         raise told(error) from None
-                    rows.append(_strength(file.stem, words, wanted.get(value, 1), (value, str(wanted.get(value)))))
+                    row = _strength(file.stem, words, wanted.get(value, 1), (value, str(wanted.get(value))))
+                    row.release(painting.remember_strength, [gr.State(value), row], None, queue=False, **PRIVATE)
+                    rows.append(row)
                 for trigger in (paint.click, prompt.submit):
                     trigger(
                         painting.generate,
@@ -186,7 +188,9 @@ def build_generate(app: App, page: gr.Blocks) -> GenerateTab:
     ]
     actions = [reuse, download, cover, remove]
 
-    opened = page.load(painting.open_page, None, [base, adapters, gallery, shown, prompt, filled, stop], **PRIVATE)
+    opened = page.load(
+        painting.open_page, None, [base, adapters, gallery, shown, prompt, filled, taken_up, stop], **PRIVATE
+    )
     opened.then(
         painting.follow,
         None,

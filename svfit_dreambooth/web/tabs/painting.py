@@ -32,6 +32,7 @@ REMEMBERED = (
     "quantize_painting", "trained_on", "other_base",
 )  # fmt: skip
 CHOSEN = "adapters_painting"  # as what the chosen adapters are remembered, one a line
+STRENGTH = "strength of "  # and an adapter: as what its strength is
 IDLE = '<div class="status" role="status"></div>'
 FIELDS = 25  # of the form; what follows are the strengths of the chosen adapters
 
@@ -45,7 +46,7 @@ class Painter:
 
     @plainly
     def open_page(self, request: gr.Request) -> tuple[Any, ...]:
-        """Base models, adapters, pictures, their names, prompt, what was filled in, and whether there is work to stop."""
+        """Base models, adapters, pictures, their names, prompt, what was filled in, strengths, whether there is work to stop."""
         visitor = self.app.visitor(request)
         choices, form = self.app.adapter_choices(visitor), remembered(visitor.folder)
         chosen = str(form.get(CHOSEN) or "").splitlines()
@@ -59,6 +60,7 @@ class Painter:
             names,
             form.get("prompt") or words,
             words,
+            {one: strength for one in value if isinstance(strength := form.get(STRENGTH + one), int | float)},
             gr.Button(interactive=bool(self.app.paintings.of(visitor))),
         )
 
@@ -66,6 +68,10 @@ class Painter:
     def remember(self, request: gr.Request, *values: Any) -> None:
         """Keeps the values of REMEMBERED for when the page is opened again."""
         remember(self.app.visitor(request).folder, dict(zip(REMEMBERED, values, strict=True)))
+
+    @plainly
+    def remember_strength(self, choice: str, strength: float, request: gr.Request) -> None:
+        remember(self.app.visitor(request).folder, {STRENGTH + choice: strength})
 
     @plainly
     def recall(self, request: gr.Request) -> tuple[Any, ...]:
@@ -217,14 +223,18 @@ class Painter:
 
     @plainly
     def reuse(self, chosen: list[str], request: gr.Request) -> tuple[Any, ...]:
-        visitor = self.app.visitor(request)
-        return take_up(
-            self.app, visitor, pictures.read_settings(pictures.find(visitor.pictures, next(iter(chosen), None)))
-        )
+        return self._taken_up(request, pictures.find(self.app.visitor(request).pictures, next(iter(chosen), None)))
 
     @plainly
     def reuse_file(self, upload: str, request: gr.Request) -> tuple[Any, ...]:
-        return take_up(self.app, self.app.visitor(request), pictures.read_settings(Path(upload)))
+        return self._taken_up(request, Path(upload))
+
+    def _taken_up(self, request: gr.Request, picture: Path) -> tuple[Any, ...]:
+        """The form by the settings in a picture; its strengths are remembered, as if they had been chosen."""
+        visitor = self.app.visitor(request)
+        *form, strengths = take_up(self.app, visitor, pictures.read_settings(picture))
+        remember(visitor.folder, {STRENGTH + choice: strength for choice, strength in strengths.items()})
+        return *form, strengths
 
     @plainly
     def said_before(self, request: gr.Request) -> Any:
