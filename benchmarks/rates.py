@@ -155,6 +155,8 @@ def make(run: Run, place: str, features: Features, untouched: dict[Any, Answers]
             **LAYERS[run.layers] | options,
         )
         result = train(config, base=base)
+        if result.stopped:  # by a signal: what it has learnt by then is no result
+            sys.exit(f"stopped in the run of {run.subject} by {run.arm}: call again to go on.")
         adapter = read_adapter(result.adapter_path)
     pipeline = base.pipeline.to(default_device())
 

@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -145,3 +146,12 @@ def test_a_run_is_made_once_and_leaves_the_base_as_it_was(tmp_path, monkeypatch,
     assert [asdict(run) for run in read_outcomes(path)] == [asdict(first)]
     after = weights_of(rates.opened("toybox").pipeline)
     assert all(torch.equal(after[name], own) for name, own in before.items())
+
+
+def test_a_run_that_a_signal_stopped_is_no_result(tmp_path, monkeypatch):
+    pipeline = quiet(tiny_pipeline())
+    monkeypatch.setattr(rates, "opened", lambda place: BaseModel("tiny", pipeline))
+    monkeypatch.setattr(rates, "train", lambda config, base: SimpleNamespace(stopped=True))
+    run = rates.Run("0" * 64, "attention", "factor=2", "dog_patch", 0, 10, 1)
+    with pytest.raises(SystemExit, match="stopped in the run of dog_patch by factor=2: call again"):
+        rates.make(run, str(tmp_path), None, {})

@@ -8,7 +8,7 @@ class Toybox(StableDiffusion):
     """Recognised by its name, as its pipeline is an ordinary one."""
 
     guidance_scale = 4.0
-    guidance_rescale = 0.9  # without it colours are too strong, and patterns rare: docs/toybox.md
+    guidance_rescale = 0.85  # without it colours are too strong, and patterns rare: docs/toybox.md
 
     @property
     def architecture(self) -> str:

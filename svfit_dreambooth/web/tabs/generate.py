@@ -19,8 +19,12 @@ from svfit_dreambooth.web.tabs.painting import IDLE, Painter
 from svfit_dreambooth.web.tabs.reuse import ONCE, OWN_SAMPLER, SAMPLERS
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+LAST: dict[str, Any] = {
+    "queue": False,
+    "trigger_mode": "always_last",
+}  # a dragged slider tells of every place on its way
 LEFT: dict[type, tuple[str, ...]] = {  # kind of a field -> when a person is done with it
-    gr.Textbox: ("blur",), gr.Number: ("blur",), gr.Slider: ("release",), gr.Checkbox: ("input",), gr.Dropdown: ("input", "blur"),
+    gr.Textbox: ("blur",), gr.Number: ("blur",), gr.Slider: ("input",), gr.Checkbox: ("input",), gr.Dropdown: ("input", "blur"),
 }  # fmt: skip
 OPEN: dict[str, Any] = {"interactive": True}  # which Gradio cannot see where only a rendered event reads a field
 
@@ -71,7 +75,7 @@ def build_generate(app: App, page: gr.Blocks) -> GenerateTab:
                     except SVFitError as error:
                         raise told(error) from None
                     row = _strength(file.stem, words, wanted.get(value, 1), (value, str(wanted.get(value))))
-                    row.release(painting.remember_strength, [gr.State(value), row], None, queue=False, **PRIVATE)
+                    row.input(painting.remember_strength, [gr.State(value), row], None, **LAST, **PRIVATE)
                     rows.append(row)
                 for trigger in (paint.click, prompt.submit):
                     trigger(
@@ -124,11 +128,12 @@ def build_generate(app: App, page: gr.Blocks) -> GenerateTab:
                     [OWN_SAMPLER, *SAMPLERS], value=OWN_SAMPLER, label="Sampler", elem_id="sampler", **OPEN
                 )
                 with gr.Row():
-                    guidance = gr.Textbox(label="Guidance", placeholder="as suits", max_lines=1, min_width=90, **OPEN)
                     width = gr.Textbox(label="Width", placeholder="as suits", max_lines=1, min_width=90, **OPEN)
                     height = gr.Textbox(label="Height", placeholder="as suits", max_lines=1, min_width=90, **OPEN)
                 with gr.Row():
-                    rescale = gr.Textbox(label="Guidance rescale", placeholder="as suits", max_lines=1, min_width=90, info="0 to 1, against too strong colours.", **OPEN)  # fmt: skip
+                    guidance = gr.Textbox(label="Guidance", placeholder="as suits", max_lines=1, min_width=120, info="How much the words count.", **OPEN)  # fmt: skip
+                    rescale = gr.Textbox(label="Guidance rescale", placeholder="as suits", max_lines=1, min_width=120, info="0 to 1, for softer colours.", **OPEN)  # fmt: skip
+                with gr.Row():
                     skip = gr.Textbox(label="Clip skip", placeholder="as trained", max_lines=1, min_width=90, info="1 is what others call 2.", **OPEN)  # fmt: skip
                     autoencoder = gr.Textbox(label="Another autoencoder (VAE)", placeholder="the base's own", max_lines=1, min_width=150, info="A hub id, or a model here.", **OPEN)  # fmt: skip
                 with gr.Row():
@@ -205,7 +210,7 @@ def build_generate(app: App, page: gr.Blocks) -> GenerateTab:
     page.load(painting.recall, None, kept[1:], **PRIVATE)
     for field in kept:
         for leave in LEFT[type(field)]:
-            getattr(field, leave)(painting.remember, kept, None, queue=False, **PRIVATE)
+            getattr(field, leave)(painting.remember, kept, None, **LAST, **PRIVATE)
     adapters.change(painting.fill_in, [adapters, prompt, filled], [prompt, filled], **PRIVATE)
     upload.upload(painting.upload, [upload, adapters], adapters, **PRIVATE)
     stop.click(painting.stop, None, [status, stop], queue=False, **PRIVATE)
