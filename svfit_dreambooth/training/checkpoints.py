@@ -69,10 +69,10 @@ INDIFFERENT_OPTIONS = (
 
 @dataclass
 class Best:
-    """The step whose pictures were liked most so far."""
+    """The last step whose pictures were liked as much as any so far, see `Loop.compare`."""
 
     step: int
-    score: float
+    score: float  # of those that were liked most
     values: dict[str, Tensor]  # trained values by name, on the CPU
 
 

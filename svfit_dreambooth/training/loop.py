@@ -23,7 +23,7 @@ from svfit_dreambooth.training.optimizer import Steps
 from svfit_dreambooth.training.signals import stop_signals
 from svfit_dreambooth.training.stepping import NotFinite, Stepping
 from svfit_dreambooth.training.trainable import copies, put_back
-from svfit_dreambooth.training.watch import CLEARLY, Watch, look_steps, score
+from svfit_dreambooth.training.watch import CLEARLY, Watch, doubt, look_steps, score
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ class Loop(Stepping):
             self.accelerator.log(numbers, step=self.step)
             points = score(measured)
             if self.step and points is not None:
-                self.compare(points)
+                self.compare(points, doubt(measured))
             self.phase("training")
         self.accelerator.wait_for_everyone()
         self.enough = self.on_any_process(self.is_enough())  # the main process alone has looked
@@ -210,10 +210,14 @@ class Loop(Stepping):
         """Whether the looks say that the run gets no better."""
         return bool(self.config.patience) and self.worse >= self.config.patience
 
-    def compare(self, points: float) -> None:
-        """Remembers this step if it is the best so far, and counts the looks in a row that were clearly worse."""
-        if self.best is None or points > self.best.score:
-            self.best = Best(self.step, points, copies(self.values))
+    def compare(self, points: float, doubt: float) -> None:
+        """Remembers this step if it is the best so far, or as good; counts the looks in a row that were clearly worse.
+
+        Of looks whose scores say nothing of each other, the later has learnt more.
+        """
+        highest = points if self.best is None else max(points, self.best.score)
+        if self.best is None or points > self.best.score - doubt:
+            self.best = Best(self.step, highest, copies(self.values))
         self.worse = self.worse + 1 if points < self.best.score - CLEARLY else 0
 
     def save(self) -> None:

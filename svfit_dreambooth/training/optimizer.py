@@ -33,7 +33,7 @@ from svfit_dreambooth.training.sensitivity import Sensitivity
 
 POWER = 0.25  # of the sensitivity: 0 are equal steps, 1/2 equal changes of the answers by every value
 FLOOR = 0.1  # of the median sensitivity, so that values that never matter do not run away
-CHANGE = 8.7e-3  # of the answers by a layer's steps of a whole run, at the peak of the schedule, relative
+CHANGE = 1.3e-2  # of the answers by a layer's steps of a whole run, at the peak of the schedule, relative
 
 
 @dataclass(frozen=True)

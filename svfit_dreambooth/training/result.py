@@ -81,8 +81,8 @@ class TrainResult:
         ]
         if self.loss_before is not None and self.loss_after is not None:
             lines.append(f"loss on fixed noise: {self.loss_before:.4f} before, {self.loss_after:.4f} after")
-        if self.kept_step != self.steps:
-            lines.append(f"kept: step {self.kept_step}, the best of those measured (keep last for the last)")
+        why = "the last" if self.kept_step == self.steps else "the best of those measured (keep last for the last)"
+        lines.append(f"kept: step {self.kept_step}, {why}")
         if self.stopped:
             lines.append("to go on: the same command with resume_from_checkpoint latest")
         if self.showing is not None:
