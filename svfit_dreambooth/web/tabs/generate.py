@@ -19,10 +19,8 @@ from svfit_dreambooth.web.tabs.painting import IDLE, Painter
 from svfit_dreambooth.web.tabs.reuse import ONCE, OWN_SAMPLER, SAMPLERS
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-LAST: dict[str, Any] = {
-    "queue": False,
-    "trigger_mode": "always_last",
-}  # a dragged slider tells of every place on its way
+# a dragged slider tells of every place on its way: what counts is where it came to rest
+LAST: dict[str, Any] = {"queue": False, "trigger_mode": "always_last"}
 LEFT: dict[type, tuple[str, ...]] = {  # kind of a field -> when a person is done with it
     gr.Textbox: ("blur",), gr.Number: ("blur",), gr.Slider: ("input",), gr.Checkbox: ("input",), gr.Dropdown: ("input", "blur"),
 }  # fmt: skip
