@@ -1,6 +1,7 @@
 """The numbers that a picture is asked for with."""
 
 import inspect
+from typing import Any
 
 from diffusers import DiffusionPipeline
 
@@ -59,6 +60,6 @@ def rescale_for(model: BaseModel, painter: DiffusionPipeline, asked: float | Non
     return float(asked)
 
 
-def rescaling(rescale: float) -> dict[str, float]:
+def rescaling(rescale: float) -> dict[str, Any]:
     """What a pipeline is called with for it; those that know nothing of it are not told."""
     return {"guidance_rescale": rescale} if rescale else {}
