@@ -137,11 +137,11 @@ def test_looks_are_closer_together_at_the_beginning(config, monkeypatch):
 @pytest.mark.parametrize(
     ("points", "patience", "steps"),
     [
-        ([0.5, 0.4, 0.4, 0.3, 0.3], None, 8),  # two in a row
-        ([0.5, 0.4, 0.46, 0.4, 0.4], None, 16),  # one is as good as the best within the noise of looks
-        ([0.5, 0.46, 0.42, 0.43, 0.41], None, 12),  # the best one is what others are held against
-        ([0.5, 0.4, 0.3, 0.2, 0.1], 0, 16),
-        ([0.1, 0.5, 0.4, 0.6, 0.5], 1, 8),
+        ([1.5, 1.2, 1.2, 0.9, 0.9], None, 8),  # two in a row
+        ([1.5, 1.2, 1.42, 1.2, 1.2], None, 16),  # one is as good as the best within the noise of looks
+        ([1.5, 1.42, 1.33, 1.35, 1.3], None, 12),  # the best one is what others are held against
+        ([1.5, 1.2, 0.9, 0.6, 0.3], 0, 16),
+        ([0.3, 1.5, 1.2, 1.8, 1.5], 1, 8),
     ],
 )
 def test_a_run_ends_when_its_looks_say_so(config, monkeypatch, points, patience, steps):
