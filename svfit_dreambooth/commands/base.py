@@ -34,3 +34,15 @@ def open_base(options: argparse.Namespace, named: str, path: Path) -> Any:
     if options.pretrained_model_name_or_path is None:
         return open_named_base(named, path, **base_options(options))
     return open_base_model(options.pretrained_model_name_or_path, **base_options(options))
+
+
+def add_denoising(parser: argparse.ArgumentParser) -> None:
+    """Adds how a picture comes out of noise to the options of `parser`."""
+    parser.add_argument(
+        "--num_inference_steps", type=int, help="denoising steps; default: what suits the base, mostly 25"
+    )
+    parser.add_argument("--guidance_scale", type=float, help="default: what suits the base, 7.5 for Stable Diffusion")
+    parser.add_argument(
+        "--guidance_rescale", type=float, metavar="PHI",
+        help="0 to 1, against colours that guidance makes too strong; try 0.7 on v-prediction bases; default: what suits the base",
+    )  # fmt: skip

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from svfit_dreambooth.commands.base import add_base, base_options
+from svfit_dreambooth.commands.base import add_base, add_denoising, base_options
 from svfit_dreambooth.errors import SVFitError
 
 
@@ -27,14 +27,7 @@ def add_evaluate(commands: Any) -> None:
     evaluate.add_argument("--clip_path", help="folder or hub id of a CLIP model: prompts, drift; default: the judge")
     evaluate.add_argument("--num_images", type=int, default=4, help="pictures of each prompt (default: 4)")
     evaluate.add_argument("--seed", type=int, default=0, help="of the first picture, counting up (default: 0)")
-    evaluate.add_argument(
-        "--num_inference_steps", type=int, help="denoising steps; default: what suits the base, mostly 25"
-    )
-    evaluate.add_argument("--guidance_scale", type=float, help="default: what suits the base, 7.5 for Stable Diffusion")
-    evaluate.add_argument(
-        "--guidance_rescale", type=float, metavar="PHI",
-        help="0 to 1, against colours that guidance makes too strong; try 0.7 on v-prediction bases; default: what suits the base",
-    )  # fmt: skip
+    add_denoising(evaluate)
     evaluate.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     add_base(evaluate)
     evaluate.set_defaults(run=_evaluate)

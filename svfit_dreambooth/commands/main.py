@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from svfit_dreambooth.commands.base import add_base, base_options
+from svfit_dreambooth.commands.base import add_base, add_denoising, base_options
 from svfit_dreambooth.commands.evaluate import add_evaluate
 from svfit_dreambooth.commands.files import add_file_commands
 from svfit_dreambooth.commands.fleet import fleet
@@ -161,14 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     add_base(generate)
     generate.add_argument("--num_images", type=int, help="pictures of each prompt (default: 4)")
     generate.add_argument("--seed", type=int, help="seed of the first picture, counting up (default: 0)")
-    generate.add_argument(
-        "--num_inference_steps", type=int, help="denoising steps; default: what suits the base, mostly 25"
-    )
-    generate.add_argument("--guidance_scale", type=float, help="default: what suits the base, 7.5 for Stable Diffusion")
-    generate.add_argument(
-        "--guidance_rescale", type=float, metavar="PHI",
-        help="0 to 1, against colours that guidance makes too strong; try 0.7 on v-prediction bases; default: what suits the base",
-    )  # fmt: skip
+    add_denoising(generate)
     generate.add_argument("--height", type=int, help="pixels; default: the base's")
     generate.add_argument("--width", type=int, help="pixels; default: the base's")
     generate.add_argument("--scheduler", help="sampler, such as euler_a or dpm++_2m_karras (default: the base's own)")

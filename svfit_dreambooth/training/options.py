@@ -237,8 +237,7 @@ class OutputOptions:
     push_to_hub: bool = option(False, "Upload the adapter with a model card at the end, to be seen by you alone.")
     hub_model_id: str | None = option(None, "OWNER/NAME of the upload; None: the adapter's name, your account.")
     keep: Literal["best", "last"] = option(
-        "best",
-        "Which step becomes the result: the last of the best ones measured at validation_steps, or the last of all.",
+        "best", "Which step becomes the result: the last of the best at validation_steps, or the last of all."
     )
     dry_run: bool = option(False, "Only print the resolved options, a report on the photos and what would be trained.")
 
